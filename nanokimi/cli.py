@@ -1,0 +1,204 @@
+"""The command ``nanokimi``: one subcommand, one function. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nanokimi.config import ModelConfig, TrainConfig, parse_value, suggest
+from nanokimi.errors import RunError, UserError
+from nanokimi.inference.commands import add_generate_arguments
+
+MODEL_FIELDS = {f.name for f in fields(ModelConfig)}
+TRAIN_FIELDS = {f.name for f in fields(TrainConfig)}
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes take one line and exit code 2; nothing is guessed from a prefix."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command; returns its exit code: 0, 1 at run time, 2 for a mistake in the input, 130 after Ctrl-C."""
+    args = build_parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        return code
+    except UserError as error:
+        print(f"nanokimi: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"nanokimi: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("nanokimi: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    parser = Parser(prog="nanokimi", description="Train, understand and run Kimi-K2-style language models of your own.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    add_train(commands)
+    for name, about in (("generate", "continue a prompt"), ("chat", "talk to a model in the terminal")):
+        command = commands.add_parser(name, help=about)
+        add_generate_arguments(command)
+        command.set_defaults(run=generate, interactive=name == "chat")
+    add_prepare(commands)
+    add_tokenizer(commands)
+    add_demo(commands)
+    return parser
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+def add_train(commands: Any) -> None:
+    """``nanokimi train``: every field of TrainConfig is a flag of the same name."""
+    parser = commands.add_parser("train", help="train a model", description="Train a model on a text.")
+    for f in fields(TrainConfig):
+        about = str(f.metadata["help"])
+        choices = " {" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else ""
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if f.type == "bool" else {}
+        if f.name == "mixed_precision":
+            switch = {"nargs": "?", "const": "on"}
+        parser.add_argument(
+            *spellings(f.name), dest=f.name, default=argparse.SUPPRESS, metavar=str(f.type).upper(),
+            help=f"{about}{choices} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%"), **switch,
+        )  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of either config")
+    parser.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    parser.add_argument(*spellings("checkpoint_path"), default="", metavar="FILE", help="with --resume: from this one")
+    parser.add_argument("--override", default="", metavar="FIELD,...", help="fields a resume may change all the same")
+    parser.set_defaults(run=train)
+
+
+def spellings(name: str) -> list[str]:
+    """A flag with underscores, and with dashes."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Gathers the settings (file, then flags, then --set) and trains."""
+    train_values: dict[str, Any] = {}
+    model_values: dict[str, Any] = {}
+    if args.config:
+        read_toml(Path(args.config), train_values, model_values)
+    given = {name: text for name, text in vars(args).items() if name in TRAIN_FIELDS}
+    for name, text in given.items():
+        train_values[name] = parse_value(TrainConfig, name, text)
+    for assignment in args.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: write it as FIELD=VALUE")
+        cls, values = home_of(name, "--set", train_values, model_values)
+        values[name] = parse_value(cls, name, text)
+
+    from nanokimi.training.run import Request, run_training
+
+    override = frozenset(name.strip().replace("-", "_") for name in args.override.split(",") if name.strip())
+    return run_training(Request(train_values, model_values, args.resume, args.checkpoint_path, override))
+
+
+def home_of(
+    name: str, where: str, train_values: dict[str, Any], model_values: dict[str, Any]
+) -> tuple[type[ModelConfig] | type[TrainConfig], dict[str, Any]]:
+    """The config that field ``name`` belongs to, and the settings gathered for it."""
+    if name in MODEL_FIELDS:
+        return ModelConfig, model_values
+    if name in TRAIN_FIELDS:
+        return TrainConfig, train_values
+    raise UserError(f"{where}: no field {name!r}{suggest(name, MODEL_FIELDS | TRAIN_FIELDS)}")
+
+
+def read_toml(path: Path, train_values: dict[str, Any], model_values: dict[str, Any]) -> None:
+    """Adds the settings of a TOML file; tables are only for the reader's eye, fields are known by name."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    tables = [content, *(value for value in content.values() if isinstance(value, dict))]
+    for table in tables:
+        for name, value in table.items():
+            if not isinstance(value, dict):
+                home_of(name, f"--config {path}", train_values, model_values)[1][name] = value
+
+
+# ---- the other commands -------------------------------------------------------------------------
+
+
+def generate(args: argparse.Namespace) -> int:
+    """``nanokimi generate`` and ``nanokimi chat``."""
+    from nanokimi.inference.commands import run_generate
+
+    return run_generate(args)
+
+
+def add_prepare(commands: Any) -> None:
+    """``nanokimi prepare``: text to train on."""
+    parser = commands.add_parser("prepare", help="make a text to train on")
+    sources = parser.add_subparsers(title="sources", metavar="SOURCE", required=True, parser_class=Parser)
+    stdlib = sources.add_parser("stdlib", help="the Python standard library of this machine, and its language reference")
+    stdlib.add_argument("--output", default="data/train.txt", metavar="FILE", help="(default: %(default)s)")
+    stdlib.set_defaults(run=prepare_stdlib)
+
+
+def prepare_stdlib(args: argparse.Namespace) -> int:
+    """``nanokimi prepare stdlib``."""
+    from nanokimi.data.stdlib import prepare_stdlib as prepare
+
+    print(prepare(args.output))
+    return 0
+
+
+def add_tokenizer(commands: Any) -> None:
+    """``nanokimi tokenizer train``: a byte-level BPE of one's own."""
+    parser = commands.add_parser("tokenizer", help="train a tokenizer")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+    action = actions.add_parser("train", help="a byte-level BPE from a text")
+    action.add_argument("text", metavar="FILE", help="UTF-8 text")
+    action.add_argument(*spellings("vocab_size"), type=int, default=4096, help="entries (default: %(default)s)")
+    action.add_argument("--output", default="data/tokenizer.json", metavar="FILE", help="(default: %(default)s)")
+    action.set_defaults(run=train_tokenizer)
+
+
+def train_tokenizer(args: argparse.Namespace) -> int:
+    """``nanokimi tokenizer train``."""
+    from nanokimi.data.sources import train_tokenizer_on
+
+    print(train_tokenizer_on(args.text, args.vocab_size, args.output))
+    return 0
+
+
+def add_demo(commands: Any) -> None:
+    """``nanokimi demo``: from nothing to a trained model in minutes."""
+    parser = commands.add_parser("demo", help="train a small model on this machine's Python library and watch it learn")
+    parser.add_argument("--seconds", type=float, default=180.0, help="training time (default: %(default)s)")
+    parser.add_argument(*spellings("output_dir"), default="runs/demo", help="(default: %(default)s)")
+    parser.set_defaults(run=demo)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """``nanokimi demo``."""
+    from nanokimi.demo import run_demo
+
+    return run_demo(Path(args.output_dir), args.seconds)

@@ -1,0 +1,107 @@
+"""``nanokimi generate`` and ``nanokimi chat``: one prompt, streamed or not, or a talk."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from nanokimi.inference.settings import Settings
+from nanokimi.inference.terminal import printable
+
+if TYPE_CHECKING:
+    from nanokimi.data.tokenizer import Tokenizer
+    from nanokimi.model.transformer import Transformer
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``run_generate``; their defaults are those of ``Settings``."""
+    default = Settings()
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint (checkpoints/latest.pt) or a Hugging Face folder")
+    add("--prompt", default="", help="text to continue (default: none, a new document)")
+    add("--max_tokens", "--max-tokens", type=int, default=default.max_tokens, help="most tokens to write (%(default)s)")
+    add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")
+    add("--top_p", "--top-p", type=float, default=default.top_p, help="nucleus; 1 is off, 0 is greedy (%(default)s)")
+    add("--top_k", "--top-k", type=int, default=default.top_k, help="most likely tokens kept; 0 is off (%(default)s)")
+    add("--min_p", "--min-p", type=float, default=default.min_p, help="share of the best kept; 0 is off (%(default)s)")
+    add("--seed", type=int, default=default.seed, help="repeatable draws (default: new ones each time)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    add("--stream", action="store_true", help="show the text while it is written")
+    add("--interactive", action="store_true", help="talk: history, /set, /reset, /help; Ctrl-C stops a reply")
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Writes prompt and continuation to stdout, speed and finish reason to stderr; or talks.
+
+    Returns:
+        0, or 130 when Ctrl-C stopped the one continuation; what was written by then is kept.
+
+    Raises:
+        UserError: a flag out of range, a model that cannot be loaded, a prompt longer than the context.
+    """
+    settings = Settings(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stop=tuple(args.stop),
+    )
+    from nanokimi.device import resolve_device
+    from nanokimi.inference.chat import interactive
+    from nanokimi.loading import load
+
+    model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
+    _tolerate_odd_characters()
+    try:
+        if args.interactive:
+            return interactive(model, tokenizer, settings, opening=args.prompt)
+        return _write_continuation(model, tokenizer, args.prompt, settings, live=args.stream)
+    except BrokenPipeError:
+        _discard_stdout()
+        return 0
+
+
+def _write_continuation(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, *, live: bool
+) -> int:
+    from nanokimi.inference.engine import stream
+
+    pieces = stream(model, tokenizer, prompt, settings)
+    written = ""
+    _write(prompt, flush=live)
+    try:
+        for piece in pieces:
+            written += piece
+            if live:
+                _write(piece, flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+    _write("\n" if live else written + "\n", flush=True)
+    print(f"[{pieces.result.summary()}]", file=sys.stderr)
+    return 0 if pieces.result.finish_reason else INTERRUPTED
+
+
+def _write(text: str, *, flush: bool) -> None:
+    sys.stdout.write(printable(text))
+    if flush:
+        sys.stdout.flush()
+
+
+def _tolerate_odd_characters() -> None:
+    """Input that is not UTF-8, or a terminal that lacks a character, shows a replacement and ends nothing."""
+    for text_file in (sys.stdin, sys.stdout):
+        if isinstance(text_file, io.TextIOWrapper):
+            text_file.reconfigure(errors="replace")
+
+
+def _discard_stdout() -> None:
+    """The reader (``| head``) has left: what is still buffered must not fail again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

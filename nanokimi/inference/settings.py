@@ -1,0 +1,109 @@
+"""What a caller may choose about a generation. Imports nothing heavy, so that ``--help`` stays fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanokimi.config import suggest
+from nanokimi.errors import UserError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one token is drawn; the filters apply in the order in which they stand here.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most likely tokens; 0 is off.
+        top_p: keep the smallest set of tokens that holds this probability; 1 is off, 0 is greedy.
+        min_p: keep tokens at least this likely relative to the most likely one; 0 is off.
+        seed: the same seed draws the same tokens; None draws new ones each time.
+
+    Raises:
+        UserError: a value is out of range; the message names the flag.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"--top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"--top_p must be from 0 (greedy) to 1 (off), got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"--min_p must be from 0 (off) to 1, got {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"--seed must be from 0 to {MAX_SEED}, got {self.seed}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken without a draw."""
+        return self.temperature == 0 or self.top_p == 0
+
+
+@dataclass(frozen=True)
+class Settings(SamplingParams):
+    """How tokens are drawn and where a continuation ends.
+
+    Attributes:
+        max_tokens: most tokens to generate; 0 generates none.
+        stop: strings that end the text; they are not part of it.
+
+    Raises:
+        UserError: a value is out of range; the message names the flag.
+    """
+
+    max_tokens: int = 100
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens < 0:
+            raise UserError(f"--max_tokens must be 0 or more, got {self.max_tokens}")
+        if "" in self.stop:
+            raise UserError("--stop must not be empty: name the text that ends the reply, or leave it out")
+
+    def with_value(self, name: str, text: str) -> Settings:
+        """A copy whose field ``name`` is read from ``text``, as the chat's ``/set`` gives it.
+
+        Raises:
+            UserError: no such field, or a value it does not take.
+        """
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(self)}
+        if name not in kinds:
+            raise UserError(f"unknown setting {name!r}{suggest(name, set(kinds)) or ': choose ' + ', '.join(kinds)}")
+        parse, expected = _PARSERS[kinds[name]]
+        try:
+            value = parse(text)
+        except ValueError:
+            raise UserError(f"{name} takes {expected}, got {text!r}") from None
+        return dataclasses.replace(self, **{name: value})
+
+
+def _seed(text: str) -> int | None:
+    return None if text in ("", "none") else int(text)
+
+
+def _stop(text: str) -> tuple[str, ...]:
+    """One stop string; a line break or tab cannot be typed into a line, so ``\\n`` and ``\\t`` stand for them."""
+    return (text.replace(r"\n", "\n").replace(r"\t", "\t"),) if text else ()
+
+
+_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "float": (float, "a number"),
+    "int": (int, "a whole number"),
+    "int | None": (_seed, "a whole number or none"),
+    "tuple[str, ...]": (_stop, "a text, or nothing for no stop string"),
+}

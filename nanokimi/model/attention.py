@@ -1,0 +1,158 @@
+"""Multi-head Latent Attention (DeepSeek-V2, section 2.1): training form, absorbed decoding form, latent cache.
+
+One latent of rank R per token stands in for all keys and values. Training expands it into per-head
+keys and values and runs a fused kernel. Decoding never does: ``wkv_b`` is absorbed into the query
+and the output, so that attention runs in the latent space and the cache holds R + P numbers per
+token and layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanokimi.config import ModelConfig
+from nanokimi.model.kernels import causal_attention, largest_logits
+from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, apply_rope, at_least_fp32
+from nanokimi.model.roles import MATRIX, NORM, QUERY_KEY, Declaration
+
+
+class QKHeads(NamedTuple):
+    """Views ``[H, rows, in]`` of the weights that attention logits are linear in; see ``optim.qk_clip``."""
+
+    q_nope: Tensor
+    q_rope: Tensor
+    k_nope: Tensor
+
+
+class LatentCache:
+    """What decoding remembers: per layer and token the normalised latent and the rotated shared key.
+
+    Attributes:
+        entries: ``[L, B, max_length, R + P]``.
+        length: tokens held, the same for every layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.max_length = config.max_seq_length if max_length is None else max_length
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = torch.zeros(config.n_layers, batch_size, self.max_length, width, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, new: Tensor) -> Tensor:
+        """Stores ``new`` ``[B, T, R + P]`` behind what ``layer`` holds; returns all of it, ``[B, S, R + P]``.
+
+        The model moves ``length`` on once all layers have stored theirs.
+        """
+        end = self.length + new.shape[1]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
+        self.entries[layer, :, self.length : end] = new
+        return self.entries[layer, :, :end]
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.scale = config.qk_head_dim**-0.5
+        heads = config.n_heads
+        if config.q_lora_rank:
+            self.wq_a = Linear(config.dim, config.q_lora_rank)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+            self.wq_b = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        else:
+            self.wq = Linear(config.dim, heads * config.qk_head_dim)
+        self.wkv_a = Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
+        self.wkv_b = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.wo = Linear(heads * config.v_head_dim, config.dim)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache | None = None, *, exact: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, D] -> [B, T, D]`` and the largest attention logit of each head, ``[H]``.
+
+        The second value is an upper bound from the log-sum-exp (``exact``: the logit itself); it is
+        None when the tokens attend through the cache, which nothing trains on.
+        """
+        q_nope, q_rope = self.queries(x, rope)
+        latent, k_rope = self.latents(x, rope)
+        if cache is not None:
+            past = cache.append(self.layer, torch.cat((latent, k_rope), dim=-1))
+            if past.shape[1] > x.shape[1]:
+                return self.wo(self.attend_absorbed(q_nope, q_rope, past)), None
+        out, logits = self.attend_expanded(q_nope, q_rope, latent, k_rope, exact=exact)
+        return self.wo(out), logits
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``[B, T, D]`` -> position-free ``[B, T, H, N]`` and rotated ``[B, T, H, P]`` parts."""
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.config.q_lora_rank else self.wq(x)
+        q = q.unflatten(-1, (self.config.n_heads, self.config.qk_head_dim))
+        q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
+        return q_nope, apply_rope(q_rope, *rope)
+
+    def latents(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """``[B, T, D]`` -> normalised latent ``[B, T, R]`` and the rotated key all heads share ``[B, T, P]``."""
+        latent, k_rope = self.wkv_a(x).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
+        return self.kv_norm(latent), apply_rope(k_rope.unsqueeze(2), *rope).squeeze(2)
+
+    def attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, *, exact: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Training form: per-head keys and values, causal within the sequence; ``[B, T, H V]`` and ``[H]``."""
+        heads, nope, value = self.config.n_heads, self.config.qk_nope_head_dim, self.config.v_head_dim
+        k_nope, v = self.wkv_b(latent).unflatten(-1, (heads, nope + value)).split((nope, value), dim=-1)
+        k_rope = k_rope.unsqueeze(2).expand(-1, -1, heads, -1)
+        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
+        out, lse = causal_attention(q, k, v.transpose(1, 2), self.scale)
+        logits = largest_logits(q, k, self.scale) if exact else lse.detach().amax(dim=(0, 2))
+        return out.transpose(1, 2).flatten(2), logits
+
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor) -> Tensor:
+        """Decoding form: T new queries against S cached entries ``[B, S, R + P]``; returns ``[B, T, H V]``."""
+        w_k, w_v = self.wkv_b_heads()
+        q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, w_k), q_rope), dim=-1)
+        scores = at_least_fp32(torch.einsum("bthc,bsc->bhts", q, past) * self.scale)
+        length, total = q.shape[1], past.shape[1]
+        if length > 1:
+            hidden = torch.ones(length, total, dtype=torch.bool, device=q.device).triu(total - length + 1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = scores.softmax(dim=-1).type_as(past)
+        mixed = torch.einsum("bhts,bsr->bthr", weights, past[..., : self.config.kv_lora_rank])
+        return torch.einsum("bthr,hvr->bthv", mixed, w_v).flatten(2)
+
+    def wkv_b_heads(self) -> tuple[Tensor, Tensor]:
+        """Views of ``wkv_b``: what makes the keys ``[H, N, R]``, what makes the values ``[H, V, R]``."""
+        rows = (self.config.qk_nope_head_dim, self.config.v_head_dim)
+        w_k, w_v = self.wkv_b.weight.unflatten(0, (self.config.n_heads, sum(rows))).split(rows, dim=1)
+        return w_k, w_v
+
+    def qk_heads(self) -> QKHeads:
+        """The slices QK-Clip scales, as views into the weights."""
+        weight = (self.wq_b if self.config.q_lora_rank else self.wq).weight
+        per_head = weight.unflatten(0, (self.config.n_heads, self.config.qk_head_dim))
+        q_nope, q_rope = per_head.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=1)
+        return QKHeads(q_nope, q_rope, self.wkv_b_heads()[0])
+
+    def declare(self) -> list[Declaration]:
+        """The role of each own parameter; see ``model.roles``."""
+        if self.config.q_lora_rank:
+            query = [(QUERY_KEY, self.wq_a.weight), (NORM, self.q_norm.weight), (QUERY_KEY, self.wq_b.weight)]
+        else:
+            query = [(QUERY_KEY, self.wq.weight)]
+        latent = [(QUERY_KEY, self.wkv_a.weight), (NORM, self.kv_norm.weight), (QUERY_KEY, self.wkv_b.weight)]
+        return [*query, *latent, (MATRIX, self.wo.weight)]

@@ -1,0 +1,94 @@
+"""Causal attention that also yields the log-sum-exp of its logits, from whichever fused kernel the device has.
+
+The log-sum-exp bounds the largest logit from above: ``max <= lse <= max + ln(visible keys)``.
+QK-Clip reads it for free, where the public attention call of torch would throw it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanokimi.model.layers import at_least_fp32
+
+ROWS_PER_CHUNK = 128
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention where position t sees positions 0 to t.
+
+    Args:
+        q, k: ``[B, H, T, N + P]``.
+        v: ``[B, H, T, V]``.
+        scale: factor of the logits.
+
+    Returns:
+        the output ``[B, H, T, V]`` and the log-sum-exp of each row of scaled logits ``[B, H, T]`` in
+        fp32 (fp64 for fp64 inputs); no gradient flows through the latter.
+    """
+    fused = _fused_kernel(v)
+    if fused is None:
+        return reference_attention(q, k, v, scale)
+    kernel, multiple = fused
+    out, lse = kernel(*_equal_widths(q, k, v, multiple), scale)
+    return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
+
+
+def _fused_kernel(v: Tensor) -> tuple[Kernel, int] | None:
+    """The kernel for this device and dtype, and what head widths must be a multiple of."""
+    if v.device.type == "cpu":
+        return _cpu_flash, 1
+    if v.device.type == "cuda" and v.dtype in (torch.bfloat16, torch.float16):
+        return _cuda_flash, 8
+    if v.device.type == "cuda" and v.dtype == torch.float32:
+        return _cuda_efficient, 4
+    return None
+
+
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    return out, lse
+
+
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    return out, lse
+
+
+def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    return out, lse
+
+
+def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads heads with zeros to one width, as the kernels want it: no logit and no value changes."""
+    width = -(-max(q.shape[-1], v.shape[-1]) // multiple) * multiple
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    return q, k, v
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``causal_attention`` written out: the proof for the kernels, and the way on devices without one."""
+    logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
+
+
+@torch.no_grad()
+def largest_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The largest scaled logit of each head over causally visible pairs, ``[H]``, a chunk of rows at a time."""
+    length = q.shape[2]
+    best = torch.full((q.shape[1],), -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    for start in range(0, length, ROWS_PER_CHUNK):
+        end = min(start + ROWS_PER_CHUNK, length)
+        logits = at_least_fp32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)) * scale
+        hidden = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+        best = torch.maximum(best, logits.masked_fill(hidden, -torch.inf).amax(dim=(0, 2, 3)))
+    return best

@@ -1,0 +1,79 @@
+"""The small parts every layer is made of: Linear, RMSNorm, SwiGLU, rotary positions.
+
+Letters, the same in every file of the package: B batch, T sequence, S cached sequence, D model width,
+H heads, N position-free, P rotary and V value head width, R latent rank, Q query rank,
+E experts, K experts per token, F expert width, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LATENT_EPS = 1e-6  # of the norms inside attention: every engine that reads these weights hard-wires it
+
+
+class Linear(nn.Module):
+    """``x Wᵀ`` with weight ``[out, in]``, no bias; the weight is left for ``Transformer`` to initialise."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).type_as(x)
+
+
+class SwiGLU(nn.Module):
+    """``w2(silu(w1 x) * w3 x)`` (Shazeer, 2020)."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, width)
+        self.w2 = Linear(width, dim)
+        self.w3 = Linear(dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x, self.w1.weight, self.w2.weight, self.w3.weight)
+
+
+def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """``[..., D] -> [..., D]`` with ``w1``, ``w3`` ``[F, D]`` and ``w2`` ``[D, F]``."""
+    return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
+
+
+def rotary_angles(length: int, width: int, theta: float) -> Tensor:
+    """Angles ``[length, width / 2]`` in fp32: position times ``theta ** (-2 i / width)`` (Su et al., 2021)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the interleaved pairs (0, 1), (2, 3), ... of ``x``.
+
+    Args:
+        x: ``[B, T, heads, P]``.
+        cos, sin: ``[T, P / 2]`` in fp32, the positions of the T tokens.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` in fp32, or in fp64 where it already is: for what must not be computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,179 @@
+"""From a user's settings to a run: fresh or resumed, folders, text, device, then ``Trainer.train``."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nanokimi import checkpoint
+from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.data.sources import open_corpus
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.device import resolve_device
+from nanokimi.errors import UserError
+from nanokimi.training.trainer import Trainer
+
+# What a resume may change without being asked twice: none of it alters what a step computes,
+# but for the length of the run, by which the schedule is laid out anew.
+FREE_TO_CHANGE = frozenset(
+    {
+        "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
+        "device", "num_workers", "output_dir",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, by flags and files; fields that were not named are absent.
+
+    Attributes:
+        train, model: values by field name.
+        resume: go on from a checkpoint: the newest, or ``checkpoint_path``.
+        override: fields that may differ from the checkpoint's.
+    """
+
+    train: Mapping[str, Any]
+    model: Mapping[str, Any]
+    resume: bool = False
+    checkpoint_path: str = ""
+    override: frozenset[str] = frozenset()
+
+
+def run_training(request: Request) -> int:
+    """Trains as requested; returns the exit code.
+
+    Raises:
+        UserError: a setting, the text, a folder or the checkpoint cannot be used.
+        RunError: the run failed on its way.
+    """
+    if request.checkpoint_path and not request.resume:
+        raise UserError("--checkpoint_path names where to go on from: add --resume")
+    output = Path(from_dict(TrainConfig, request.train).output_dir)
+    if not request.resume:
+        return _train_fresh(request, output)
+    path, content = find_checkpoint(output, request.checkpoint_path)
+    config, model_config = _resumed_configs(request, path, content)
+    with _own_folder(output):
+        trainer = _open_trainer(config, model_config, path=path, content=content, override=request.override)
+        say(f"resuming {path} at step {trainer.counters.step}")
+        return trainer.train()
+
+
+def say(text: str) -> None:
+    """Tells the user something that is not the command's result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def find_checkpoint(output: Path, named: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to resume: ``named``, or the newest readable one under ``output``; never none."""
+    if named:
+        return Path(named), checkpoint.read(Path(named))
+    folder = output / "checkpoints"
+    names = ("latest.pt", "final.pt", "best.pt", "previous.pt")
+    found = sorted((p for name in names if (p := folder / name).is_file()), key=_modified, reverse=True)
+    if not found:
+        raise UserError(f"--resume: no checkpoint in {folder}: check --output_dir, or start without --resume")
+    path, content, problems = checkpoint.first_readable(found)
+    for problem in problems:
+        say(f"warning: {problem}")
+    return path, content
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _train_fresh(request: Request, output: Path) -> int:
+    config = from_dict(TrainConfig, request.train)
+    model_config = ModelConfig.preset(config.preset, **request.model)
+    with _own_folder(output):
+        trainer = _open_trainer(config, model_config, vocab_is_set="vocab_size" in request.model)
+        _put_aside(output / "checkpoints")
+        return trainer.train()
+
+
+def _open_trainer(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    *,
+    vocab_is_set: bool = True,
+    path: Path | None = None,
+    content: dict[str, Any] | None = None,
+    override: frozenset[str] = frozenset(),
+) -> Trainer:
+    device = resolve_device(config.device)
+    tokenizer = Tokenizer.from_state(content["tokenizer"]) if content else None
+    corpus = open_corpus(
+        config.data_path, model_config.tokenizer_name, val_path=config.val_path, val_fraction=config.val_fraction,
+        encoding_errors=config.encoding_errors, tokenizer=tokenizer, say=say,
+    )  # fmt: skip
+    say(corpus.summary)
+    if not vocab_is_set:
+        model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+    if model_config.vocab_size < corpus.tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
+            "raise it, or leave it out to follow the tokenizer"
+        )
+    trainer = Trainer(config, model_config, corpus, device, history=content["history"] if content else "")
+    if content is not None and path is not None:
+        if content["data"]["sha256"] != corpus.train.sha256 and "data_path" not in override:
+            raise UserError(f"{path} was trained on another text than {config.data_path}: restore it, or --override data_path")
+        trainer.restore(path, content)
+    return trainer
+
+
+def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> tuple[TrainConfig, ModelConfig]:
+    """The checkpoint's configs with the request on top; lists and refuses differences that change the training."""
+    saved_train, saved_model = content["train_config"], content["model_config"]
+    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))}
+    for name in request.override - known:
+        raise UserError(f"--override {name}: no such field")
+    from_dict(ModelConfig, {**saved_model, **request.model})
+    differences = [
+        f"{name} (saved {saved[name]!r}, now {value!r})"
+        for saved, asked in ((saved_train, request.train), (saved_model, request.model))
+        for name, value in asked.items()
+        if saved.get(name) != value and name not in FREE_TO_CHANGE | request.override
+    ]
+    if differences:
+        raise UserError(
+            f"{path} was trained with other settings: {', '.join(differences)}: "
+            "leave them out, or name those to change with --override"
+        )
+    output = {"output_dir": request.train.get("output_dir", TrainConfig.output_dir)}
+    config = from_dict(TrainConfig, {**saved_train, **request.train, **output})
+    return config, from_dict(ModelConfig, {**saved_model, **request.model})
+
+
+@contextmanager
+def _own_folder(output: Path) -> Iterator[None]:
+    """Makes the run's folders and keeps other runs out of them until this one ends."""
+    try:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (output / ".nanokimi.lock").open("w")
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
+        yield
+
+
+def _put_aside(folder: Path) -> None:
+    """Renames a folder that holds an earlier run's checkpoints: a fresh run never overwrites them."""
+    if not any(folder.glob("*.pt")):
+        return
+    number = next(n for n in range(1, 1 << 20) if not folder.with_name(f"{folder.name}.{n}").exists())
+    kept = folder.with_name(f"{folder.name}.{number}")
+    folder.rename(kept)
+    folder.mkdir()
+    say(f"the earlier run's checkpoints are kept in {kept} (--resume goes on from them instead)")

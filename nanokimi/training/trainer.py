@@ -1,0 +1,291 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from nanokimi import checkpoint
+from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.loader import BatchLoader, evenly_spread
+from nanokimi.data.packing import PackedSequences
+from nanokimi.data.sources import Corpus
+from nanokimi.errors import RunError
+from nanokimi.inference.engine import generate
+from nanokimi.loading import load_weights
+from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.optim.muonclip import MuonClip
+from nanokimi.optim.schedule import lr_factor
+from nanokimi.training.metrics import MetricsLog
+from nanokimi.training.progress import ProgressDisplay
+from nanokimi.training.signals import StopSignals
+
+SAMPLE_TOKENS = 60
+
+
+@dataclass
+class Counters:
+    """What grows while a run goes on; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, all earlier processes included
+    skipped_in_a_row: int = 0
+    best_loss: float = math.inf
+
+
+class Trainer:
+    """One run: the model, its optimizer, its data and what it writes.
+
+    Args:
+        config, model_config: the run's choices; ``vocab_size`` already fits the tokenizer.
+        corpus: tokenised text.
+        device: where the model trains.
+        history: ``MetricsLog.state()`` of the checkpoint that is continued, ``""`` for a fresh run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, corpus: Corpus, device: torch.device, history: str = ""
+    ) -> None:
+        torch.manual_seed(config.seed)
+        torch.use_deterministic_algorithms(config.deterministic)
+        self.config, self.corpus, self.device = config, corpus, device
+        self.folder = Path(config.output_dir) / "checkpoints"
+        self.model = Transformer(model_config).to(device)
+        self.loss: Callable[[Tensor, Tensor], Losses] = self.model.loss
+        if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+            self.loss = torch.compile(self.model.loss)
+        self.optimizer = MuonClip(
+            self.model,
+            config.learning_rate,
+            adam_lr=config.adam_lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn=config.adjust_lr_fn,
+            tau=config.qk_clip_tau,
+        )
+        sequences = PackedSequences(corpus.train.tokens, model_config.max_seq_length)
+        self.batches = BatchLoader(
+            sequences, config.batch_size, seed=config.seed, num_workers=config.num_workers,
+            pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        self.held_out = self._held_out_sequences()
+        self.metrics = MetricsLog(Path(config.output_dir), state=history)
+        self.counters = Counters()
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Trains to the end of the schedule or until a signal; returns the exit code (0, 130 or 143).
+
+        Raises:
+            RunError: the loss stayed non-finite, memory ran out, or the disk is full.
+        """
+        config, counters = self.config, self.counters
+        self._began = time.monotonic() - counters.seconds
+        batches = iter(self.batches)
+        with StopSignals() as signals, self._display() as display:
+            while not self._finished():
+                sampled = int(self._progress() * config.samples)
+                values = self._train_step(batches)
+                self.metrics.record(counters.step, values)
+                counters.seconds = time.monotonic() - self._began
+                if config.eval_interval and counters.step % config.eval_interval == 0 and not self._finished():
+                    values["val_bits_per_byte"] = self._validate()
+                display.step(counters.step, values)
+                if counters.skipped_in_a_row >= config.max_skipped_steps:
+                    raise RunError(
+                        f"the loss was not finite in {counters.skipped_in_a_row} steps in a row: stopped; the last good "
+                        "checkpoint is intact: lower --learning_rate or --adam_lr and resume"
+                    )
+                if int(self._progress() * config.samples) > sampled and not self._finished():
+                    display.say(self._sample())
+                if signals.stop is not None:
+                    break
+                if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
+                    signals.save = False
+                    self.save()
+            if config.eval_interval and self.held_out and signals.stop is None:
+                display.step(counters.step, {"val_bits_per_byte": self._validate()})
+        self.save(final=signals.stop is None)
+        self.metrics.close()
+        return 0 if signals.stop is None else 128 + signals.stop
+
+    def _train_step(self, batches: Any) -> dict[str, Any]:
+        """Forward and backward over all micro-batches, one update unless something is not finite; the metrics."""
+        config, counters, model = self.config, self.counters, self.model
+        started = time.monotonic()
+        model.train()
+        factor = lr_factor(
+            config.schedule, counters.step, self._progress(),
+            warmup_steps=config.warmup_steps, decay_fraction=config.decay_fraction,
+        )  # fmt: skip
+        self.optimizer.set_lr_factor(factor)
+        totals = torch.zeros(2, device=self.device)
+        tokens = 0
+        for _ in range(config.gradient_accumulation):
+            batch = next(batches).to(self.device, non_blocking=True)
+            with self._autocast():
+                losses = self.loss(batch[:, :-1], batch[:, 1:])
+            (sum(losses) / config.gradient_accumulation).backward()
+            totals += torch.stack(losses).detach() / config.gradient_accumulation
+            tokens += batch[:, 1:].numel()
+        limit = config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
+        logits = model.max_logits.amax(dim=1)
+        ce, aux, grad_norm, *max_logit = torch.cat((totals, norm.view(1), logits)).tolist()  # the step's one wait
+        finite = all(map(math.isfinite, (ce, aux, grad_norm, *max_logit)))
+        clipped = int((model.max_logits > config.qk_clip_tau).sum()) if config.qk_clip_tau and finite else 0
+        load = model.expert_counts / model.expert_counts.sum(dim=-1, keepdim=True).clamp_min(1)
+        if finite:
+            self.optimizer.step()
+            model.update_balance()
+            model.exact_logits = config.qk_clip_meter == "exact" and max(max_logit) > config.qk_clip_tau / 2
+        self.optimizer.zero_grad()
+        model.reset_stats()
+        counters.step += 1
+        counters.tokens += tokens
+        counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
+        return {
+            "train_ce_loss": ce if finite else None,
+            "train_aux_loss": aux if finite else None,
+            "learning_rate": config.learning_rate * factor,
+            "grad_norm": grad_norm,
+            "tokens": counters.tokens,
+            "tokens_per_second": tokens / (time.monotonic() - started),
+            "max_logit": max_logit,
+            "clipped_heads": clipped,
+            "expert_load": load.tolist(),
+        }
+
+    def _validate(self) -> float:
+        """Evaluates, records, keeps the best checkpoint; returns the bits per byte."""
+        loss, bits_per_byte = self.evaluate(self.config.val_tokens)
+        self.metrics.record_validation(self.counters.step, loss, bits_per_byte)
+        if loss < self.counters.best_loss:
+            self.counters.best_loss = loss
+            self.save("best.pt")
+        return bits_per_byte
+
+    @torch.no_grad()
+    def evaluate(self, max_tokens: int = 0) -> tuple[float, float]:
+        """Held-out loss in nats per token and in bits per byte, over ``max_tokens`` evenly spread (0: all)."""
+        assert self.held_out is not None
+        self.model.eval()
+        length = self.held_out.length
+        chosen = evenly_spread(len(self.held_out), max(1, max_tokens // length) if max_tokens else 0)
+        nats, tokens, text_bytes = 0.0, 0, 0
+        for batch in DataLoader(Subset(self.held_out, chosen), batch_size=self.config.batch_size):
+            inputs, labels = batch[:, :-1].to(self.device), batch[:, 1:].to(self.device)
+            with self._autocast():
+                nats += self.model.loss(inputs, labels).cross_entropy.item() * labels.numel()
+            tokens += labels.numel()
+            text_bytes += self.corpus.tokenizer.count_bytes(batch[:, 1:])
+        return nats / tokens, nats / math.log(2) / max(1, text_bytes)
+
+    # ---- helpers --------------------------------------------------------------------------------
+
+    def _progress(self) -> float:
+        """Share of the run that is over, by steps or by time, whichever is further."""
+        config, counters = self.config, self.counters
+        by_time = counters.seconds / config.max_seconds if config.max_seconds else 0.0
+        return min(1.0, max(counters.step / config.max_steps, by_time))
+
+    def _finished(self) -> bool:
+        return self._progress() >= 1.0
+
+    def _display(self) -> ProgressDisplay:
+        config, counters = self.config, self.counters
+        left = max(0.0, config.max_seconds - counters.seconds) if config.max_seconds else 0.0
+        interval = config.eval_interval or 25
+        return ProgressDisplay(config.max_steps, counters.step, interval=interval, max_seconds=left)
+
+    def _autocast(self) -> torch.autocast:
+        mode = self.config.mixed_precision
+        enabled = mode == "on" or (mode == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _sample(self) -> str:
+        config = self.config
+        text = generate(
+            self.model, self.corpus.tokenizer, config.sample_prompt,
+            max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed,
+        )  # fmt: skip
+        return f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---"
+
+    def _held_out_sequences(self) -> PackedSequences | None:
+        if self.corpus.val is None:
+            return None
+        return PackedSequences(self.corpus.val.tokens, self.model.config.max_seq_length)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def save(self, name: str = "latest.pt", *, final: bool = False) -> None:
+        """Writes everything a resume or an inference needs; ``latest.pt`` leaves its forerunner as ``previous.pt``."""
+        path = self.folder / name
+        previous = self.folder / "previous.pt" if name == "latest.pt" else None
+        checkpoint.save(path, self.state(), previous=previous)
+        if final:
+            checkpoint.link(path, self.folder / "final.pt")
+        self.metrics.write_json()
+        if name == "latest.pt":
+            self.plot()
+
+    def plot(self) -> None:
+        """Draws ``logs/training_metrics.png``."""
+        from nanokimi.training.plots import plot_training
+
+        path = Path(self.config.output_dir) / "logs" / "training_metrics.png"
+        plot_training(self.metrics.history(), path, tau=self.config.qk_clip_tau, title=self.config.preset)
+
+    def state(self) -> dict[str, Any]:
+        """The run as plain data; ``restore`` takes it back."""
+        return {
+            "model_config": asdict(self.model.config),
+            "train_config": asdict(self.config),
+            "tokenizer": self.corpus.tokenizer.to_state(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "counters": asdict(self.counters),
+            "data": {"sha256": self.corpus.train.sha256, **self.batches.state_dict()},
+            "random": random_state(),
+            "exact_logits": self.model.exact_logits,
+            "history": self.metrics.state(),
+        }
+
+    def restore(self, path: Path, content: dict[str, Any]) -> None:
+        """Continues where ``content``, read from ``path``, was saved.
+
+        Raises:
+            CheckpointError: weights or optimizer state do not fit.
+        """
+        load_weights(path, self.model, content["model"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(f"{path}: the optimizer state does not fit: {error}") from error
+        self.counters = Counters(**content["counters"])
+        self.batches.load_state_dict(content["data"])
+        self.model.exact_logits = content["exact_logits"]
+        set_random_state(content["random"])
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Takes ``random_state`` back; generators of devices that are not here are passed over."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,49 @@
+"""Fixtures of the whole suite: small models with a fixed seed, two threads, no network."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from nanokimi.config import ModelConfig
+from nanokimi.model.transformer import Transformer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def debug_config() -> ModelConfig:
+    return ModelConfig.preset("debug")
+
+
+@pytest.fixture
+def debug_model(debug_config: ModelConfig) -> Transformer:
+    """A debug model whose weights are large enough that every part of it matters to the logits."""
+    return lively(Transformer(debug_config))
+
+
+@torch.no_grad()
+def lively(model: Transformer, std: float = 0.2) -> Transformer:
+    """Random weights far from the quiet initial ones, norms and balance biases included."""
+    generator = torch.Generator().manual_seed(7)
+    for role, parameter in model.declare():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.3 * noise if role == "norm" else std * noise)
+    for moe in model.moe_layers():
+        moe.router.balance_bias.copy_(0.3 * torch.randn(moe.router.balance_bias.shape, generator=generator))
+    return model.eval()

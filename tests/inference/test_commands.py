@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from scripted import InterruptedModel, ScriptedModel
+
+from nanokimi.data.tokenizer import load_tokenizer
+from nanokimi.errors import UserError
+from nanokimi.inference.commands import add_generate_arguments, run_generate
+
+
+def run(monkeypatch: pytest.MonkeyPatch, model: ScriptedModel, *flags: str) -> int:
+    monkeypatch.setattr("nanokimi.loading.load", lambda path, device: (model, load_tokenizer("byte")))
+    return run_generate(parsed("model.pt", "--device", "cpu", "--temperature", "0", *flags))
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_generate_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_prompt_and_continuation_go_to_stdout_and_the_speed_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, ScriptedModel(b"main()"), "--prompt", "def ", "--max_tokens", "6") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "def main()\n"
+    assert "tokens/s" in captured.err
+    assert captured.err.endswith("finish_reason length]\n")
+
+
+def test_stream_writes_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fault 83."""
+    model = ScriptedModel("é日本 END\x1b[31m".encode())
+    for flags in ([], ["--stop", "END"], ["--max_tokens", "4"]):
+        run(monkeypatch, model, "--prompt", "x", *flags)
+        whole = capsys.readouterr().out
+        run(monkeypatch, model, "--prompt", "x", "--stream", *flags)
+        assert capsys.readouterr().out == whole
+
+
+def test_several_stop_strings_may_be_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, ScriptedModel(b"one two"), "--stop", "zz", "--stop", " t", "--stream") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "one\n"
+    assert "finish_reason stop" in captured.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_ctrl_c_keeps_what_was_written_and_exits_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert run(monkeypatch, InterruptedModel(b"abc"), "--prompt", "x", *flags) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "xabc\n"
+    assert "finish_reason interrupted" in captured.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"], ["--interactive"]])
+def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
+        assert run(monkeypatch, ScriptedModel(b"abc"), "--prompt", "x", *flags) == 0
+
+
+def test_a_talk_scripted_through_a_pipe_survives_bytes_that_are_not_utf8(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ScriptedModel(b"abc")
+    stdin = io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9\n/quit\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run(monkeypatch, model, "--interactive", "--max_tokens", "3") == 0
+    assert [bytes(ids).decode() for ids in model.prompts] == ["one", "oneabc\ncaf\N{REPLACEMENT CHARACTER}"]
+    assert capsys.readouterr().out.count("abc\n[3 tokens") == 2
+
+
+@pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--top_p", "2"], ["--max-tokens", "-1"], ["--stop", ""]])
+def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    """Faults 71, 72 and 76."""
+    monkeypatch.setattr("nanokimi.loading.load", lambda path, device: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=flags[0].replace("-", "[-_]")):
+        run_generate(parsed("model.pt", *flags))
+
+
+def test_a_missing_model_file_is_a_mistake_of_the_user() -> None:
+    """Fault 82."""
+    with pytest.raises(UserError, match=r"missing\.pt"):
+        run_generate(parsed("missing.pt", "--device", "cpu"))
+
+
+def test_underscores_and_dashes_both_work() -> None:
+    dashes = parsed("m.pt", "--max-tokens", "7", "--top-p", "0.5", "--top-k", "3", "--min-p", "0.1")
+    assert dashes == parsed("m.pt", "--max_tokens", "7", "--top_p", "0.5", "--top_k", "3", "--min_p", "0.1")
+
+
+def test_the_documented_defaults() -> None:
+    assert vars(parsed("m.pt")) == {
+        "checkpoint": "m.pt",
+        "prompt": "",
+        "max_tokens": 100,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 0,
+        "min_p": 0.0,
+        "seed": None,
+        "stop": [],
+        "device": "auto",
+        "stream": False,
+        "interactive": False,
+    }
+
+
+def test_the_flags_are_listed_without_importing_torch() -> None:
+    code = "import sys, nanokimi.inference.commands; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
