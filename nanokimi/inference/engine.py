@@ -183,7 +183,7 @@ def _tokens(
     """Prefill in one piece, then a token at a time; prompt and continuation together fit the context."""
     weight = next(model.parameters())
     length = min(len(prompt) + settings.max_tokens, model.config.max_seq_length)
-    cache = LatentCache(model.config, 1, length, device=weight.device, dtype=torch.float32)
+    cache = LatentCache(model.config, 1, length, device=weight.device, dtype=weight.dtype)
     generator = new_generator(settings.seed, weight.device)
     pending = prompt
     with _evaluating(model):

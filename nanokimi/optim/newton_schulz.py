@@ -37,15 +37,16 @@ def newton_schulz(g: Tensor, *, steps: int = STEPS, dtype: torch.dtype | None = 
     """
     dtype = dtype or best_dtype(g.device)
     tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
+    x = g.reshape(-1, *g.shape[-2:])
+    x = x.mT if tall else x
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
     x = (x / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(dtype)
     a, b, c = QUINTIC
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    result: Tensor = x.mT if tall else x
-    return result
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).reshape(g.shape)
 
 
 def orthogonalise(matrices: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -46,7 +46,7 @@ class MetricsLog:
                 file.write(state.encode())
             self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
         except OSError as error:
-            raise _cannot_write(self.jsonl_path, error) from error
+            raise cannot_write(self.jsonl_path, error) from error
 
     @classmethod
     def restore(cls, folder: Path, state: str) -> MetricsLog:
@@ -68,8 +68,8 @@ class MetricsLog:
         """
         if unknown := values.keys() - set(STEP_COLUMNS[1:]):
             raise ValueError(f"not columns of the history: {', '.join(sorted(unknown))}")
-        losses = (values.get("train_ce_loss"), values.get("train_aux_loss"))
-        total = sum(losses) if all(isinstance(loss, (int, float)) for loss in losses) else None
+        ce, aux = values.get("train_ce_loss"), values.get("train_aux_loss")
+        total = ce + aux if isinstance(ce, (int, float)) and isinstance(aux, (int, float)) else None
         self._append({"step": step, "train_loss": total} | {name: values.get(name) for name in STEP_COLUMNS[1:]})
 
     def record_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
@@ -98,7 +98,7 @@ class MetricsLog:
             with atomic_write(self.json_path) as file:
                 file.write(json.dumps(self.history(), allow_nan=False).encode())
         except OSError as error:
-            raise _cannot_write(self.json_path, error) from error
+            raise cannot_write(self.json_path, error) from error
 
     def state(self) -> str:
         """The history for the checkpoint: a single string, because ``weights_only`` loading of numbers is slow."""
@@ -113,7 +113,7 @@ class MetricsLog:
         try:
             self._file.write(line)
         except OSError as error:
-            raise _cannot_write(self.jsonl_path, error) from error
+            raise cannot_write(self.jsonl_path, error) from error
         self._lines.append(line)
 
 
@@ -136,5 +136,6 @@ def _keep_unrelated(path: Path, state: str) -> None:
     path.rename(kept)
 
 
-def _cannot_write(path: Path, error: OSError) -> RunError:
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The one line for a log or plot that the disk refuses."""
     return RunError(f"cannot write {path}: {error.strerror or error}; make room or choose another --output_dir")

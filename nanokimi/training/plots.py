@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from nanokimi.files import atomic_write
-from nanokimi.training.metrics import History
+from nanokimi.training.metrics import History, cannot_write
 
 # S steps, L layers, M layers with experts, E experts
 Floats = NDArray[np.float64]
@@ -38,7 +38,7 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
         tau: the QK-Clip threshold, drawn beside the attention logits; 0 for none.
 
     Raises:
-        OSError: ``path`` cannot be written.
+        RunError: ``path`` cannot be written.
     """
     steps, logits = _column(history, "max_logit")  # [S, L]
     load = _relative_load(history)  # [S, M, E]
@@ -61,8 +61,11 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
         if panel.get_xlabel() == "step":
             last = max([1, *history["steps"]])
             panel.set_xlim(-0.02 * last, 1.02 * last)
-    with atomic_write(path) as file:
-        canvas.print_png(file)
+    try:
+        with atomic_write(path) as file:
+            canvas.print_png(file)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _draw_header(figure: Figure, history: History, title: str) -> None:
@@ -80,6 +83,8 @@ def _draw_loss(ax: Axes, history: History) -> None:
     _draw_noisy(ax, steps, loss, "train")
     val_steps, val_loss = _column(history, "val_loss", "val_steps")
     _draw_validation(ax, val_steps, val_loss)
+    if not np.isfinite(np.append(loss, val_loss)).any():
+        return _say_empty(ax, "no finite loss in this run")
     skipped = np.isnan(loss)
     if skipped.any():
         _draw_marks(ax, steps[skipped], "x", RED, f"skipped: {skipped.sum():,}")
@@ -104,6 +109,8 @@ def _draw_gradient_norm(ax: Axes, history: History) -> None:
     _dress(ax, "Gradient norm", "norm")
     steps, norm = _column(history, "grad_norm")
     norm = np.where(norm > 0, norm, np.nan)
+    if not np.isfinite(norm).any():
+        return _say_empty(ax, "no finite gradient in this run")
     _draw_noisy(ax, steps, norm, "running mean")
     _use_log_scale(ax, norm)
     _legend(ax)
@@ -125,7 +132,7 @@ def _draw_throughput(ax: Axes, history: History) -> None:
 
 
 def _draw_max_logit(ax: Axes, history: History, logits: Floats, tau: float) -> None:
-    _dress(ax, "Largest attention logit", "logit, largest over heads")
+    _dress(ax, "Largest logit", "attention logit, largest over heads")
     finite = logits[np.isfinite(logits)]
     if not finite.size:
         return _say_empty(ax, "not measured in this run")
@@ -172,8 +179,8 @@ def _draw_expert_load(ax: Axes, load: Floats, layers: int) -> None:
             ax.text(expert, first + row, f"{share:.2f}", ha="center", va="center", fontsize=FONT_SIZE - 1, color=color)
     ax.grid(False)
     ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ends = (f"{max(0.0, 1 - spread):.2g}", f"{1 + spread:.3g} × even share")
-    _draw_color_key(ax, BALANCE(np.linspace(0, 1, 64)), ends, x=0.1, y=1.03)
+    ends = (f"{max(0.0, 1 - spread):.2g}", f"{1 + spread:.3g} of the even share")
+    _draw_color_key(ax, BALANCE(np.linspace(0, 1, 64)), ends, x=0.12, y=1.03)
 
 
 def _draw_noisy(ax: Axes, steps: Floats, values: Floats, label: str) -> None:
@@ -228,12 +235,13 @@ def _draw_marks(ax: Axes, steps: Floats, marker: str, color: str, label: str) ->
 
 
 def _dress(ax: Axes, title: str, ylabel: str, *, xlabel: str = "step") -> None:
-    ax.set_title(title, loc="left", fontsize=FONT_SIZE + 2, fontweight="bold", y=1.0, pad=26)  # y: no moving out of the way
+    # An explicit y, or matplotlib lifts the title above the color key.
+    ax.set_title(title, loc="left", fontsize=FONT_SIZE + 2, fontweight="bold", y=1.0, pad=26)
     ax.set_xlabel(xlabel, fontsize=FONT_SIZE)
     ax.set_ylabel(ylabel, fontsize=FONT_SIZE)
     ax.tick_params(which="both", labelsize=FONT_SIZE, color=GREY)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND_STEPS))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.yaxis.set_major_locator(MaxNLocator(7, steps=ROUND_STEPS))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color="#E6E6E6", linewidth=0.8)
@@ -252,7 +260,7 @@ def _legend(ax: Axes) -> None:
 def _use_log_scale(ax: Axes, values: Floats) -> None:
     """A logarithmic y axis with plain numbers: 1, 2, 5 per decade, fewer over many decades."""
     finite = values[np.isfinite(values)]
-    narrow = finite.size > 0 and finite.max() < 300 * finite.min()
+    narrow = finite.max() < 300 * finite.min()
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -301,7 +309,7 @@ def _thin(steps: Floats, values: Floats, reduce: np.ufunc, limit: int) -> tuple[
 
 
 def _smooth(values: Floats) -> Floats:
-    """Mean over a centred window of a fortieth of the run [S, ...]; NaN is left out, and the window ends with the run."""
+    """Mean over a centred window of a fortieth of the run [S, ...]; NaN is left out, the ends have half a window."""
     reach = len(values) // 80
     finite = np.isfinite(values)
     zero = np.zeros((1, *values.shape[1:]))

@@ -60,8 +60,8 @@ class ProgressDisplay:
         self._values.update(values)
         clipped = values.get("clipped_heads")
         self._clipped += clipped if isinstance(clipped, int) else 0
-        due = self.interval > 0 and step % self.interval == 0
-        if self._live is None and (due or step in (self.start_step + 1, self.max_steps)):
+        due = step == self.start_step + 1 or (self.interval > 0 and step % self.interval == 0)
+        if self._live is None and due and step not in (self._printed, self.max_steps):
             self._print_line()
 
     def say(self, text: str) -> None:
@@ -72,7 +72,7 @@ class ProgressDisplay:
             self._live.console.print(text, markup=False, highlight=False, emoji=False)
 
     def close(self) -> None:
-        """Leaves the last state on the screen and gives the terminal back; may be called twice."""
+        """Shows the last step, with what came after it, and gives the terminal back; may be called twice."""
         if self._live is not None:
             self._live.stop()
         elif self._printed != self._step:
@@ -92,14 +92,14 @@ class ProgressDisplay:
                 f"bits/byte {_number(self._values.get('val_bits_per_byte'), '.3f')}",
                 f"{_number(self._values.get('tokens_per_second'), ',.0f')} tok/s",
                 f"max logit {_number(largest, '.1f')}",
-                f"clipped {self._clipped:,}",
+                f"heads clipped {self._clipped:,}",
             )
         )
 
     def _seconds_left(self) -> float | None:
         """Seconds until the last step or the end of the time budget; None while neither is known."""
         now, ends = time.monotonic(), []
-        timed_steps = self._step - self.start_step - 1  # the first one compiles and warms caches: no measure of the rest
+        timed_steps = self._step - self.start_step - 1  # not the first one, which compiles and warms caches
         if self._first_step_done is not None and timed_steps > 0:
             ends.append((self.max_steps - self._step) * (now - self._first_step_done) / timed_steps)
         if self.max_seconds:

@@ -1,0 +1,221 @@
+"""Oracles 1 to 3, 7 and 8 of Muon: torch's own optimizers, an SVD, and invariances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nanokimi.config import ModelConfig
+from nanokimi.model.transformer import Transformer
+from nanokimi.optim.muonclip import MuonClip, update_scale
+from nanokimi.optim.newton_schulz import newton_schulz, orthogonalise
+
+SHAPES = [(48, 32), (32, 48), (64, 24), (40, 90)]
+
+
+class Declared(nn.Module):
+    """Bare parameters with roles, as small a model as MuonClip takes."""
+
+    def __init__(self, **roles: tuple[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.roles = {name: role for name, (role, _) in roles.items()}
+        for name, (_, shape) in roles.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+        self.max_logits = torch.zeros(0, 0)
+
+    def declare(self) -> list[tuple[str, nn.Parameter]]:
+        return [(role, getattr(self, name)) for name, role in self.roles.items()]
+
+    def qk_heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return []
+
+
+def matrices() -> Declared:
+    return Declared(**{f"w{i}": ("matrix", shape) for i, shape in enumerate(SHAPES)})
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def updates_of_both(adjust: str | None, ns_dtype: torch.dtype, steps: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Total movement of each weight under ours and torch.optim.Muon, on the same gradients."""
+    ours = matrices()
+    theirs = [p.detach().clone().requires_grad_() for p in ours.parameters()]
+    start = [p.detach().clone() for p in theirs]
+    lr = 0.02 if adjust is None else 0.001
+    mine = MuonClip(ours, lr, weight_decay=0.1, adjust_lr_fn=adjust or "original", ns_dtype=ns_dtype)
+    reference = torch.optim.Muon(theirs, lr=lr, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn=adjust)
+    for _ in range(steps):
+        for p, q in zip(ours.parameters(), theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        mine.step()
+        reference.step()
+    moved = zip(ours.parameters(), theirs, start, strict=True)
+    return [(p.detach() - s, q.detach() - s) for p, q, s in moved]
+
+
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_updates_agree_with_torch_muon_in_fp32(adjust: str | None) -> None:
+    for ours, theirs in updates_of_both(adjust, torch.float32):
+        assert relative(ours, theirs) < 0.05
+
+
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_updates_equal_torch_muon_when_forced_to_bf16(adjust: str | None) -> None:
+    for ours, theirs in updates_of_both(adjust, torch.bfloat16):
+        assert relative(ours, theirs) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (32, 96), (80, 60), (2, 5, 48, 24)])
+def test_singular_values_and_direction_are_those_of_the_polar_factor(shape: tuple[int, ...]) -> None:
+    g = torch.randn(shape, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    assert float((s / g.norm(dim=(-2, -1))[..., None]).min()) >= 3e-3  # the range the bounds below are for
+    out = newton_schulz(g.float(), dtype=torch.float32).double()
+    values = torch.linalg.svdvals(out)
+    assert 0.682 - 0.005 < float(values.min()) <= float(values.max()) < 1.202 + 0.005
+    cosine = torch.nn.functional.cosine_similarity(out.flatten(-2), (u @ vh).flatten(-2), dim=-1)
+    assert float(cosine.min()) > 0.98
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (300, 260)])
+def test_batched_equals_one_by_one(shape: tuple[int, int]) -> None:
+    single, stack = torch.randn(shape), torch.randn(3, *shape)
+    done = orthogonalise([single, stack], dtype=torch.float32)
+    torch.testing.assert_close(done[0], newton_schulz(single, dtype=torch.float32), rtol=0, atol=1e-5)
+    for got, matrix in zip(done[1], stack, strict=True):
+        torch.testing.assert_close(got, newton_schulz(matrix, dtype=torch.float32), rtol=0, atol=1e-5)
+
+
+def test_experts_are_orthogonalised_one_by_one_and_not_as_one_tall_matrix() -> None:
+    stack = torch.randn(4, 16, 32)
+    (done,) = orthogonalise([stack], dtype=torch.float32)
+    for matrix in done:
+        assert 0.6 < float(torch.linalg.svdvals(matrix).min())
+    tall = newton_schulz(stack.flatten(0, 1), dtype=torch.float32).view_as(stack)
+    assert relative(done, tall) > 0.3
+
+
+def test_transposed_input_gives_the_transposed_output() -> None:
+    g = torch.randn(20, 50)
+    assert torch.equal(newton_schulz(g.mT, dtype=torch.float32), newton_schulz(g, dtype=torch.float32).mT)
+
+
+@pytest.mark.parametrize("exponent", [-20, -3, 1, 15])
+def test_a_gradient_times_a_power_of_two_gives_the_identical_update(exponent: int) -> None:
+    g = torch.randn(32, 24)
+    assert torch.equal(newton_schulz(g * 2.0**exponent, dtype=torch.float32), newton_schulz(g, dtype=torch.float32))
+
+
+def test_a_zero_gradient_gives_a_zero_update() -> None:
+    model = matrices()
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    MuonClip(model, weight_decay=0.0).step()
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+
+
+def test_adamw_part_equals_torch_adamw() -> None:
+    model = Declared(e=("embedding", (30, 8)), h=("head", (30, 8)), n=("norm", (8,)))
+    theirs = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    mine = MuonClip(model, adam_lr=0.01, weight_decay=0.1)
+    groups = [
+        {"params": [theirs["e"], theirs["h"]], "weight_decay": 0.1},
+        {"params": [theirs["n"]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(10):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            theirs[name].grad = p.grad.clone()
+        mine.step()
+        reference.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_steps_continue_to_the_bit_after_saving_and_loading() -> None:
+    def run(model: Transformer, optimizer: MuonClip, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.set_lr_factor(1 / (1 + step))
+            optimizer.step()
+
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig.preset("debug"))
+    optimizer = MuonClip(model)
+    run(model, optimizer, range(4))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, optimizer.state_dict())
+    run(model, optimizer, range(4, 7))
+
+    other = Transformer(ModelConfig.preset("debug"))
+    other.load_state_dict(weights)
+    continued = MuonClip(other)
+    continued.load_state_dict(saved)
+    run(other, continued, range(4, 7))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(64, 16), (16, 64)])
+def test_update_scales(rows: int, cols: int) -> None:
+    assert update_scale("original", rows, cols) == pytest.approx(max(1, rows / cols) ** 0.5)
+    assert update_scale("match_rms_adamw", rows, cols) == pytest.approx(0.2 * 8)
+
+
+def test_every_parameter_of_the_model_has_exactly_one_role() -> None:
+    model = Transformer(ModelConfig.preset("debug"))
+    declared = [id(p) for _, p in model.declare()]
+    assert sorted(declared) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_parameter_without_a_role_is_refused() -> None:
+    model = matrices()
+    model.stray = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="without a role: stray"):
+        MuonClip(model)
+
+
+def test_a_parameter_with_two_roles_is_refused() -> None:
+    class Twice(Declared):
+        def declare(self) -> list[tuple[str, nn.Parameter]]:
+            return [*super().declare(), ("head", self.w)]
+
+    with pytest.raises(ValueError, match="declared twice"):
+        MuonClip(Twice(w=("matrix", (4, 4))))
+
+
+def test_an_unknown_role_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown role 'spare'"):
+        MuonClip(Declared(w=("spare", (4, 4))))
+
+
+def test_muon_never_takes_embedding_head_or_norms_and_decay_spares_norms() -> None:
+    model = Transformer(ModelConfig.preset("debug"))
+    optimizer = MuonClip(model, weight_decay=0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names[id(p)]
+            assert (group["kind"] == "adamw") == (name in ("embed", "head.weight") or "norm" in name), name
+            assert (group["weight_decay"] == 0) == ("norm" in name), name
+            assert group["is_qk"] == any(part in name for part in (".wq", ".wkv")), name
+
+
+def test_momentum_is_kept_in_fp32() -> None:
+    model = Transformer(ModelConfig.preset("debug"))
+    optimizer = MuonClip(model, ns_dtype=torch.bfloat16)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert {state["momentum_buffer"].dtype for state in optimizer.state.values() if "momentum_buffer" in state} == {
+        torch.float32
+    }
