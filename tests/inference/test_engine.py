@@ -22,59 +22,53 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer("byte")
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(ModelConfig.preset("debug", init_std=0.2))
-
-
 def pieces_of(model: ScriptedModel, tokenizer: Tokenizer, *stop: str) -> list[str]:
     return list(stream(model, tokenizer, "x", Settings(temperature=0.0, max_tokens=len(model.script), stop=stop)))
 
 
-def test_greedy_equals_the_uncached_forward_pass(model: Transformer) -> None:
+def test_greedy_equals_the_uncached_forward_pass(debug_model: Transformer) -> None:
     """Fault 70."""
     ids = [5, 6, 7]
     with torch.inference_mode():
         for _ in range(12):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    assert generate_tokens(model, [5, 6, 7], max_tokens=12, temperature=0.0) == ids[3:]
-    assert generate_tokens(model, [5, 6, 7], max_tokens=12, top_p=0.0) == ids[3:]
+            ids.append(int(debug_model(torch.tensor([ids]))[0, -1].argmax()))
+    assert generate_tokens(debug_model, [5, 6, 7], max_tokens=12, temperature=0.0) == ids[3:]
+    assert generate_tokens(debug_model, [5, 6, 7], max_tokens=12, top_p=0.0) == ids[3:]
 
 
-def test_the_same_seed_writes_the_same_text_beside_other_draws(model: Transformer, tokenizer: Tokenizer) -> None:
-    first = generate(model, tokenizer, "ab", max_tokens=12, seed=3)
+def test_the_same_seed_writes_the_same_text_beside_other_draws(debug_model: Transformer, tokenizer: Tokenizer) -> None:
+    first = generate(debug_model, tokenizer, "ab", max_tokens=12, seed=3)
     torch.rand(5)
-    assert generate(model, tokenizer, "ab", max_tokens=12, seed=3) == first
-    assert generate(model, tokenizer, "ab", max_tokens=12, seed=4) != first
+    assert generate(debug_model, tokenizer, "ab", max_tokens=12, seed=3) == first
+    assert generate(debug_model, tokenizer, "ab", max_tokens=12, seed=4) != first
 
 
-def test_a_generation_does_not_touch_the_global_random_state(model: Transformer) -> None:
+def test_a_generation_does_not_touch_the_global_random_state(debug_model: Transformer) -> None:
     before = torch.random.get_rng_state()
-    generate_tokens(model, [1], max_tokens=3)
+    generate_tokens(debug_model, [1], max_tokens=3)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_streamed_pieces_make_the_unstreamed_text(model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
+def test_streamed_pieces_make_the_unstreamed_text(debug_model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     """Fault 83."""
     settings = Settings(max_tokens=24, seed=seed, stop=("e", "\n"))
-    whole = generate(model, tokenizer, "ab", max_tokens=24, seed=seed, stop=["e", "\n"])
-    assert "".join(stream(model, tokenizer, "ab", settings)) == whole
+    whole = generate(debug_model, tokenizer, "ab", max_tokens=24, seed=seed, stop=["e", "\n"])
+    assert "".join(stream(debug_model, tokenizer, "ab", settings)) == whole
 
 
-def test_a_prompt_over_the_context_names_both_counts(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_a_prompt_over_the_context_names_both_counts(debug_model: Transformer, tokenizer: Tokenizer) -> None:
     """Fault 73."""
     with pytest.raises(UserError, match=r"129 tokens.*128.*--prompt"):
-        generate(model, tokenizer, "a" * (CONTEXT + 1))
+        generate(debug_model, tokenizer, "a" * (CONTEXT + 1))
 
 
 @pytest.mark.parametrize(("prompt_length", "written"), [(120, 8), (127, 1), (128, 0)])
 def test_a_full_context_ends_with_reason_length_and_keeps_the_output(
-    model: Transformer, prompt_length: int, written: int
+    debug_model: Transformer, prompt_length: int, written: int
 ) -> None:
     """Fault 74."""
-    pieces = stream_tokens(model, [1] * prompt_length, Settings(max_tokens=50, temperature=0.0))
+    pieces = stream_tokens(debug_model, [1] * prompt_length, Settings(max_tokens=50, temperature=0.0))
     assert len(list(pieces)) == pieces.result.tokens == written
     assert pieces.result.finish_reason == "length"
 
@@ -86,31 +80,31 @@ def test_an_empty_prompt_starts_behind_an_end_of_text(tokenizer: Tokenizer) -> N
     assert scripted.prompts == [[EOT]]
 
 
-def test_no_prompt_tokens_at_all_is_an_error(model: Transformer) -> None:
+def test_no_prompt_tokens_at_all_is_an_error(debug_model: Transformer) -> None:
     with pytest.raises(UserError, match="prompt has no tokens"):
-        generate_tokens(model, [])
+        generate_tokens(debug_model, [])
 
 
 @pytest.mark.parametrize("token", [-1, 257])
-def test_a_prompt_token_outside_the_vocabulary_is_named(model: Transformer, token: int) -> None:
+def test_a_prompt_token_outside_the_vocabulary_is_named(debug_model: Transformer, token: int) -> None:
     with pytest.raises(UserError, match=rf"token {token}.*257"):
-        generate_tokens(model, [1, token])
+        generate_tokens(debug_model, [1, token])
 
 
-def test_a_prompt_that_is_not_utf8_is_an_error(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_a_prompt_that_is_not_utf8_is_an_error(debug_model: Transformer, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"--prompt is not valid UTF-8"):
-        generate(model, tokenizer, b"caf\xe9".decode("utf-8", "surrogateescape"))
+        generate(debug_model, tokenizer, b"caf\xe9".decode("utf-8", "surrogateescape"))
 
 
-def test_negative_max_tokens_is_an_error_before_anything_runs(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_negative_max_tokens_is_an_error_before_anything_runs(debug_model: Transformer, tokenizer: Tokenizer) -> None:
     """Fault 76."""
     with pytest.raises(UserError, match=r"^--max_tokens must be 0 or more, got -1$"):
-        generate(model, tokenizer, "a", max_tokens=-1)
+        generate(debug_model, tokenizer, "a", max_tokens=-1)
 
 
-def test_zero_max_tokens_writes_nothing(model: Transformer, tokenizer: Tokenizer) -> None:
-    assert generate(model, tokenizer, "a", max_tokens=0) == ""
-    assert generate_tokens(model, [1], max_tokens=0) == []
+def test_zero_max_tokens_writes_nothing(debug_model: Transformer, tokenizer: Tokenizer) -> None:
+    assert generate(debug_model, tokenizer, "a", max_tokens=0) == ""
+    assert generate_tokens(debug_model, [1], max_tokens=0) == []
 
 
 def test_end_of_text_stops_and_is_not_part_of_the_text(tokenizer: Tokenizer) -> None:
@@ -214,8 +208,8 @@ def test_the_training_flag_comes_back_also_when_the_reader_stops_early(training:
     assert scripted.training == training
 
 
-def test_nothing_of_inference_mode_leaks_to_the_reader(model: Transformer) -> None:
-    for _ in stream_tokens(model, [1], Settings(max_tokens=2)):
+def test_nothing_of_inference_mode_leaks_to_the_reader(debug_model: Transformer) -> None:
+    for _ in stream_tokens(debug_model, [1], Settings(max_tokens=2)):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
 
