@@ -1,0 +1,290 @@
+"""Text to token ids and back: one class for bytes, for a BPE trained here and for any ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+from torch import Tensor
+
+from nanokimi.errors import UserError
+from nanokimi.files import atomic_write
+
+END_OF_TEXT = "<|endoftext|>"
+# What other families call it, tried in this order when there is no <|endoftext|>.
+_OTHER_ENDS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ALTERNATIVES = "--set tokenizer_name=byte, --set tokenizer_name=bpe:4096, or the path of a local tokenizer.json"
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` that knows its end of text and the bytes behind every token.
+
+    Args:
+        inner: the tokenizer; padding and truncation, which its file may carry, are switched off.
+        name: what the user called it.
+        eot: the token that ends a document; None looks for the usual names.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        eot_id: id of the token that ends a document.
+        fingerprint: SHA-256 of its canonical JSON; equal exactly when text becomes the same ids.
+
+    Raises:
+        UserError: it has no end-of-text token, or loses white space (WordPiece) so that text cannot be restored.
+    """
+
+    def __init__(self, inner: HFTokenizer, name: str, *, eot: str | None = None) -> None:
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not a command
+        self.name, self._inner = name, inner
+        self._vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        self.eot = _find_eot(self._vocabulary, name) if eot is None else eot
+        self.eot_id = self._vocabulary[self.eot]
+        layout = json.loads(inner.to_str())
+        self.fingerprint = hashlib.sha256(json.dumps([layout, self.eot], sort_keys=True).encode()).hexdigest()
+        pipeline = json.dumps([layout["normalizer"], layout["pre_tokenizer"], layout["decoder"]], ensure_ascii=False)
+        self._byte_level = "ByteLevel" in pipeline
+        if not self._byte_level and "▁" not in pipeline:
+            raise UserError(f"tokenizer {name}: text cannot be restored from its tokens: use {_ALTERNATIVES}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, nothing added; special tokens written in it are plain text.
+
+        Raises:
+            UnicodeEncodeError: ``text`` holds lone surrogates and so is not Unicode.
+        """
+        text.encode()
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of every text, on all cores."""
+        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, special tokens show as they are written."""
+        return b"".join(map(self.piece, ids)).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> bytes:
+        """The bytes with which ``token`` is shown."""
+        return self._specials[token].encode() if token in self._specials else self.token_bytes[token]
+
+    def count_bytes(self, tokens: Tensor) -> int:
+        """UTF-8 bytes of text behind ``tokens`` (ids of any shape, on the CPU); special tokens have none."""
+        return int(self._byte_counts[tokens].sum())
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of text behind every id [vocab_size]; ``b""`` for special tokens and unused ids."""
+        table = [b""] * self.vocab_size
+        added = self._inner.get_added_tokens_decoder()
+        for token, token_id in self._vocabulary.items():
+            if token_id not in added:
+                table[token_id] = _from_byte_level(token) if self._byte_level else _from_sentencepiece(token)
+            elif token_id not in self._specials:
+                table[token_id] = token.encode()
+        return table
+
+    @cached_property
+    def _specials(self) -> dict[int, str]:
+        added: dict[int, AddedToken] = self._inner.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special or i == self.eot_id}
+
+    @cached_property
+    def _byte_counts(self) -> Tensor:
+        return torch.tensor([len(piece) for piece in self.token_bytes])
+
+    def to_state(self) -> dict[str, str]:
+        """Everything about it as plain strings, for a checkpoint."""
+        return {"name": self.name, "json": self._inner.to_str(), "eot": self.eot}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, str]) -> Tokenizer:
+        """The tokenizer that ``to_state`` described."""
+        return cls(HFTokenizer.from_str(state["json"]), state["name"], eot=state["eot"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes a ``tokenizer.json`` that ``load_tokenizer`` and other programs read; OSError if it cannot."""
+        with atomic_write(path) as file:
+            file.write(self._inner.to_str(pretty=True).encode())
+
+
+class TextStream:
+    """Text of tokens that arrive one by one; an incomplete character is held back until it is whole.
+
+    The pieces joined are ``tokenizer.decode`` of all ids, less an incomplete character at the very end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._piece = tokenizer.piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that became complete with ``token``; may be empty."""
+        return self._decoder.decode(self._piece(token))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, *, name: str = "") -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` entries, ``<|endoftext|>`` included as the last one.
+
+    The splitting rule is GPT-2's. Deterministic: the same texts give the same tokenizer. A text with too few
+    repetitions gives fewer entries; compare ``vocab_size``.
+
+    Raises:
+        UserError: ``vocab_size`` has no room for the 256 bytes and the end of text.
+    """
+    if vocab_size < 257:
+        raise UserError(f"tokenizer_name bpe:{vocab_size}: needs at least 257 entries: 256 bytes and {END_OF_TEXT}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner = _byte_level(models.BPE())
+    inner.train_from_iterator(texts, trainer)
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner, name or f"bpe:{vocab_size}")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """``byte``, a ``tokenizer.json``, a folder that holds one, or the name of a Hugging Face repository.
+
+    Raises:
+        UserError: nothing usable under that name; the message names the alternatives.
+    """
+    if name == "byte":
+        return _byte_tokenizer()
+    path = Path(name)
+    if os.path.isdir(path):
+        return _from_file(path / "tokenizer.json", name)
+    if os.path.isfile(path) or path.suffix == ".json":
+        return _from_file(path, name)
+    return _from_hub(name)
+
+
+def bpe_size(name: str) -> int | None:
+    """N of the tokenizer name ``bpe:N``, None for every other name.
+
+    Raises:
+        UserError: N is not a whole number.
+    """
+    if not name.startswith("bpe:"):
+        return None
+    if not name[4:].isdecimal():
+        raise UserError(f"tokenizer_name {name}: write bpe:N with the number of entries, such as bpe:4096")
+    return int(name[4:])
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """Every byte its own token with its own value, behind them the end of text: a BPE without merges."""
+    inner = _byte_level(models.BPE(vocab={char: byte for char, byte in _BYTE_OF.items()}, merges=[]))
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner, "byte")
+
+
+def _byte_level(model: models.BPE) -> HFTokenizer:
+    inner = HFTokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _from_file(path: Path, name: str) -> Tokenizer:
+    if not os.path.isfile(path):
+        raise UserError(f"tokenizer_name {name}: there is no {path}: use {_ALTERNATIVES}")
+    try:
+        inner = HFTokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"tokenizer_name {name}: {path} is damaged ({error}): use {_ALTERNATIVES}") from error
+    return Tokenizer(inner, name, eot=_configured_eot(path.with_name("tokenizer_config.json"), inner))
+
+
+def _from_hub(name: str) -> Tokenizer:
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise UserError(f"tokenizer_name {name}: no such file, and not a repository name: use {_ALTERNATIVES}")
+    try:
+        path = _download(name)
+    except Exception as error:  # besides its own errors, those of whichever HTTP client the hub library uses
+        raise UserError(f"tokenizer_name {name}: {_hub_problem(error)}; or use {_ALTERNATIVES}") from error
+    return _from_file(path, name)
+
+
+def _download(name: str) -> Path:
+    """The repository's ``tokenizer.json`` in the local cache, fetched when it is not there yet."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json", local_files_only=True))
+    except LocalEntryNotFoundError:
+        # One quick try: without a connection the download itself would retry for half a minute.
+        get_hf_file_metadata(hf_hub_url(name, "tokenizer.json"))
+        return Path(hf_hub_download(name, "tokenizer.json"))
+
+
+def _hub_problem(error: Exception) -> str:
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on the hub and run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private: run `hf auth login`"
+    if isinstance(error, EntryNotFoundError):
+        return "the repository has no tokenizer.json"
+    return f"it is not on this machine and the Hugging Face hub cannot be reached ({type(error).__name__})"
+
+
+def _find_eot(vocabulary: Mapping[str, int], name: str) -> str:
+    for token in (END_OF_TEXT, *_OTHER_ENDS):
+        if token in vocabulary:
+            return token
+    raise UserError(f"tokenizer {name}: has no end-of-text token such as {END_OF_TEXT}: use {_ALTERNATIVES}")
+
+
+def _configured_eot(path: Path, inner: HFTokenizer) -> str | None:
+    """The end of text that ``tokenizer_config.json`` names, unless the usual one exists."""
+    if inner.token_to_id(END_OF_TEXT) is not None or not path.is_file():
+        return None
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object: repair or remove it") from error
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    return eos if isinstance(eos, str) and inner.token_to_id(eos) is not None else None
+
+
+def _byte_characters() -> Iterator[tuple[str, int]]:
+    """GPT-2's printable character for each byte: itself where it is visible, else the next one from U+0100 on."""
+    shifted = 0x100
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
+            yield chr(byte), byte
+        else:
+            yield chr(shifted), byte
+            shifted += 1
+
+
+_BYTE_OF = dict(_byte_characters())
+
+
+def _from_byte_level(token: str) -> bytes:
+    return bytes(_BYTE_OF[char] for char in token) if all(char in _BYTE_OF for char in token) else token.encode()
+
+
+def _from_sentencepiece(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
