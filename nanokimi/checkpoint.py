@@ -147,14 +147,19 @@ def check_fits(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, T
 
 
 class _HashingFile:
-    """The part of a file that ``torch.save`` needs; hashes what passes through."""
+    """The part of a file that ``torch.save`` needs; hashes what passes through and remembers why it failed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -162,7 +167,12 @@ class _HashingFile:
 
 def _write(file: BinaryIO, content: Mapping[str, Any]) -> str:
     hashing = _HashingFile(file)
-    torch.save(dict(content), hashing)  # type: ignore[arg-type]
+    try:
+        torch.save(dict(content), hashing)  # type: ignore[arg-type]
+    except RuntimeError:
+        if hashing.error is not None:  # torch reports a failed write as a surprise of its own
+            raise hashing.error from None
+        raise
     digest = hashing.sha256.hexdigest()
     file.seek(-2, os.SEEK_END)
     file.write(_COMMENT_BYTES.to_bytes(2, "little") + _MARK + digest.encode())

@@ -20,8 +20,8 @@ TRAIN_FIELDS = {f.name for f in fields(TrainConfig)}
 class Parser(argparse.ArgumentParser):
     """Mistakes take one line and exit code 2; nothing is guessed from a prefix."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
@@ -157,7 +157,9 @@ def add_prepare(commands: Any) -> None:
     """``nanokimi prepare``: text to train on."""
     parser = commands.add_parser("prepare", help="make a text to train on")
     sources = parser.add_subparsers(title="sources", metavar="SOURCE", required=True, parser_class=Parser)
-    stdlib = sources.add_parser("stdlib", help="the Python standard library of this machine, and its language reference")
+    stdlib = sources.add_parser(
+        "stdlib", help="the Python standard library of this machine, and its language reference"
+    )
     stdlib.add_argument("--output", default="data/train.txt", metavar="FILE", help="(default: %(default)s)")
     stdlib.set_defaults(run=prepare_stdlib)
 

@@ -81,13 +81,9 @@ class ModelConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.qk_rope_head_dim % 2:
-            raise ConfigError(
-                f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, choose an even number"
-            )
+            raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, choose an even number")
         if self.n_dense_layers > self.n_layers:
-            raise ConfigError(
-                f"n_dense_layers ({self.n_dense_layers}) exceeds n_layers ({self.n_layers}): lower it"
-            )
+            raise ConfigError(f"n_dense_layers ({self.n_dense_layers}) exceeds n_layers ({self.n_layers}): lower it")
         self._check_routing()
 
     def _check_routing(self) -> None:
@@ -249,9 +245,7 @@ class TrainConfig:
     adam_lr: float = _choice(0.003, "AdamW's rate: embedding, head, norms")
     momentum: float = _choice(0.95, "Muon's momentum")
     weight_decay: float = _choice(0.01, "decoupled decay of every matrix")
-    adjust_lr_fn: str = _choice(
-        "original", "Muon's scale; 0.02 is meant for 'original'", "original", "match_rms_adamw"
-    )
+    adjust_lr_fn: str = _choice("original", "Muon's scale; 0.02 is meant for 'original'", "original", "match_rms_adamw")
     qk_clip_tau: float = _choice(100.0, "largest attention logit allowed; 0 switches QK-Clip off")
     qk_clip_meter: str = _choice(
         "lse", "logits read as an upper bound for free, or exactly when near tau", "lse", "exact"
@@ -309,7 +303,16 @@ def parse_value(cls: type[ModelConfig] | type[TrainConfig], name: str, text: str
     """Reads ``text`` (as given to ``--set``) as a value for field ``name`` of ``cls``."""
     kind = {f.name: f.type for f in dataclasses.fields(cls)}[name]
     if kind == "bool":
-        words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        words = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
         if text.lower() not in words:
             raise ConfigError(f"{name} takes true or false, got {text!r}")
         return words[text.lower()]

@@ -78,7 +78,8 @@ class BatchLoader:
             except RuntimeError as error:
                 if not self.num_workers:
                     raise
-                raise RunError(f"a data worker failed ({error}): lower --num_workers") from error
+                reason = str(error).strip().splitlines()[-1]  # behind the worker's traceback
+                raise RunError(f"a data worker failed ({reason}): lower --num_workers") from error
             self.samples += self.batch_size
             yield batch
 

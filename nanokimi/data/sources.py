@@ -163,6 +163,7 @@ def _trained_bpe(text: LocalText, size: int, folders: list[Path]) -> Tokenizer:
             return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
     training_text = (piece.text for held_out, piece in text.pieces("training the tokenizer on") if not held_out)
     tokenizer = train_bpe(training_text, size)
+    text.require_unchanged()
     with _disk_errors_explained():
         tokenizer.save(_writable(folders) / name)
     return tokenizer

@@ -58,7 +58,7 @@ def check_orthogonality() -> Iterator[Check]:
         yield Check(
             f"{list(shape)}: singular values within [{LOWEST}, {HIGHEST}]",
             f"{low:.3f} to {high:.3f}",
-            LOWEST <= low and high <= HIGHEST,
+            low >= LOWEST and high <= HIGHEST,
         )
         cosine = float(torch.cosine_similarity(out.flatten(-2), (u @ vh).flatten(-2), dim=-1).min())
         yield Check(f"{list(shape)}: cosine to the polar factor above 0.98", f"{cosine:.4f}", cosine > 0.98)
@@ -81,7 +81,9 @@ def check_torch_muon() -> Iterator[Check]:
             reference.step()
         moved = [(p.detach() - s, q.detach() - s) for p, q, s in zip(ours, theirs, start, strict=True)]
         worst = max(float((a - b).norm() / b.norm()) for a, b in moved)
-        yield Check(f"{adjust}: difference over 5 steps below 5 % (theirs rounds to bf16)", f"{worst:.2%}", worst < 0.05)
+        yield Check(
+            f"{adjust}: difference over 5 steps below 5 % (theirs rounds to bf16)", f"{worst:.2%}", worst < 0.05
+        )
 
 
 def check_roles() -> Iterator[Check]:
@@ -116,7 +118,9 @@ def check_qk_clip() -> Iterator[Check]:
     MuonClip(model, 0.0, adam_lr=0.0, tau=TAU).step()
     after = torch.stack([exact_logits(attention, x, rope) for attention in attentions])
     pushed = before > TAU
-    yield Check("a head in every layer stands above tau", f"largest {float(before.max()):.1f}", bool(pushed.any(1).all()))
+    yield Check(
+        "a head in every layer stands above tau", f"largest {float(before.max()):.1f}", bool(pushed.any(1).all())
+    )
     error = float((after[pushed] / TAU - 1).abs().max())
     yield Check(f"clipped heads land on tau = {TAU}", f"relative error {error:.1e}", error < 1e-5)
     same = torch.equal(after[~pushed], before[~pushed])

@@ -91,14 +91,14 @@ class MuonClip(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 (self._muon if group["kind"] == "muon" else self._adamw)(group, parameters)
         if self.tau:
             qk_clip_(self._model.qk_heads(), self._model.max_logits, self.tau)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Momentum, orthogonalisation, decay and update; matrices of one shape go together."""
         grads = [_gradient(p) for p in parameters]
         buffers = [self._state(p, "momentum_buffer") for p in parameters]
@@ -115,7 +115,7 @@ class MuonClip(torch.optim.Optimizer):
             orthogonal = orthogonalise(matrices, dtype=dtype)
             torch._foreach_add_(weights, [o.to(w.dtype) for o, w in zip(orthogonal, weights, strict=True)], alpha=-lr)
 
-    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """AdamW (Loshchilov and Hutter, 2019), in the order of operations of ``torch.optim.AdamW``."""
         beta1, beta2 = group["betas"]
         group["step"] = step = group.get("step", 0) + 1
@@ -131,8 +131,9 @@ class MuonClip(torch.optim.Optimizer):
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1 - beta1**step))
 
-    def _state(self, parameter: nn.Parameter, name: str) -> Tensor:
-        state = self.state[parameter]
+    def _state(self, parameter: Tensor, name: str) -> Tensor:
+        """The optimizer state of ``parameter``, zero before the first step."""
+        state: dict[str, Tensor] = self.state[parameter]
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return state[name]
@@ -163,6 +164,6 @@ def parameters_by_role(model: Declares) -> dict[str, list[nn.Parameter]]:
     return roles
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad

@@ -6,7 +6,7 @@ import fcntl
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def run_training(request: Request) -> int:
     config, model_config = _resumed_configs(request, path, content)
     with _own_folder(output):
         trainer = _open_trainer(config, model_config, path=path, content=content, override=request.override)
-        say(f"resuming {path} at step {trainer.counters.step}")
+        say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
         return trainer.train()
 
 
@@ -124,7 +124,9 @@ def _open_trainer(
     trainer = Trainer(config, model_config, corpus, device, history=content["history"] if content else "")
     if content is not None and path is not None:
         if content["data"]["sha256"] != corpus.train.sha256 and "data_path" not in override:
-            raise UserError(f"{path} was trained on another text than {config.data_path}: restore it, or --override data_path")
+            raise UserError(
+                f"{path} was trained on another text than {config.data_path}: restore it, or --override data_path"
+            )
         trainer.restore(path, content)
     return trainer
 

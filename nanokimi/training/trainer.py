@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.data.loader import BatchLoader, evenly_spread
+from nanokimi.data.loader import BatchLoader
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import Corpus
 from nanokimi.errors import RunError
 from nanokimi.inference.engine import generate
+from nanokimi.inference.terminal import printable
 from nanokimi.loading import load_weights
 from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.optim.schedule import lr_factor
+from nanokimi.training.evaluation import evaluate
 from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.progress import ProgressDisplay
 from nanokimi.training.signals import StopSignals
@@ -86,10 +87,14 @@ class Trainer:
     def train(self) -> int:
         """Trains to the end of the schedule or until a signal; returns the exit code (0, 130 or 143).
 
+        A run that is over already is left as it is.
+
         Raises:
             RunError: the loss stayed non-finite, memory ran out, or the disk is full.
         """
         config, counters = self.config, self.counters
+        if self._finished():
+            return 0
         self._began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
         with StopSignals() as signals, self._display() as display:
@@ -98,7 +103,7 @@ class Trainer:
                 values = self._train_step(batches)
                 self.metrics.record(counters.step, values)
                 counters.seconds = time.monotonic() - self._began
-                if config.eval_interval and counters.step % config.eval_interval == 0 and not self._finished():
+                if self._validates() and counters.step % config.eval_interval == 0 and not self._finished():
                     values["val_bits_per_byte"] = self._validate()
                 display.step(counters.step, values)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
@@ -113,7 +118,7 @@ class Trainer:
                 if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
                     signals.save = False
                     self.save()
-            if config.eval_interval and self.held_out and signals.stop is None:
+            if self._validates() and signals.stop is None:
                 display.step(counters.step, {"val_bits_per_byte": self._validate()})
         self.save(final=signals.stop is None)
         self.metrics.close()
@@ -135,7 +140,7 @@ class Trainer:
             batch = next(batches).to(self.device, non_blocking=True)
             with self._autocast():
                 losses = self.loss(batch[:, :-1], batch[:, 1:])
-            (sum(losses) / config.gradient_accumulation).backward()
+            ((losses.cross_entropy + losses.balance) / config.gradient_accumulation).backward()
             totals += torch.stack(losses).detach() / config.gradient_accumulation
             tokens += batch[:, 1:].numel()
         limit = config.max_grad_norm or math.inf
@@ -168,28 +173,16 @@ class Trainer:
 
     def _validate(self) -> float:
         """Evaluates, records, keeps the best checkpoint; returns the bits per byte."""
-        loss, bits_per_byte = self.evaluate(self.config.val_tokens)
-        self.metrics.record_validation(self.counters.step, loss, bits_per_byte)
-        if loss < self.counters.best_loss:
-            self.counters.best_loss = loss
-            self.save("best.pt")
-        return bits_per_byte
-
-    @torch.no_grad()
-    def evaluate(self, max_tokens: int = 0) -> tuple[float, float]:
-        """Held-out loss in nats per token and in bits per byte, over ``max_tokens`` evenly spread (0: all)."""
         assert self.held_out is not None
-        self.model.eval()
-        length = self.held_out.length
-        chosen = evenly_spread(len(self.held_out), max(1, max_tokens // length) if max_tokens else 0)
-        nats, tokens, text_bytes = 0.0, 0, 0
-        for batch in DataLoader(Subset(self.held_out, chosen), batch_size=self.config.batch_size):
-            inputs, labels = batch[:, :-1].to(self.device), batch[:, 1:].to(self.device)
-            with self._autocast():
-                nats += self.model.loss(inputs, labels).cross_entropy.item() * labels.numel()
-            tokens += labels.numel()
-            text_bytes += self.corpus.tokenizer.count_bytes(batch[:, 1:])
-        return nats / tokens, nats / math.log(2) / max(1, text_bytes)
+        measured = evaluate(
+            self.model, self.held_out, self.corpus.tokenizer, batch_size=self.config.batch_size,
+            max_tokens=self.config.val_tokens, precision=self._autocast(),
+        )  # fmt: skip
+        self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
+        if measured.loss < self.counters.best_loss:
+            self.counters.best_loss = measured.loss
+            self.save("best.pt")
+        return measured.bits_per_byte
 
     # ---- helpers --------------------------------------------------------------------------------
 
@@ -198,6 +191,9 @@ class Trainer:
         config, counters = self.config, self.counters
         by_time = counters.seconds / config.max_seconds if config.max_seconds else 0.0
         return min(1.0, max(counters.step / config.max_steps, by_time))
+
+    def _validates(self) -> bool:
+        return self.held_out is not None and self.config.eval_interval > 0
 
     def _finished(self) -> bool:
         return self._progress() >= 1.0
@@ -219,12 +215,14 @@ class Trainer:
             self.model, self.corpus.tokenizer, config.sample_prompt,
             max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed,
         )  # fmt: skip
-        return f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---"
+        return printable(f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---")
 
     def _held_out_sequences(self) -> PackedSequences | None:
+        """The held-out text in sequences of the context, or of its own length where it is shorter."""
         if self.corpus.val is None:
             return None
-        return PackedSequences(self.corpus.val.tokens, self.model.config.max_seq_length)
+        tokens = self.corpus.val.tokens
+        return PackedSequences(tokens, min(self.model.config.max_seq_length, max(1, len(tokens) - 1)))
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

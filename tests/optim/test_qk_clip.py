@@ -54,9 +54,7 @@ def brute_force_logits(attention: MLA, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("q_lora_rank", [24, 0])
 @pytest.mark.parametrize("exact", [True, False])
-def test_clipping_lands_on_tau_in_every_layer_and_touches_nothing_else(
-    q_lora_rank: int, exact: bool
-) -> None:
+def test_clipping_lands_on_tau_in_every_layer_and_touches_nothing_else(q_lora_rank: int, exact: bool) -> None:
     model = lively(Transformer(ModelConfig.preset("debug", q_lora_rank=q_lora_rank)))
     tokens = torch.randint(0, 257, (2, 12))
     inputs = layer_inputs(model, tokens)

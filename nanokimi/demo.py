@@ -1,0 +1,88 @@
+"""``make demo``: from an empty machine to a model that has learned something, in minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanokimi.config import ModelConfig
+from nanokimi.data.packing import PackedSequences
+from nanokimi.data.sources import open_corpus
+from nanokimi.data.stdlib import prepare_stdlib
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.inference.engine import generate
+from nanokimi.inference.terminal import printable
+from nanokimi.loading import load
+from nanokimi.model.transformer import Transformer
+from nanokimi.training.evaluation import evaluate
+from nanokimi.training.run import Request, run_training, say
+
+TEXT = Path("data/train.txt")
+PROMPT = "def main("
+SEED = 1337
+
+# The recipe behind the demo's figure in docs/results.md.
+SETTINGS: dict[str, Any] = {
+    "preset": "tiny",
+    "data_path": str(TEXT),
+    "batch_size": 8,
+    "gradient_accumulation": 1,
+    "warmup_steps": 10,
+    "max_steps": 5000,
+    "eval_interval": 50,
+    "val_tokens": 8192,
+    "save_interval": 100,
+    "samples": 5,
+    "sample_prompt": PROMPT,
+    "seed": SEED,
+}
+
+
+def run_demo(output: Path, seconds: float) -> int:
+    """Text, tokenizer, training for ``seconds``, then what was learned; interrupted, it goes on when called again.
+
+    Returns:
+        the exit code: 0, or that of the interrupted training.
+    """
+    if not TEXT.exists():
+        say("No text yet: taking the Python standard library of this machine.")
+        say(prepare_stdlib(TEXT))
+    earlier = any((output / "checkpoints").glob("*.pt"))
+    settings = {**SETTINGS, "max_seconds": float(seconds), "output_dir": str(output)}
+    say(f"{'Going on with' if earlier else 'Training'} a small model, for {seconds:.0f} seconds of training in all.")
+    code = run_training(Request(train=settings, model={}, resume=earlier))
+    if code:
+        say("\nInterrupted and saved: the same command goes on from here.")
+        return code
+    report(output)
+    return 0
+
+
+def report(output: Path) -> None:
+    """Before and after, on stdout: the same prompt, the same held-out files."""
+    path = output / "checkpoints" / "final.pt"
+    trained, tokenizer = load(path)
+    torch.manual_seed(SEED)
+    untrained = Transformer(trained.config).eval()
+    held_out = held_out_files(tokenizer, trained.config)
+    say("\nMeasuring both models on all held-out files ...")
+    for name, model in (("before training", untrained), ("after training", trained)):
+        text = generate(model, tokenizer, PROMPT, max_tokens=80, temperature=0.8, seed=SEED)
+        bits = evaluate(model, held_out, tokenizer).bits_per_byte
+        print(f"\n=== {name}: {bits:.3f} bits per byte on held-out files ===\n{printable(PROMPT + text)}")
+    print(
+        f"\nThe run in one picture: {output / 'logs' / 'training_metrics.png'}\n"
+        "\nNext:\n"
+        f'  .venv/bin/python inference.py {path} --prompt "class " --stream\n'
+        f"  .venv/bin/python inference.py {path} --interactive\n"
+        "  .venv/bin/python train.py --preset tiny --data_path YOUR_TEXT.txt --output_dir runs/mine"
+    )
+
+
+def held_out_files(tokenizer: Tokenizer, config: ModelConfig) -> PackedSequences:
+    """The files that training never saw, in sequences of the model's context."""
+    corpus = open_corpus(TEXT, config.tokenizer_name, tokenizer=tokenizer, say=say)
+    assert corpus.val is not None
+    return PackedSequences(corpus.val.tokens, config.max_seq_length)
