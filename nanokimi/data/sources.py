@@ -80,6 +80,23 @@ def open_corpus(
     return Corpus(tokenizer, train, val, _summary(train, val))
 
 
+def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *, val_fraction: float = 0.05) -> str:
+    """Trains a byte-level BPE on a text and writes its ``tokenizer.json``; returns a line that says what.
+
+    The share of the text that training holds out by default is not looked at here either.
+
+    Raises:
+        UserError: the text or the size cannot be used.
+        RunError: ``output`` cannot be written.
+    """
+    output = Path(output)
+    tokenizer = _train_bpe(LocalText(Path(path), None, val_fraction, "strict"), vocab_size)
+    with _disk_errors_explained("tokenizer", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output)
+    return f"{output}: {tokenizer.vocab_size:,} entries; use it with --set tokenizer_name={output}"
+
+
 @dataclass(frozen=True)
 class LocalText:
     """Documents of one local file, divided into those to train on and those held out."""
@@ -161,11 +178,17 @@ def _trained_bpe(text: LocalText, size: int, folders: list[Path]) -> Tokenizer:
         with suppress(UserError):  # not there yet, or damaged
             state = load_tokenizer(str(folder / name)).to_state()
             return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
+    tokenizer = _train_bpe(text, size)
+    folder = _writable(folders)
+    with _disk_errors_explained("token cache", folder):
+        tokenizer.save(folder / name)
+    return tokenizer
+
+
+def _train_bpe(text: LocalText, size: int) -> Tokenizer:
     training_text = (piece.text for held_out, piece in text.pieces("training the tokenizer on") if not held_out)
     tokenizer = train_bpe(training_text, size)
     text.require_unchanged()
-    with _disk_errors_explained():
-        tokenizer.save(_writable(folders) / name)
     return tokenizer
 
 
@@ -176,9 +199,10 @@ def _tokens(text: LocalText, tokenizer: Tokenizer, folders: list[Path]) -> tuple
             return _open_pair(folder / stem)
         except TokenFileError:
             continue  # not there yet, or damaged
+    source = _describe(text)  # reads all of it: what is wrong with the text shows before anything is written
     folder = _writable(folders)
-    with _disk_errors_explained():
-        _tokenise(text, tokenizer, folder / stem)
+    with _disk_errors_explained("token cache", folder):
+        _tokenise(text, tokenizer, source, folder / stem)
     _remove_outdated(folder, stem)
     return _open_pair(folder / stem)
 
@@ -188,17 +212,19 @@ def _open_pair(stem: Path) -> tuple[TokenFile, TokenFile | None]:
     return train, TokenFile.open(f"{stem}.val.bin") if train.source["held_out"] else None
 
 
-def _tokenise(text: LocalText, tokenizer: Tokenizer, stem: Path) -> None:
-    about = "; ".join(split.about for _, _, split in text.parts if split.about)
-    source = {
+def _describe(text: LocalText) -> dict[str, str | int]:
+    return {
         "name": text.path.name,
-        "held_out": about,
+        "held_out": "".join(split.about for _, _, split in text.parts),  # at most one of them holds something out
         "nuls": sum(found.nuls for _, found, _ in text.parts),
         "blank_documents": sum(found.n_blank for _, found, _ in text.parts),
     }
+
+
+def _tokenise(text: LocalText, tokenizer: Tokenizer, source: dict[str, str | int], stem: Path) -> None:
     with ExitStack() as files:
         writers = [files.enter_context(write_tokens(Path(f"{stem}.train.bin"), tokenizer, source))]
-        if about:
+        if source["held_out"]:
             writers.append(files.enter_context(write_tokens(Path(f"{stem}.val.bin"), tokenizer, source)))
         for batch in _batches(text.pieces("tokenising")):
             encoded = tokenizer.encode_batch([piece.text for _, piece in batch])
@@ -247,13 +273,13 @@ def _remove_outdated(folder: Path, stem: str) -> None:
 
 
 @contextmanager
-def _disk_errors_explained() -> Iterator[None]:
+def _disk_errors_explained(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full: free space" if full else f"{error.strerror}"
-        raise RunError(f"the token cache {error.filename or ''} cannot be written: {reason}") from error
+        reason = "the disk is full: free space" if full else error.strerror
+        raise RunError(f"the {what} {path} cannot be written: {reason}") from error
 
 
 def _hash(value: Any) -> str:

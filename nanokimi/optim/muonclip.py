@@ -98,6 +98,16 @@ class MuonClip(torch.optim.Optimizer):
             qk_clip_(self._model.qk_heads(), self._model.max_logits, self.tau)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes ``state_dict()`` back; ValueError unless it fits this model's parameters."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            names = {"momentum_buffer"} if group["kind"] == "muon" else {"exp_avg", "exp_avg_sq"}
+            for parameter in group["params"]:
+                shapes = {name: tensor.shape for name, tensor in self.state.get(parameter, {}).items()}
+                if self.state and shapes != dict.fromkeys(names, parameter.shape):
+                    raise ValueError(f"the state of a {list(parameter.shape)} parameter is {shapes or 'missing'}")
+
     def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Momentum, orthogonalisation, decay and update; matrices of one shape go together."""
         grads = [_gradient(p) for p in parameters]

@@ -105,8 +105,8 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_named_with_the_flag(path:
     """Faults 1, 4 and 5."""
     with pytest.raises(UserError, match=r"--data_path .*text\.txt: no such file.*nanokimi prepare stdlib"):
         check_text_file(path, "--data_path")
-    with pytest.raises(UserError, match="--val_path .* is a directory"):
+    with pytest.raises(UserError, match=r"--val_path .* is a directory"):
         check_text_file(path.parent, "--val_path")
     path.touch()
-    with pytest.raises(UserError, match="--data_path .*is empty"):
+    with pytest.raises(UserError, match=r"--data_path .*is empty"):
         check_text_file(path, "--data_path")

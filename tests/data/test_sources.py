@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nanokimi.data import documents, sources
-from nanokimi.data.sources import Corpus, open_corpus
+from nanokimi.data.sources import Corpus, open_corpus, train_tokenizer_on
 from nanokimi.data.token_bin import TokenFile
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError, UserError
@@ -35,9 +37,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     made: list[Path] = []
     tokenise = sources._tokenise
 
-    def counted(text: Any, tokenizer: Tokenizer, stem: Path) -> None:
+    def counted(text: Any, tokenizer: Tokenizer, source: Any, stem: Path) -> None:
         made.append(stem)
-        tokenise(text, tokenizer, stem)
+        tokenise(text, tokenizer, source, stem)
 
     monkeypatch.setattr(sources, "_tokenise", counted)
     return made
@@ -85,8 +87,6 @@ def test_a_single_text_loses_its_end_to_the_held_out_part(path: Path) -> None:
 def test_the_bytes_behind_the_tokens_are_exact(path: Path) -> None:
     path.write_text("naïve 😀 漢字\n" * 50)
     corpus = open_corpus(path, "bpe:270", val_fraction=0)
-    import torch
-
     tokens = torch.from_numpy(corpus.train.tokens.astype(np.int64))
     assert corpus.tokenizer.count_bytes(tokens) == corpus.train.n_bytes == path.stat().st_size
 
@@ -106,7 +106,7 @@ def test_a_held_out_file_takes_the_place_of_the_share(path: Path, tmp_path: Path
 
 
 def test_the_training_text_cannot_be_its_own_held_out_text(path: Path) -> None:
-    with pytest.raises(UserError, match="--val_path .* is the training text itself"):
+    with pytest.raises(UserError, match=r"--val_path .* is the training text itself"):
         open_corpus(path, "byte", val_path=path)
 
 
@@ -120,6 +120,15 @@ def test_a_text_too_small_for_its_bpe_is_reported(path: Path) -> None:
     said: list[str] = []
     open_corpus(path, "bpe:4096", say=said.append)
     assert any("of the 4096 entries" in line for line in said)
+
+
+def test_a_tokenizer_of_ones_own_sees_the_training_part_only(path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "tokenizer.json"
+    summary = train_tokenizer_on(path, 300, output)
+    assert "300 entries" in summary
+    assert load_tokenizer(str(output)).fingerprint == open_corpus(path, "bpe:300").tokenizer.fingerprint
+    with pytest.raises(RunError, match="tokenizer .* cannot be written"):
+        train_tokenizer_on(path, 300, path / "tokenizer.json")
 
 
 # ---- the cache --------------------------------------------------------------------------------------------
@@ -242,6 +251,40 @@ def test_a_text_that_changes_while_it_is_read_is_an_error(path: Path, monkeypatc
     assert os.listdir(path.with_name("train.txt.nanokimi")) == []
 
 
+def test_a_run_killed_half_way_leaves_nothing_that_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Tokenizer, "encode_batch", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        open_corpus(path, "byte")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = os.listdir(path.with_name("train.txt.nanokimi"))
+    assert left
+    assert all(name.startswith(".") for name in left)
+    corpus = open_corpus(path, "byte", val_fraction=0.1)
+    assert "".join(texts(corpus, corpus.train) + texts(corpus, corpus.val)) == LINES
+
+
+def test_two_runs_that_start_at_once_do_not_hurt_each_other(
+    path: Path, built: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_batch = Tokenizer.encode_batch
+    second: list[Any] = []
+
+    def overtaken(self: Tokenizer, batch: list[str]) -> list[list[int]]:
+        if not second:
+            second.append(None)
+            second[0] = open_corpus(path, "byte")
+        return encode_batch(self, batch)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", overtaken)
+    first = open_corpus(path, "byte")
+    assert len(built) == 2
+    assert texts(first, first.train) == texts(second[0], second[0].train)
+    first.train.verify()
+    second[0].train.verify()
+
+
 # ---- faults -----------------------------------------------------------------------------------------------
 
 
@@ -249,14 +292,14 @@ def test_a_text_that_changes_while_it_is_read_is_an_error(path: Path, monkeypatc
 def test_a_blank_text_is_an_error(path: Path, text: str) -> None:
     """Fault 1."""
     path.write_text(text)
-    with pytest.raises(UserError, match="--data_path .*the text is blank"):
+    with pytest.raises(UserError, match=r"--data_path .*the text is blank"):
         open_corpus(path, "byte")
 
 
 def test_a_blank_held_out_text_is_an_error(path: Path, tmp_path: Path) -> None:
     """Fault 41."""
     (tmp_path / "val.txt").write_text("\n")
-    with pytest.raises(UserError, match="--val_path .*the text is blank"):
+    with pytest.raises(UserError, match=r"--val_path .*the text is blank"):
         open_corpus(path, "byte", val_path=tmp_path / "val.txt")
 
 

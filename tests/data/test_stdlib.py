@@ -61,9 +61,9 @@ def test_a_folder_without_sources_is_an_error_and_the_old_text_stays(tmp_path: P
 
 
 def test_an_output_that_cannot_be_written_is_named(library: Path) -> None:
-    with pytest.raises(UserError, match="--output .* is a directory"):
+    with pytest.raises(UserError, match=r"--output .* is a directory"):
         prepare_stdlib(library, library=library)
-    with pytest.raises(RunError, match="--output .* cannot be written"):
+    with pytest.raises(RunError, match=r"--output .* cannot be written"):
         prepare_stdlib(library / "a.py" / "out.txt", library=library)
 
 

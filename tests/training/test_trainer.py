@@ -1,0 +1,144 @@
+"""The step itself: what is not finite never reaches the weights; clipping and balance use the whole step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanokimi import checkpoint
+from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.sources import open_corpus
+from nanokimi.errors import RunError
+from nanokimi.model.transformer import Losses
+from nanokimi.training.trainer import Trainer
+
+TrainerFactory = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> TrainerFactory:
+    text = tmp_path / "train.txt"
+    text.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+
+    def make(**settings: Any) -> Trainer:
+        defaults = {"preset": "debug", "data_path": str(text), "output_dir": str(tmp_path), "eval_interval": 0}
+        config = TrainConfig(**{**defaults, "warmup_steps": 0, "max_steps": 8, **settings})
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        corpus = open_corpus(text, "byte", say=lambda line: None)
+        return Trainer(config, ModelConfig.preset("debug", max_seq_length=32), corpus, torch.device("cpu"))
+
+    return make
+
+
+def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> None:
+    """Makes the loss of some steps (counted from 0) non-finite, gradients included."""
+    healthy = trainer.model.loss
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> Losses:
+        found = healthy(tokens, labels)
+        bad = trainer.counters.step in steps
+        return Losses(found.cross_entropy * value if bad else found.cross_entropy, found.balance)
+
+    trainer.loss = loss
+
+
+def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for i, values in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"{i}.{name}": tensor.clone() for name, tensor in values.items()}
+    return state
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_step_touches_nothing_and_is_counted(make_trainer: TrainerFactory, value: float) -> None:
+    """Faults 48 and 49."""
+    trainer = make_trainer()
+    spoil(trainer, {3}, value)
+    batches = iter(trainer.batches)
+    for _ in range(3):
+        trainer._train_step(batches)
+    before = snapshot(trainer)
+    values = trainer._train_step(batches)
+    assert values["train_ce_loss"] is None
+    assert trainer.counters.skipped_in_a_row == 1
+    after = snapshot(trainer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert bool((trainer.model.max_logits == -torch.inf).all()), "a skipped step clears the meter"
+    assert int(trainer.model.expert_counts.sum()) == 0
+    assert trainer._train_step(batches)["train_ce_loss"] > 0
+    assert trainer.counters.skipped_in_a_row == 0
+
+
+def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory) -> None:
+    """Fault 49."""
+    trainer = make_trainer()
+    healthy = trainer.model.loss
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> Losses:
+        found = healthy(tokens, labels)
+        trainer.model.max_logits[1, 0] = torch.inf
+        return found
+
+    trainer.loss = loss
+    before = snapshot(trainer)
+    assert trainer._train_step(iter(trainer.batches))["train_ce_loss"] is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer).items())
+
+
+def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(make_trainer: TrainerFactory) -> None:
+    """Fault 48."""
+    trainer = make_trainer(save_interval=2, max_skipped_steps=3, max_steps=50)
+    spoil(trainer, set(range(3, 50)))
+    with pytest.raises(RunError, match="not finite in 3 steps in a row"):
+        trainer.train()
+    saved = checkpoint.read(trainer.folder / "latest.pt")
+    assert saved["counters"]["step"] == 4
+    assert all(bool(t.isfinite().all()) for t in saved["model"].values() if t.is_floating_point())
+    assert trainer.metrics.history()["train_loss"][3:] == [None, None, None]
+
+
+def test_the_balance_biases_move_by_the_load_of_the_whole_step(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(gradient_accumulation=3)
+    seen = []
+    update = trainer.model.update_balance
+
+    def note() -> None:
+        seen.append(trainer.model.expert_counts.clone())
+        update()
+
+    trainer.model.update_balance = note  # type: ignore[method-assign]
+    trainer._train_step(iter(trainer.batches))
+    assert seen[0].sum(dim=-1).tolist() == [3 * 2 * 32 * 2] * 2
+    expected = 0.001 * torch.sign(seen[0].float().mean(dim=-1, keepdim=True) - seen[0])
+    biases = torch.stack([moe.router.balance_bias for moe in trainer.model.moe_layers()])
+    torch.testing.assert_close(biases, expected)
+
+
+def test_clipped_heads_are_reported_and_stay_below_tau(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(qk_clip_tau=0.5, learning_rate=0.0, adam_lr=0.0)
+    with torch.no_grad():
+        for q_nope, q_rope, _ in trainer.model.qk_heads():
+            q_nope[0].mul_(40)
+            q_rope[0].mul_(40)
+    batches = iter(trainer.batches)
+    first = trainer._train_step(batches)
+    assert first["clipped_heads"] > 0
+    assert max(first["max_logit"]) > 5  # the log-sum-exp of a short context is a loose bound: ln 32 above it
+
+
+def test_the_exact_meter_is_used_after_a_step_that_came_near_tau(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(qk_clip_meter="exact", qk_clip_tau=100.0, learning_rate=0.0, adam_lr=0.0)
+    batches = iter(trainer.batches)
+    trainer._train_step(batches)
+    assert not trainer.model.exact_logits  # a fresh model is far from tau / 2
+    trainer = make_trainer(qk_clip_meter="exact", qk_clip_tau=1.0, learning_rate=0.0, adam_lr=0.0)
+    bound = trainer._train_step(iter(trainer.batches))["max_logit"]
+    assert trainer.model.exact_logits
+    exact = trainer._train_step(iter(trainer.batches))["max_logit"]
+    assert max(exact) < min(bound) - 1  # ln(visible keys) is gone
