@@ -123,11 +123,7 @@ def _open_trainer(
         )
     trainer = Trainer(config, model_config, corpus, device, history=content["history"] if content else "")
     if content is not None and path is not None:
-        if content["data"]["sha256"] != corpus.train.sha256 and "data_path" not in override:
-            raise UserError(
-                f"{path} was trained on another text than {config.data_path}: restore it, or --override data_path"
-            )
-        trainer.restore(path, content)
+        trainer.restore(path, content, override=override)
     return trainer
 
 

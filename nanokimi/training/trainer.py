@@ -17,7 +17,7 @@ from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.loader import BatchLoader
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import Corpus
-from nanokimi.errors import RunError
+from nanokimi.errors import RunError, UserError
 from nanokimi.inference.engine import generate
 from nanokimi.inference.terminal import printable
 from nanokimi.loading import load_weights
@@ -259,19 +259,28 @@ class Trainer:
             "history": self.metrics.state(),
         }
 
-    def restore(self, path: Path, content: dict[str, Any]) -> None:
-        """Continues where ``content``, read from ``path``, was saved.
+    def restore(self, path: Path, content: dict[str, Any], *, override: frozenset[str] = frozenset()) -> None:
+        """Continues where ``content``, read from ``path``, was saved; ``override`` names what may differ.
 
         Raises:
             CheckpointError: weights or optimizer state do not fit.
+            UserError: the text or its order is another one.
         """
+        same_text = content["data"]["sha256"] == self.corpus.train.sha256
+        if not same_text and "data_path" not in override:
+            raise UserError(
+                f"{path} was trained on another text than {self.config.data_path}: restore it, or --override data_path"
+            )
         load_weights(path, self.model, content["model"])
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError, TypeError) as error:
             raise checkpoint.CheckpointError(f"{path}: the optimizer state does not fit: {error}") from error
         self.counters = Counters(**content["counters"])
-        self.batches.load_state_dict(content["data"])
+        if "data_path" in override:
+            self.batches.samples = content["data"]["samples"]  # the place in another text: the same count
+        else:
+            self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"]
         set_random_state(content["random"])
 

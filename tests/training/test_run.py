@@ -31,7 +31,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(text: Path, output: Path, *more: str) -> list[str]:
-    quick = ("--preset", "debug", "--batch_size", "2", "--warmup_steps", "4", "--eval_interval", "0", "--save_interval", "4")
+    quick = (
+        "--preset",
+        "debug",
+        "--batch_size",
+        "2",
+        "--warmup_steps",
+        "4",
+        "--eval_interval",
+        "0",
+        "--save_interval",
+        "4",
+    )
     return ["train", *quick, "--data_path", str(text), "--output_dir", str(output), "--set", "max_seq_length=64", *more]
 
 
@@ -309,7 +320,10 @@ def test_another_text_under_the_same_name_is_noticed(
     [
         (lambda c: c["model"].update(extra=torch.zeros(1)), "has the unknown extra"),  # fault 58
         (lambda c: c["optimizer"]["param_groups"].pop(), "the optimizer state does not fit"),  # fault 59
-        (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)), "the optimizer state does not fit"),
+        (
+            lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(3)),
+            "the optimizer state does not fit",
+        ),
         (lambda c: c["optimizer"]["state"].pop(0), "the optimizer state does not fit"),
     ],
 )
@@ -343,7 +357,7 @@ def test_two_runs_never_share_a_folder(capsys: pytest.CaptureFixture[str], text:
 
 def test_settings_come_from_the_file_and_flags_win(text: Path, tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
-    settings.write_text('max_steps = 5\n[model]\nmax_seq_length = 32\n[training]\nbatch_size = 3\nseed = 5\n')
+    settings.write_text("max_steps = 5\n[model]\nmax_seq_length = 32\n[training]\nbatch_size = 3\nseed = 5\n")
     flags = ["train", "--preset", "debug", "--config", str(settings), "--data_path", str(text), "--eval_interval", "0"]
     assert main([*flags, "--output_dir", str(tmp_path), "--max_steps", "2"]) == 0
     content = checkpoint.read(tmp_path / "checkpoints" / "final.pt")
@@ -352,7 +366,8 @@ def test_settings_come_from_the_file_and_flags_win(text: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"), [("steps = 5", "no field 'steps'"), ("max_steps = ", "--config"), ('max_steps="5"', "number")]
+    ("contents", "message"),
+    [("steps = 5", "no field 'steps'"), ("max_steps = ", "--config"), ('max_steps="5"', "number")],
 )
 def test_mistakes_in_the_settings_file_are_one_line(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, contents: str, message: str
