@@ -22,18 +22,26 @@ class ProgressDisplay:
         start_step: steps done before this process began (0, or where a resume starts).
         interval: steps between plain lines; 0 shows the first and the last only. The live bar ignores it.
         plain: lines instead of the bar; None asks whether stderr is a terminal.
-        max_seconds: time this process may still take, 0 for no limit. ETA and bar follow what ends first.
+        max_seconds: time the run may take, 0 for no limit. ETA and bar follow what ends first.
+        spent_seconds: time it has taken in earlier processes.
     """
 
     def __init__(
-        self, max_steps: int, start_step: int, *, interval: int, plain: bool | None = None, max_seconds: float = 0
+        self,
+        max_steps: int,
+        start_step: int,
+        *,
+        interval: int,
+        plain: bool | None = None,
+        max_seconds: float = 0,
+        spent_seconds: float = 0,
     ) -> None:
         self.max_steps, self.start_step, self.interval, self.max_seconds = max_steps, start_step, interval, max_seconds
         self._step = start_step
         self._values: dict[str, object] = {}
         self._clipped = 0
         self._printed = start_step
-        self._started = time.monotonic()
+        self._started = time.monotonic() - spent_seconds
         self._first_step_done: float | None = None
         if plain is None:
             plain = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
@@ -79,9 +87,12 @@ class ProgressDisplay:
             self._print_line()
 
     def _print_line(self) -> None:
-        width = len(str(self.max_steps))
         self._printed = self._step
-        self.say(f"step {self._step:>{width}}/{self.max_steps}  {self._facts()}  ETA {clock(self._seconds_left())}")
+        self.say(f"step {self._count()}  {self._facts()}  ETA {clock(self._seconds_left())}")
+
+    def _count(self) -> str:
+        """Steps done, and of how many where time is not what ends the run."""
+        return f"{self._step:,}" if self.max_seconds else f"{self._step:,}/{self.max_steps:,}"
 
     def _facts(self) -> str:
         logits = self._values.get("max_logit")
@@ -134,7 +145,7 @@ class ProgressDisplay:
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
         row.add_row(
-            Text(f"step {self._step:,}/{self.max_steps:,}", style="bold"),
+            Text(f"step {self._count()}", style="bold"),
             ProgressBar(total=1.0, completed=done),
             Text(f"{done:4.0%}  ETA {clock(self._seconds_left())}"),
         )

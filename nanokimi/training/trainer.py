@@ -200,9 +200,10 @@ class Trainer:
 
     def _display(self) -> ProgressDisplay:
         config, counters = self.config, self.counters
-        left = max(0.0, config.max_seconds - counters.seconds) if config.max_seconds else 0.0
-        interval = config.eval_interval or 25
-        return ProgressDisplay(config.max_steps, counters.step, interval=interval, max_seconds=left)
+        return ProgressDisplay(
+            config.max_steps, counters.step, interval=config.eval_interval or 25,
+            max_seconds=config.max_seconds, spent_seconds=counters.seconds,
+        )  # fmt: skip
 
     def _autocast(self) -> torch.autocast:
         mode = self.config.mixed_precision

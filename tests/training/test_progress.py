@@ -54,7 +54,7 @@ def test_a_plain_line_tells_everything(capsys: pytest.CaptureFixture[str], fake_
         fake_time.now += 0.5
         display.step(2, VALUES | {"val_bits_per_byte": 2.071})
     assert capsys.readouterr().err.splitlines()[1] == (
-        "step    2/1000  loss 4.250  bits/byte 2.071  3,012 tok/s  max logit 12.3  heads clipped 4  ETA 8:19"
+        "step 2/1,000  loss 4.250  bits/byte 2.071  3,012 tok/s  max logit 12.3  heads clipped 4  ETA 8:19"
     )
 
 
