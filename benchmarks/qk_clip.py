@@ -35,13 +35,17 @@ def main() -> None:
     args = parser.parse_args()
     if not TEXT.exists():
         print(prepare_stdlib(TEXT))
-    runs = {name: run(TEXT, args.steps, args.learning_rate, tau) for name, tau in (("unclipped", 0.0), ("clipped", TAU))}
+    runs = {
+        name: run(TEXT, args.steps, args.learning_rate, tau) for name, tau in (("unclipped", 0.0), ("clipped", TAU))
+    }
     for name, curves in runs.items():
         print(f"{name}: largest logit {max(curves['max_logit']):.1f}, loss {mean_tail(curves['loss']):.3f}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     about = {
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-        "commit": commit.stdout.strip(), "tau": TAU, **vars(args),
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "commit": commit.stdout.strip(),
+        "machine": platform.processor() or platform.machine(), "tau": TAU, **vars(args),
     }  # fmt: skip
     (ROOT / "benchmarks" / "results" / "qk_clip.json").write_text(json.dumps({"about": about, "runs": runs}) + "\n")
     draw(runs, ROOT / "docs" / "images" / "qk_clip.png")

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MuonClip, parameters_by_role
 
 ROOT = Path(__file__).parent.parent
-NEW_TOKENS = 32
+CONTEXT, NEW_TOKENS = 128, 32  # of decoding
 SLOW = 5  # torch.optim.Muon works in bf16, slow on a CPU without it: repeated this many times less often
 
 
@@ -39,16 +39,14 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--context", type=int, default=128, help="tokens before the decoded ones")
     args = parser.parse_args()
     torch.manual_seed(0)
     config = ModelConfig.preset(args.preset)
     tokens = torch.randint(config.vocab_size, (args.batch_size, min(256, config.max_seq_length)))
-    prompt = tokens[:1, : min(args.context, config.max_seq_length - NEW_TOKENS)]
+    prompt = tokens[:1, : min(CONTEXT, config.max_seq_length - NEW_TOKENS)]
     ours = Transformer(config)
-    theirs = transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(**huggingface_config(config), initializer_range=config.init_std)
-    )
+    shape = transformers.DeepseekV3Config(**huggingface_config(config), initializer_range=config.init_std)
+    theirs = transformers.DeepseekV3ForCausalLM(shape)
     seconds = {
         "forward and backward": time_passes(ours, theirs, tokens, args.repeats),
         "optimizer": time_optimizers(ours, args.repeats),
@@ -58,7 +56,7 @@ def main() -> None:
     seconds["whole step"] = {name: passes[name] + optimizers[name] for name in ("ours", "reference")}
     show(seconds, {"whole step": tokens.numel(), "decoding": NEW_TOKENS})
     results = {"about": about() | vars(args), "seconds": seconds, "tokens_per_step": tokens.numel()}
-    path = ROOT / "benchmarks" / "results" / f"step-{results['about']['date']}.json"
+    path = ROOT / "benchmarks" / "results" / time.strftime("step-%Y-%m-%d.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{path.relative_to(ROOT)}: {results['about']}")
 
@@ -66,21 +64,17 @@ def main() -> None:
 def time_passes(ours: Transformer, theirs: Any, tokens: Tensor, repeats: int) -> dict[str, float]:
     """One forward and backward pass, with QK-Clip's two meters of logits; transformers has none."""
 
-    def pass_of_ours(exact: bool) -> None:
+    def ours_once(exact: bool) -> None:
         ours.exact_logits = exact
         torch.stack(ours.loss(tokens[:, :-1], tokens[:, 1:])).sum().backward()
         ours.zero_grad()
 
-    def pass_of_theirs() -> None:
+    def theirs_once() -> None:
         theirs(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         theirs.zero_grad()
 
-    candidates = {
-        "ours": lambda: pass_of_ours(exact=False),
-        "ours, exact logits": lambda: pass_of_ours(exact=True),
-        "reference": pass_of_theirs,
-    }
-    return medians(candidates, repeats)
+    meters = {"ours": lambda: ours_once(exact=False), "ours, exact logits": lambda: ours_once(exact=True)}
+    return medians({**meters, "reference": theirs_once}, repeats)
 
 
 def time_optimizers(model: Transformer, repeats: int) -> dict[str, float]:
@@ -119,7 +113,7 @@ def time_decoding(ours: Transformer, theirs: Any, prompt: Tensor, repeats: int) 
     return medians(candidates, repeats)
 
 
-def medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each candidate; the first round warms up and does not count."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats + 1):
@@ -145,11 +139,8 @@ def about() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")  # names the processor on Linux
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    hardware = {
-        "cpu": named[0] if named else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
+    cpu = named[0] if named else platform.processor()
+    hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit, **hardware, **versions}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,11 +36,11 @@ class CheckpointError(UserError):
     """A file that is no usable checkpoint; the message says which file and what is wrong with it."""
 
 
-def save(path: Path, content: Mapping[str, Any], *, previous: Path | None = None) -> None:
+def save(path: Path, content: Mapping[str, Any]) -> None:
     """Writes ``content`` (tensors, numbers, strings, lists, dicts) to ``path``.
 
     The new file is complete, flushed and verified under a temporary name before it takes the place of
-    the old one, which lives on as ``previous`` when that is given.
+    the old one.
 
     Raises:
         RunError: no room, or the disk does not give back what was written; ``path`` is as it was.
@@ -52,12 +53,19 @@ def save(path: Path, content: Mapping[str, Any], *, previous: Path | None = None
             os.fsync(file.fileno())
             if _digest(Path(file.name)) != digest:
                 raise RunError(f"{path}: what was read back differs from what was written: check the disk")
-            if previous is not None and path.exists():
-                link(path, previous)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"{path}: cannot be written: {error.strerror}") from error
         raise RunError(f"{path}: the disk is full; the earlier checkpoint is intact: free space and resume") from error
+
+
+def keep(path: Path, previous: Path) -> None:
+    """Before ``path`` is written anew: gives what is there the name ``previous`` too, unless it is damaged."""
+    try:
+        verify(path)
+    except CheckpointError:
+        return
+    link(path, previous)
 
 
 def link(source: Path, target: Path) -> None:
@@ -80,15 +88,23 @@ def read(path: Path) -> dict[str, Any]:
     verify(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: refused, it holds more than plain data: not a nanokimi checkpoint") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "version" not in content:
         raise CheckpointError(f"{path}: not a nanokimi checkpoint")
     if content["version"] > VERSION:
         raise CheckpointError(
             f"{path}: written by a newer nanokimi (format {content['version']}, this one reads up to {VERSION}): update"
         )
     return content
+
+
+def require(path: Path, content: Mapping[str, Any], *names: str) -> None:
+    """Raises CheckpointError unless ``content``, read from ``path``, has all the parts ``names``."""
+    if missing := [name for name in names if name not in content]:
+        raise CheckpointError(f"{path}: holds no {' and no '.join(missing)}: use another checkpoint")
 
 
 def verify(path: Path) -> None:

@@ -137,10 +137,11 @@ def read_toml(path: Path, train_values: dict[str, Any], model_values: dict[str, 
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from error
     tables = [content, *(value for value in content.values() if isinstance(value, dict))]
-    for table in tables:
+    for depth, table in enumerate(tables):
         for name, value in table.items():
-            if not isinstance(value, dict):
-                home_of(name, f"--config {path}", train_values, model_values)[1][name] = value
+            if isinstance(value, dict) and depth == 0:
+                continue  # one of the tables themselves
+            home_of(name, f"--config {path}", train_values, model_values)[1][name] = value
 
 
 # ---- the other commands -------------------------------------------------------------------------

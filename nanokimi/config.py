@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from nanokimi.errors import ConfigError
 
+MAX_SEED = 2**63 - 1
+
 Config = TypeVar("Config", "ModelConfig", "TrainConfig")
 
 
@@ -129,14 +131,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "tokenizer_name": "bpe:4096",
         "vocab_size": 4096,
-        "dim": 256,
-        "n_heads": 4,
+        "dim": 192,
+        "n_heads": 3,
         "n_layers": 4,
         "max_seq_length": 256,
         "inter_dim": 512,
-        "moe_inter_dim": 128,
+        "moe_inter_dim": 96,
         "kv_lora_rank": 64,
-        "q_lora_rank": 128,
+        "q_lora_rank": 96,
         "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 32,
         "v_head_dim": 64,
@@ -231,18 +233,27 @@ class TrainConfig:
     """
 
     preset: str = _choice("nano-243m", "model shape", *PRESETS)
-    dataset: str = _choice("local", "where the text comes from", "local")
+    dataset: str = _choice(
+        "local", "where the text comes from; only local is built so far",
+        "local", "hfstreaming", "fineweb", "localstreaming", "tokenbin",
+    )  # fmt: skip
     data_path: str = _choice("data/train.txt", "UTF-8 text to train on")
     val_path: str = _choice("", "held-out text of its own (default: a part of the training text)")
     val_fraction: float = _choice(0.05, "share of the text that is held out")
     val_tokens: int = _choice(65536, "held-out tokens per evaluation, evenly spread; 0 takes all")
+    hf_repo_name: str = _choice("", "hub data set")
+    hf_config: str = _choice("", "configuration of the hub data set")
+    hf_split: str = _choice("train", "split of the hub data set")
+    text_column: str = _choice("", "column of the hub data set that holds the text")
+    num_samples: int = _choice(10000, "documents taken from the hub data set")
+    streaming: bool = _choice(False, "stream the hub data set")
     encoding_errors: str = _choice("strict", "bytes that are not UTF-8", "strict", "replace")
     batch_size: int = _choice(2, "sequences per forward pass")
     gradient_accumulation: int = _choice(2, "forward passes per optimizer step")
     max_steps: int = _choice(1000, "optimizer steps")
     max_seconds: float = _choice(0.0, "end after this much training time, schedule included; 0 = no limit")
     learning_rate: float = _choice(0.02, "Muon's rate")
-    adam_lr: float = _choice(0.003, "AdamW's rate: embedding, head, norms")
+    adam_lr: float = _choice(0.02, "AdamW's rate: embedding, head, norms")
     momentum: float = _choice(0.95, "Muon's momentum")
     weight_decay: float = _choice(0.01, "decoupled decay of every matrix")
     adjust_lr_fn: str = _choice("original", "Muon's scale; 0.02 is meant for 'original'", "original", "match_rms_adamw")
@@ -269,7 +280,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require_at_least(1, self, "batch_size", "gradient_accumulation", "max_steps", "max_skipped_steps", flag="--")
+        _require_at_least(
+            1, self, "batch_size", "gradient_accumulation", "max_steps", "max_skipped_steps", "num_samples", flag="--"
+        )
         _require_at_least(
             0, self, "learning_rate", "adam_lr", "weight_decay", "qk_clip_tau", "max_grad_norm", "max_seconds",
             "warmup_steps", "eval_interval", "save_interval", "samples", "val_tokens", "num_workers", "seed",
@@ -278,6 +291,8 @@ class TrainConfig:
         for name in ("momentum", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"--seed must be from 0 to {MAX_SEED}, got {self.seed}")
         if not 0 <= self.decay_fraction <= 1:
             raise ConfigError(f"--decay_fraction must be in [0, 1], got {self.decay_fraction}")
 

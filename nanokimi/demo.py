@@ -12,6 +12,7 @@ from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.errors import UserError
 from nanokimi.inference.engine import generate
 from nanokimi.inference.terminal import printable
 from nanokimi.loading import load
@@ -46,6 +47,8 @@ def run_demo(output: Path, seconds: float) -> int:
     Returns:
         the exit code: 0, or that of the interrupted training.
     """
+    if not seconds > 0:
+        raise UserError(f"--seconds must be more than 0, got {seconds:g}")
     if not TEXT.exists():
         say("No text yet: taking the Python standard library of this machine.")
         say(prepare_stdlib(TEXT))

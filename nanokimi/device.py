@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from nanokimi.errors import UserError
+from nanokimi.errors import RunError, UserError
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 autocast pays: on CUDA devices that multiply bf16 themselves."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compiles_well(device: torch.device) -> bool:
+    """Whether torch.compile pays by default: its code generator wants CUDA devices of capability 7.0 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+@contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """Turns torch's out-of-memory errors into a RunError that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has no type of its own
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "Storage size" in text:
+            raise RunError(
+                "out of memory: lower --batch_size (and raise --gradient_accumulation), --set max_seq_length=... "
+                "or choose a smaller --preset; saved checkpoints are intact"
+            ) from error
+        raise
 
 
 def resolve_device(name: str) -> torch.device:

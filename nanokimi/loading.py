@@ -20,6 +20,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transfor
     """
     path = Path(path)
     content = checkpoint.read(path)
+    checkpoint.require(path, content, "model_config", "model", "tokenizer")
     config = from_dict(ModelConfig, content["model_config"])
     with torch.device("meta"):
         model = Transformer(config)

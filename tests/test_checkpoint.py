@@ -106,7 +106,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path: Path, through_
         checkpoint.save(path, {"payload": Payload(marker)})
     else:
         torch.save({"payload": Payload(marker)}, path)
-    with pytest.raises(CheckpointError, match="refused|not saved by nanokimi"):
+    with pytest.raises(CheckpointError, match=r"refused|not saved by nanokimi"):
         checkpoint.read(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)
@@ -120,9 +120,14 @@ def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
 
 
 def test_a_save_keeps_the_one_before(saved: Path, tmp_path: Path) -> None:
-    checkpoint.save(saved, {"step": 8}, previous=tmp_path / "previous.pt")
+    previous = tmp_path / "previous.pt"
+    checkpoint.keep(saved, previous)
+    checkpoint.save(saved, {"step": 8})
     assert checkpoint.read(saved)["step"] == 8
-    assert checkpoint.read(tmp_path / "previous.pt")["step"] == 7
+    assert checkpoint.read(previous)["step"] == 7
+    saved.write_bytes(b"damaged")
+    checkpoint.keep(saved, previous)
+    assert checkpoint.read(previous)["step"] == 7, "a damaged file never takes the place of a good one"
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +181,8 @@ from pathlib import Path
 from nanokimi import checkpoint
 path = Path(sys.argv[1])
 for step in range(1, 10**6):
-    checkpoint.save(path, {"step": step, "x": torch.full((300_000,), float(step))}, previous=path.with_name("previous.pt"))
+    checkpoint.keep(path, path.with_name("previous.pt"))
+    checkpoint.save(path, {"step": step, "x": torch.full((300_000,), float(step))})
     print(step, flush=True)
 """
 
@@ -194,6 +200,11 @@ def test_kill_9_during_saves_always_leaves_a_good_checkpoint(tmp_path: Path) -> 
         content = checkpoint.read(path)
         assert content["step"] >= (reported[-1] if reported else 1)
         assert torch.equal(content["x"], torch.full((300_000,), float(content["step"])))
+
+
+def test_a_checkpoint_that_lacks_a_part_says_which(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no model_config and no model and no tokenizer"):
+        load(saved)
 
 
 def test_the_first_readable_of_several_is_taken_and_the_others_are_named(saved: Path, tmp_path: Path) -> None:

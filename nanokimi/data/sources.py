@@ -90,6 +90,7 @@ def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *,
         RunError: ``output`` cannot be written.
     """
     output = Path(output)
+    check_text_file(Path(path), "FILE")
     tokenizer = _train_bpe(LocalText(Path(path), None, val_fraction, "strict"), vocab_size)
     with _disk_errors_explained("tokenizer", output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,11 @@ def _tokens(text: LocalText, tokenizer: Tokenizer, folders: list[Path]) -> tuple
 
 def _open_pair(stem: Path) -> tuple[TokenFile, TokenFile | None]:
     train = TokenFile.open(f"{stem}.train.bin")
-    return train, TokenFile.open(f"{stem}.val.bin") if train.source["held_out"] else None
+    val = TokenFile.open(f"{stem}.val.bin") if train.source["held_out"] else None
+    for part in (train, val):
+        if part is not None:
+            part.verify()
+    return train, val
 
 
 def _describe(text: LocalText) -> dict[str, str | int]:

@@ -22,7 +22,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``run_generate``; their defaults are those of ``Settings``."""
     default = Settings()
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint (checkpoints/latest.pt) or a Hugging Face folder")
+    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as checkpoints/latest.pt")
     add("--prompt", default="", help="text to continue (default: none, a new document)")
     add("--max_tokens", "--max-tokens", type=int, default=default.max_tokens, help="most tokens to write (%(default)s)")
     add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from nanokimi.inference.settings import SamplingParams
 
-__all__ = ["SamplingParams", "new_generator", "probabilities", "sample"]
-
 
 def new_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
     """A generator of its own for one request, so that no other draw disturbs it; None seeds it at random."""

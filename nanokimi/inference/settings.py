@@ -8,10 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nanokimi.config import suggest
+from nanokimi.config import MAX_SEED, suggest
 from nanokimi.errors import UserError
-
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

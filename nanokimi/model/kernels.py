@@ -32,7 +32,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
         the output ``[B, H, T, V]`` and the log-sum-exp of each row of scaled logits ``[B, H, T]`` in
         fp32 (fp64 for fp64 inputs); no gradient flows through the latter.
     """
-    fused = _fused_kernel(v)
+    fused = _fused_kernel(q, v)
     if fused is None:
         return reference_attention(q, k, v, scale)
     kernel, multiple = fused
@@ -40,12 +40,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
 
-def _fused_kernel(v: Tensor) -> tuple[Kernel, int] | None:
-    """The kernel for this device and dtype, and what head widths must be a multiple of."""
+def _fused_kernel(q: Tensor, v: Tensor) -> tuple[Kernel, int] | None:
+    """The kernel for this device, dtype and head width, and what head widths must be a multiple of."""
     if v.device.type == "cpu":
         return _cpu_flash, 1
     if v.device.type == "cuda" and v.dtype in (torch.bfloat16, torch.float16):
-        return _cuda_flash, 8
+        fits = torch.cuda.get_device_capability(v.device) >= (8, 0) and max(q.shape[-1], v.shape[-1]) <= 256
+        return (_cuda_flash, 8) if fits else None
     if v.device.type == "cuda" and v.dtype == torch.float32:
         return _cuda_efficient, 4
     return None
@@ -56,13 +57,20 @@ def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     return out, lse
 
 
+# The value heads come as a view that may begin between the 16-byte marks CUDA's kernels read from: hence the copy.
+
+
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v.contiguous(), 0.0, True, False, scale=scale
+    )
     return out, lse
 
 
 def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v.contiguous(), None, True, 0.0, True, scale=scale
+    )
     return out, lse
 
 

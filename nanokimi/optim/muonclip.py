@@ -52,7 +52,7 @@ class MuonClip(torch.optim.Optimizer):
         model: Declares,
         lr: float = 0.02,
         *,
-        adam_lr: float = 0.003,
+        adam_lr: float = 0.02,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.01,

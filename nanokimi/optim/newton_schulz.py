@@ -19,7 +19,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it, else fp32 (bf16 is 23 to 41 times slower on a CPU without it)."""
     if device.type == "cuda":
         return torch.bfloat16
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float32
 

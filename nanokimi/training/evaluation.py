@@ -44,7 +44,8 @@ def evaluate(
     nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     with precision or nullcontext():
-        for batch in DataLoader(Subset(sequences, chosen), batch_size=batch_size):
+        own = torch.Generator()  # a loader draws a seed when it starts: not from the generator a resume restores
+        for batch in DataLoader(Subset(sequences, chosen), batch_size=batch_size, generator=own):
             inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
             nats += model.loss(inputs, labels).cross_entropy.item() * labels.numel()
             tokens += labels.numel()

@@ -48,11 +48,6 @@ class MetricsLog:
         except OSError as error:
             raise cannot_write(self.jsonl_path, error) from error
 
-    @classmethod
-    def restore(cls, folder: Path, state: str) -> MetricsLog:
-        """Continues the history of a checkpoint; lines written after that checkpoint go, their steps come again."""
-        return cls(folder, state=state)
-
     def record(self, step: int, values: Mapping[str, object]) -> None:
         """Appends one optimizer step; NaN and infinity become null, as does what ``values`` leaves out.
 
@@ -88,17 +83,22 @@ class MetricsLog:
             **{name: [record[name] for record in validations] for name in VALIDATION_COLUMNS},
         }
 
-    def write_json(self) -> None:
+    def write_json(self) -> History:
         """Writes ``history()`` to ``logs/training_metrics.json``; the work grows with the run, so not every step.
+
+        Returns:
+            the history that was written.
 
         Raises:
             RunError: the file cannot be written.
         """
+        history = self.history()
         try:
             with atomic_write(self.json_path) as file:
-                file.write(json.dumps(self.history(), allow_nan=False).encode())
+                file.write(json.dumps(history, allow_nan=False).encode())
         except OSError as error:
             raise cannot_write(self.json_path, error) from error
+        return history
 
     def state(self) -> str:
         """The history for the checkpoint: a single string, because ``weights_only`` loading of numbers is slow."""

@@ -132,7 +132,7 @@ def _draw_throughput(ax: Axes, history: History) -> None:
 
 
 def _draw_max_logit(ax: Axes, history: History, logits: Floats, tau: float) -> None:
-    _dress(ax, "Largest logit", "attention logit, largest over heads")
+    _dress(ax, "Largest logit", "attention logit, upper bound")
     finite = logits[np.isfinite(logits)]
     if not finite.size:
         return _say_empty(ax, "not measured in this run")

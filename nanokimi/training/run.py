@@ -12,9 +12,9 @@ from typing import Any
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
-from nanokimi.data.sources import open_corpus
+from nanokimi.data.sources import Corpus, open_corpus
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.device import resolve_device
+from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
 from nanokimi.training.trainer import Trainer
 
@@ -55,14 +55,52 @@ def run_training(request: Request) -> int:
     if request.checkpoint_path and not request.resume:
         raise UserError("--checkpoint_path names where to go on from: add --resume")
     output = Path(from_dict(TrainConfig, request.train).output_dir)
-    if not request.resume:
-        return _train_fresh(request, output)
+    with out_of_memory_explained():
+        return _train_resumed(request, output) if request.resume else _train_fresh(request, output)
+
+
+def _train_fresh(request: Request, output: Path) -> int:
+    config = from_dict(TrainConfig, request.train)
+    model_config = ModelConfig.preset(config.preset, **request.model)
+    with _own_folder(output):
+        corpus = _open_corpus(config, model_config.tokenizer_name)
+        if "vocab_size" not in request.model:
+            model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+        if model_config.vocab_size < corpus.tokenizer.vocab_size:
+            raise UserError(
+                f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
+                "raise it, or leave it out to follow the tokenizer"
+            )
+        trainer = Trainer(config, model_config, corpus, resolve_device(config.device))
+        _put_aside(output / "checkpoints")
+        return trainer.train()
+
+
+def _train_resumed(request: Request, output: Path) -> int:
     path, content = find_checkpoint(output, request.checkpoint_path)
+    checkpoint.require(path, content, "train_config", "model_config", "tokenizer", "history", "model")
     config, model_config = _resumed_configs(request, path, content)
     with _own_folder(output):
-        trainer = _open_trainer(config, model_config, path=path, content=content, override=request.override)
+        corpus = _open_corpus(config, model_config.tokenizer_name, Tokenizer.from_state(content["tokenizer"]))
+        device = resolve_device(config.device)
+        trainer = Trainer(config, model_config, corpus, device, history=content["history"])
+        trainer.restore(path, content, override=request.override)
+        newest = _checkpoints(output)[:1]
+        if request.checkpoint_path and newest and not newest[0].samefile(path):
+            _put_aside(output / "checkpoints")  # another run's, or later ones of this run
         say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
         return trainer.train()
+
+
+def _open_corpus(config: TrainConfig, tokenizer_name: str, tokenizer: Tokenizer | None = None) -> Corpus:
+    if config.dataset != "local":
+        raise UserError(f"--dataset {config.dataset}: only local is built so far: save the text as UTF-8 and name it")
+    corpus = open_corpus(
+        config.data_path, tokenizer_name, val_path=config.val_path, val_fraction=config.val_fraction,
+        encoding_errors=config.encoding_errors, tokenizer=tokenizer, say=say,
+    )  # fmt: skip
+    say(corpus.summary)
+    return corpus
 
 
 def say(text: str) -> None:
@@ -74,66 +112,33 @@ def find_checkpoint(output: Path, named: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint to resume: ``named``, or the newest readable one under ``output``; never none."""
     if named:
         return Path(named), checkpoint.read(Path(named))
-    folder = output / "checkpoints"
-    names = ("latest.pt", "final.pt", "best.pt", "previous.pt")
-    found = sorted((p for name in names if (p := folder / name).is_file()), key=_modified, reverse=True)
+    found = _checkpoints(output)
     if not found:
-        raise UserError(f"--resume: no checkpoint in {folder}: check --output_dir, or start without --resume")
+        raise UserError(
+            f"--resume: no checkpoint in {output / 'checkpoints'}: check --output_dir, or start without --resume"
+        )
     path, content, problems = checkpoint.first_readable(found)
     for problem in problems:
         say(f"warning: {problem}")
     return path, content
 
 
-def _modified(path: Path) -> int:
-    return path.stat().st_mtime_ns
-
-
-def _train_fresh(request: Request, output: Path) -> int:
-    config = from_dict(TrainConfig, request.train)
-    model_config = ModelConfig.preset(config.preset, **request.model)
-    with _own_folder(output):
-        trainer = _open_trainer(config, model_config, vocab_is_set="vocab_size" in request.model)
-        _put_aside(output / "checkpoints")
-        return trainer.train()
-
-
-def _open_trainer(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    *,
-    vocab_is_set: bool = True,
-    path: Path | None = None,
-    content: dict[str, Any] | None = None,
-    override: frozenset[str] = frozenset(),
-) -> Trainer:
-    device = resolve_device(config.device)
-    tokenizer = Tokenizer.from_state(content["tokenizer"]) if content else None
-    corpus = open_corpus(
-        config.data_path, model_config.tokenizer_name, val_path=config.val_path, val_fraction=config.val_fraction,
-        encoding_errors=config.encoding_errors, tokenizer=tokenizer, say=say,
-    )  # fmt: skip
-    say(corpus.summary)
-    if not vocab_is_set:
-        model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-    if model_config.vocab_size < corpus.tokenizer.vocab_size:
-        raise UserError(
-            f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
-            "raise it, or leave it out to follow the tokenizer"
-        )
-    trainer = Trainer(config, model_config, corpus, device, history=content["history"] if content else "")
-    if content is not None and path is not None:
-        trainer.restore(path, content, override=override)
-    return trainer
+def _checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of the run in ``output``, newest first; of two names for one file the plainer one first."""
+    names = ("latest.pt", "final.pt", "best.pt", "previous.pt")
+    found = [path for name in names if (path := output / "checkpoints" / name).is_file()]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> tuple[TrainConfig, ModelConfig]:
     """The checkpoint's configs with the request on top; lists and refuses differences that change the training."""
     saved_train, saved_model = content["train_config"], content["model_config"]
-    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))}
-    for name in request.override - known:
-        raise UserError(f"--override {name}: no such field")
-    from_dict(ModelConfig, {**saved_model, **request.model})
+    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))} - {"preset"}
+    if unknown := sorted(request.override - known):
+        raise UserError(f"--override {', '.join(unknown)}: no such field, or none that a resume can change")
+    output = {"output_dir": request.train.get("output_dir", TrainConfig.output_dir)}
+    config = from_dict(TrainConfig, {**saved_train, **request.train, **output})
+    model_config = from_dict(ModelConfig, {**saved_model, **request.model})
     differences = [
         f"{name} (saved {saved[name]!r}, now {value!r})"
         for saved, asked in ((saved_train, request.train), (saved_model, request.model))
@@ -145,9 +150,7 @@ def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> t
             f"{path} was trained with other settings: {', '.join(differences)}: "
             "leave them out, or name those to change with --override"
         )
-    output = {"output_dir": request.train.get("output_dir", TrainConfig.output_dir)}
-    config = from_dict(TrainConfig, {**saved_train, **request.train, **output})
-    return config, from_dict(ModelConfig, {**saved_model, **request.model})
+    return config, model_config
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.loader import BatchLoader
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import Corpus
+from nanokimi.device import compiles_well, has_fast_bf16
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.engine import generate
 from nanokimi.inference.terminal import printable
@@ -31,6 +32,9 @@ from nanokimi.training.signals import StopSignals
 
 SAMPLE_TOKENS = 60
 
+# Fields that decide which text is read in which order: to override one is to give up the exact place in the data.
+DATA_FIELDS = frozenset({"data_path", "val_path", "val_fraction", "encoding_errors", "seed", "max_seq_length"})
+
 
 @dataclass
 class Counters:
@@ -39,8 +43,25 @@ class Counters:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training, all earlier processes included
+    skipped: int = 0
     skipped_in_a_row: int = 0
     best_loss: float = math.inf
+
+
+class StepReading(NamedTuple):
+    """What one step showed, on the host."""
+
+    cross_entropy: float
+    balance_loss: float
+    grad_norm: float
+    max_logits: list[list[float]]  # [L][H]
+    expert_counts: list[list[float]]  # [MoE layers][E]
+
+    @property
+    def finite(self) -> bool:
+        """Whether losses, gradients and attention logits can be trusted."""
+        logits = (x for heads in self.max_logits for x in heads)
+        return all(map(math.isfinite, (self.cross_entropy, self.balance_loss, self.grad_norm, *logits)))
 
 
 class Trainer:
@@ -62,7 +83,7 @@ class Trainer:
         self.folder = Path(config.output_dir) / "checkpoints"
         self.model = Transformer(model_config).to(device)
         self.loss: Callable[[Tensor, Tensor], Losses] = self.model.loss
-        if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        if config.compile == "on" or (config.compile == "auto" and compiles_well(device)):
             self.loss = torch.compile(self.model.loss)
         self.optimizer = MuonClip(
             self.model,
@@ -79,8 +100,10 @@ class Trainer:
             pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.held_out = self._held_out_sequences()
+        self._check_sample_prompt()
         self.metrics = MetricsLog(Path(config.output_dir), state=history)
         self.counters = Counters()
+        self._saved: tuple[int, Path] | None = None  # step and name of the last checkpoint written here
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -90,86 +113,112 @@ class Trainer:
         A run that is over already is left as it is.
 
         Raises:
-            RunError: the loss stayed non-finite, memory ran out, or the disk is full.
+            RunError: the loss stayed non-finite, or the disk is full.
         """
         config, counters = self.config, self.counters
         if self._finished():
             return 0
-        self._began = time.monotonic() - counters.seconds
+        began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
         with StopSignals() as signals, self._display() as display:
-            while not self._finished():
+            while not self._finished() and signals.stop is None:
                 sampled = int(self._progress() * config.samples)
                 values = self._train_step(batches)
                 self.metrics.record(counters.step, values)
-                counters.seconds = time.monotonic() - self._began
+                counters.seconds = time.monotonic() - began
                 if self._validates() and counters.step % config.eval_interval == 0 and not self._finished():
                     values["val_bits_per_byte"] = self._validate()
                 display.step(counters.step, values)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
-                    raise RunError(
-                        f"the loss was not finite in {counters.skipped_in_a_row} steps in a row: stopped; the last good "
-                        "checkpoint is intact: lower --learning_rate or --adam_lr and resume"
-                    )
-                if int(self._progress() * config.samples) > sampled and not self._finished():
+                    self._give_up()
+                if self._finished() or signals.stop is not None:
+                    continue
+                if int(self._progress() * config.samples) > sampled:
                     display.say(self._sample())
-                if signals.stop is not None:
-                    break
                 if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
                     signals.save = False
                     self.save()
             if self._validates() and signals.stop is None:
                 display.step(counters.step, {"val_bits_per_byte": self._validate()})
-        self.save(final=signals.stop is None)
+            self.save(final=self._finished())
         self.metrics.close()
         return 0 if signals.stop is None else 128 + signals.stop
 
-    def _train_step(self, batches: Any) -> dict[str, Any]:
-        """Forward and backward over all micro-batches, one update unless something is not finite; the metrics."""
+    def _train_step(self, batches: Iterator[Tensor]) -> dict[str, Any]:
+        """One optimizer step, skipped when anything in it is not finite; returns its metrics."""
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
-        model.train()
         factor = lr_factor(
             config.schedule, counters.step, self._progress(),
             warmup_steps=config.warmup_steps, decay_fraction=config.decay_fraction,
         )  # fmt: skip
         self.optimizer.set_lr_factor(factor)
-        totals = torch.zeros(2, device=self.device)
-        tokens = 0
-        for _ in range(config.gradient_accumulation):
-            batch = next(batches).to(self.device, non_blocking=True)
-            with self._autocast():
-                losses = self.loss(batch[:, :-1], batch[:, 1:])
-            ((losses.cross_entropy + losses.balance) / config.gradient_accumulation).backward()
-            totals += torch.stack(losses).detach() / config.gradient_accumulation
-            tokens += batch[:, 1:].numel()
-        limit = config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
-        logits = model.max_logits.amax(dim=1)
-        ce, aux, grad_norm, *max_logit = torch.cat((totals, norm.view(1), logits)).tolist()  # the step's one wait
-        finite = all(map(math.isfinite, (ce, aux, grad_norm, *max_logit)))
-        clipped = int((model.max_logits > config.qk_clip_tau).sum()) if config.qk_clip_tau and finite else 0
-        load = model.expert_counts / model.expert_counts.sum(dim=-1, keepdim=True).clamp_min(1)
-        if finite:
+        losses, tokens = self._accumulate_gradients(batches)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf, foreach=True)
+        seen = self._read(losses, norm)
+        if seen.finite:
             self.optimizer.step()
             model.update_balance()
-            model.exact_logits = config.qk_clip_meter == "exact" and max(max_logit) > config.qk_clip_tau / 2
+        largest = [max(heads) for heads in seen.max_logits]
+        tau = config.qk_clip_tau
+        model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
         self.optimizer.zero_grad()
         model.reset_stats()
         counters.step += 1
         counters.tokens += tokens
-        counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
+        counters.skipped += not seen.finite
+        counters.skipped_in_a_row = 0 if seen.finite else counters.skipped_in_a_row + 1
         return {
-            "train_ce_loss": ce if finite else None,
-            "train_aux_loss": aux if finite else None,
+            "train_ce_loss": seen.cross_entropy if seen.finite else None,
+            "train_aux_loss": seen.balance_loss if seen.finite else None,
             "learning_rate": config.learning_rate * factor,
-            "grad_norm": grad_norm,
+            "grad_norm": seen.grad_norm,
             "tokens": counters.tokens,
             "tokens_per_second": tokens / (time.monotonic() - started),
-            "max_logit": max_logit,
-            "clipped_heads": clipped,
-            "expert_load": load.tolist(),
+            "max_logit": largest,
+            "clipped_heads": sum(x > tau > 0 for heads in seen.max_logits for x in heads) if seen.finite else 0,
+            "expert_load": [[n / max(1.0, sum(layer)) for n in layer] for layer in seen.expert_counts],
         }
+
+    def _accumulate_gradients(self, batches: Iterator[Tensor]) -> tuple[Tensor, int]:
+        """Forward and backward over all micro-batches; their mean losses ``[2]`` and the number of tokens."""
+        parts = self.config.gradient_accumulation
+        means = torch.zeros(2, device=self.device)
+        tokens = 0
+        self.model.train()
+        for _ in range(parts):
+            batch = next(batches).to(self.device, non_blocking=True)
+            with self._autocast():
+                losses = self.loss(batch[:, :-1], batch[:, 1:])
+            ((losses.cross_entropy + losses.balance) / parts).backward()
+            means += torch.stack(losses).detach() / parts
+            tokens += batch[:, 1:].numel()
+        return means, tokens
+
+    def _read(self, losses: Tensor, norm: Tensor) -> StepReading:
+        """Brings all that the host needs of a step over at once: the loop's one wait for the device."""
+        model, layers = self.model, self.model.config.n_layers
+        numbers = (losses, norm.view(1), model.max_logits.flatten(), model.expert_counts.flatten())
+        values = torch.cat([number.to(torch.float64) for number in numbers]).tolist()
+        heads, experts = model.config.n_heads, model.config.n_routed_experts
+        logits, counts = values[3 : 3 + layers * heads], values[3 + layers * heads :]
+        cross_entropy, balance_loss, grad_norm = values[:3]
+        return StepReading(cross_entropy, balance_loss, grad_norm, _rows(logits, heads), _rows(counts, experts))
+
+    def _give_up(self) -> None:
+        """Ends a run whose loss stays non-finite; nothing is saved over the last good checkpoint."""
+        self._write_history()
+        saved = any(self.folder.glob("*.pt"))
+        raise RunError(
+            f"the loss was not finite in {self.counters.skipped_in_a_row} steps in a row: stopped; "
+            + (
+                "the last good checkpoint is intact: --resume it with"
+                if saved
+                else "no checkpoint yet: start again with"
+            )
+            + " a lower --learning_rate and --adam_lr"
+            + (" (--override learning_rate,adam_lr)" if saved else "")
+        )
 
     def _validate(self) -> float:
         """Evaluates, records, keeps the best checkpoint; returns the bits per byte."""
@@ -207,7 +256,7 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         mode = self.config.mixed_precision
-        enabled = mode == "on" or (mode == "auto" and self.device.type == "cuda")
+        enabled = mode == "on" or (mode == "auto" and has_fast_bf16(self.device))
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _sample(self) -> str:
@@ -217,6 +266,14 @@ class Trainer:
             max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed,
         )  # fmt: skip
         return printable(f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---")
+
+    def _check_sample_prompt(self) -> None:
+        length = len(self.corpus.tokenizer.encode(self.config.sample_prompt)) if self.config.samples else 0
+        if length > self.model.config.max_seq_length:
+            raise UserError(
+                f"--sample_prompt has {length} tokens and the context holds {self.model.config.max_seq_length}: "
+                "shorten it"
+            )
 
     def _held_out_sequences(self) -> PackedSequences | None:
         """The held-out text in sequences of the context, or of its own length where it is shorter."""
@@ -230,20 +287,25 @@ class Trainer:
     def save(self, name: str = "latest.pt", *, final: bool = False) -> None:
         """Writes everything a resume or an inference needs; ``latest.pt`` leaves its forerunner as ``previous.pt``."""
         path = self.folder / name
-        previous = self.folder / "previous.pt" if name == "latest.pt" else None
-        checkpoint.save(path, self.state(), previous=previous)
+        if name == "latest.pt":
+            checkpoint.keep(path, self.folder / "previous.pt")
+        if self._saved is not None and self._saved[0] == self.counters.step:
+            checkpoint.link(self._saved[1], path)  # best.pt was written at this very step
+        else:
+            checkpoint.save(path, self.state())
+            self._saved = (self.counters.step, path)
         if final:
             checkpoint.link(path, self.folder / "final.pt")
-        self.metrics.write_json()
         if name == "latest.pt":
-            self.plot()
+            self._write_history()
 
-    def plot(self) -> None:
-        """Draws ``logs/training_metrics.png``."""
+    def _write_history(self) -> None:
+        """Writes ``logs/training_metrics.json`` and draws ``logs/training_metrics.png``."""
         from nanokimi.training.plots import plot_training
 
+        history = self.metrics.write_json()
         path = Path(self.config.output_dir) / "logs" / "training_metrics.png"
-        plot_training(self.metrics.history(), path, tau=self.config.qk_clip_tau, title=self.config.preset)
+        plot_training(history, path, tau=self.config.qk_clip_tau, title=self.config.preset)
 
     def state(self) -> dict[str, Any]:
         """The run as plain data; ``restore`` takes it back."""
@@ -267,23 +329,31 @@ class Trainer:
             CheckpointError: weights or optimizer state do not fit.
             UserError: the text or its order is another one.
         """
-        same_text = content["data"]["sha256"] == self.corpus.train.sha256
-        if not same_text and "data_path" not in override:
+        checkpoint.require(path, content, "optimizer", "counters", "data", "random", "exact_logits")
+        moved = bool(override & DATA_FIELDS)
+        if content["data"]["sha256"] != self.corpus.train.sha256 and not moved:
             raise UserError(
                 f"{path} was trained on another text than {self.config.data_path}: restore it, or --override data_path"
             )
         load_weights(path, self.model, content["model"])
+        chosen = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError, TypeError) as error:
             raise checkpoint.CheckpointError(f"{path}: the optimizer state does not fit: {error}") from error
+        for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(values)  # the config rules, which a resume may have overridden
         self.counters = Counters(**content["counters"])
-        if "data_path" in override:
-            self.batches.samples = content["data"]["samples"]  # the place in another text: the same count
+        if moved:
+            self.batches.samples = content["data"]["samples"]  # the place in another order: the same count
         else:
             self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"]
         set_random_state(content["random"])
+
+
+def _rows(values: list[float], width: int) -> list[list[float]]:
+    return [values[i : i + width] for i in range(0, len(values), width)]
 
 
 def random_state() -> dict[str, Any]:

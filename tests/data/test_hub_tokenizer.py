@@ -78,7 +78,9 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 def load(name: str, endpoint: str, home: Path) -> str:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     environment = kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", LOAD, name], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, name], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -15,7 +15,7 @@ def curve(schedule: str, steps: int = 100, warmup: int = 10, decay: float = 0.4)
 def test_warm_up_is_linear_from_the_first_step(schedule: str) -> None:
     values = curve(schedule)
     assert values[0] == pytest.approx(0.1, rel=0.01)
-    assert all(b > a for a, b in itertools.pairwise(values))
+    assert all(b > a for a, b in itertools.pairwise(values[:10]))
 
 
 def test_wsd_is_level_and_then_falls_linearly_to_zero() -> None:

@@ -93,7 +93,7 @@ def test_a_resume_rewrites_the_steps_after_its_checkpoint(tmp_path: Path) -> Non
         log.record(4, one_step(train_ce_loss=99.0))
     with log.jsonl_path.open("a") as file:
         file.write('{"step": 5, "tr')  # the line that a kill cut short
-    with closing(MetricsLog.restore(tmp_path, state)) as resumed:
+    with closing(MetricsLog(tmp_path, state=state)) as resumed:
         resumed.record(4, one_step())
         resumed.write_json()
     steps = [
@@ -107,7 +107,7 @@ def test_a_resume_rewrites_the_steps_after_its_checkpoint(tmp_path: Path) -> Non
 def test_a_restored_history_equals_the_one_saved(tmp_path: Path) -> None:
     with (
         closing(log_of(tmp_path / "first", 4)) as log,
-        closing(MetricsLog.restore(tmp_path / "second", log.state())) as restored,
+        closing(MetricsLog(tmp_path / "second", state=log.state())) as restored,
     ):
         assert restored.history() == log.history()
         assert restored.jsonl_path.read_bytes() == log.jsonl_path.read_bytes()
@@ -125,7 +125,7 @@ def test_a_resume_keeps_the_history_of_another_run(tmp_path: Path) -> None:
         state = other.state()
     with closing(MetricsLog(tmp_path)) as log:
         log.record(1, one_step(train_ce_loss=7.0))
-    MetricsLog.restore(tmp_path, state).close()
+    MetricsLog(tmp_path, state=state).close()
     kept = log.jsonl_path.with_name("training_metrics.jsonl.1")
     assert read_strictly(kept.read_text())["train_ce_loss"] == 7.0
 
