@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "gradient_accumulation": 1,
     "warmup_steps": 10,
+    "decay_fraction": 0.8,
     "max_steps": 5000,
     "eval_interval": 50,
     "val_tokens": 8192,

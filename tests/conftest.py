@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: small models with a fixed seed, two threads, no network."""
+"""Fixtures of the whole suite: small models with a fixed seed, one thread, no network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: models this small only lose by more threads
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
