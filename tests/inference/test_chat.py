@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import signal
 import select
 import sys
 import time
@@ -198,6 +199,7 @@ class Terminal:
         self.seen = ""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
             path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
             os.execve(sys.executable, [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path})
 
