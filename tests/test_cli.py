@@ -292,6 +292,7 @@ def test_without_a_text_the_demo_makes_one(small_demo: Path, monkeypatch: pytest
     assert main(["demo", "--seconds", "600"]) == 0
     assert demo.TEXT.read_bytes() == text
 
+
 def test_the_demo_ends_when_its_seconds_are_over(small_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(demo.SETTINGS, "max_steps", 10**9)
     assert main(["demo", "--seconds", "0.3"]) == 0

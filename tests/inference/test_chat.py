@@ -3,8 +3,8 @@ from __future__ import annotations
 import io
 import os
 import pty
-import signal
 import select
+import signal
 import sys
 import time
 from pathlib import Path
