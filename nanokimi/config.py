@@ -240,7 +240,7 @@ class TrainConfig:
     data_path: str = _choice("data/train.txt", "UTF-8 text to train on")
     val_path: str = _choice("", "held-out text of its own (default: a part of the training text)")
     val_fraction: float = _choice(0.05, "share of the text that is held out")
-    val_tokens: int = _choice(65536, "held-out tokens per evaluation, evenly spread; 0 takes all")
+    val_tokens: int = _choice(16384, "held-out tokens per evaluation, evenly spread; 0 takes all")
     hf_repo_name: str = _choice("", "hub data set")
     hf_config: str = _choice("", "configuration of the hub data set")
     hf_split: str = _choice("train", "split of the hub data set")
