@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +15,10 @@ from nanokimi.inference.commands import add_generate_arguments
 
 MODEL_FIELDS = {f.name for f in fields(ModelConfig)}
 TRAIN_FIELDS = {f.name for f in fields(TrainConfig)}
+DATA_FIELDS = {
+    "preset", "dataset", "data_path", "mix", "val_path", "val_fraction", "val_tokens", "hf_repo_name", "hf_config",
+    "hf_split", "text_column", "num_samples", "streaming", "shuffle_buffer", "encoding_errors", "num_workers", "seed",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=generate, interactive=name == "chat")
     add_prepare(commands)
     add_tokenizer(commands)
+    add_inspect(commands)
     add_demo(commands)
     return parser
 
@@ -70,7 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
 def add_train(commands: Any) -> None:
     """``nanokimi train``: every field of TrainConfig is a flag of the same name."""
     parser = commands.add_parser("train", help="train a model", description="Train a model on a text.")
-    for f in fields(TrainConfig):
+    add_settings(parser, TRAIN_FIELDS)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    parser.add_argument(*spellings("checkpoint_path"), default="", metavar="FILE", help="with --resume: from this one")
+    parser.add_argument("--override", default="", metavar="FIELD,...", help="fields a resume may change all the same")
+    parser.set_defaults(run=train)
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """A flag for each field of TrainConfig in ``names``; any other can be set, or read from a file."""
+    for f in (f for f in fields(TrainConfig) if f.name in names):
         about = str(f.metadata["help"])
         choices = " {" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else ""
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if f.type == "bool" else {}
@@ -82,10 +96,6 @@ def add_train(commands: Any) -> None:
         )  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of either config")
     parser.add_argument("--config", metavar="FILE.toml", help="settings from a file; flags win over it")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
-    parser.add_argument(*spellings("checkpoint_path"), default="", metavar="FILE", help="with --resume: from this one")
-    parser.add_argument("--override", default="", metavar="FIELD,...", help="fields a resume may change all the same")
-    parser.set_defaults(run=train)
 
 
 def spellings(name: str) -> list[str]:
@@ -94,7 +104,17 @@ def spellings(name: str) -> list[str]:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Gathers the settings (file, then flags, then --set) and trains."""
+    """``nanokimi train``."""
+    train_values, model_values = gather_settings(args)
+
+    from nanokimi.training.run import Request, run_training
+
+    override = frozenset(name.strip().replace("-", "_") for name in args.override.split(",") if name.strip())
+    return run_training(Request(train_values, model_values, args.resume, args.checkpoint_path, override))
+
+
+def gather_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of TrainConfig and of ModelConfig that were named: in the file, over it by flags, over these by --set."""
     train_values: dict[str, Any] = {}
     model_values: dict[str, Any] = {}
     if args.config:
@@ -108,11 +128,7 @@ def train(args: argparse.Namespace) -> int:
             raise UserError(f"--set {assignment}: write it as FIELD=VALUE")
         cls, values = home_of(name, "--set", train_values, model_values)
         values[name] = parse_value(cls, name, text)
-
-    from nanokimi.training.run import Request, run_training
-
-    override = frozenset(name.strip().replace("-", "_") for name in args.override.split(",") if name.strip())
-    return run_training(Request(train_values, model_values, args.resume, args.checkpoint_path, override))
+    return train_values, model_values
 
 
 def home_of(
@@ -190,6 +206,35 @@ def train_tokenizer(args: argparse.Namespace) -> int:
 
     print(train_tokenizer_on(args.text, args.vocab_size, args.output))
     return 0
+
+
+def add_inspect(commands: Any) -> None:
+    """``nanokimi inspect data``: what training will see."""
+    parser = commands.add_parser("inspect", help="look at what there is to learn from")
+    subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", required=True, parser_class=Parser)
+    data = subjects.add_parser(
+        "data", help="what training will see", description="What training will see, read the way training reads it."
+    )
+    add_settings(data, DATA_FIELDS)
+    data.add_argument(
+        "--sequences", type=int, default=1000, metavar="N",
+        help="how many to look at; of a source that ends, at most one epoch (default: %(default)s)",
+    )  # fmt: skip
+    data.add_argument("--show", type=int, default=2, metavar="N", help="sequences printed (default: %(default)s)")
+    data.add_argument(
+        "--output", default="data_lengths.png", metavar="FILE.png",
+        help="picture of the documents' lengths (default: %(default)s)",
+    )  # fmt: skip
+    data.set_defaults(run=inspect_data)
+
+
+def inspect_data(args: argparse.Namespace) -> int:
+    """``nanokimi inspect data``."""
+    train_values, model_values = gather_settings(args)
+
+    from nanokimi.insight.inspect_data import run_inspect
+
+    return run_inspect(train_values, model_values, sequences=args.sequences, show=args.show, output=Path(args.output))
 
 
 def add_demo(commands: Any) -> None:

@@ -234,20 +234,22 @@ class TrainConfig:
 
     preset: str = _choice("nano-243m", "model shape", *PRESETS)
     dataset: str = _choice(
-        "local", "where the text comes from; only local is built so far",
-        "local", "hfstreaming", "fineweb", "localstreaming", "tokenbin",
-    )  # fmt: skip
-    data_path: str = _choice("data/train.txt", "UTF-8 text to train on")
-    val_path: str = _choice("", "held-out text of its own (default: a part of the training text)")
-    val_fraction: float = _choice(0.05, "share of the text that is held out")
+        "local", "where the text comes from", "local", "hfstreaming", "fineweb", "localstreaming", "tokenbin"
+    )
+    data_path: str = _choice("data/train.txt", "file, folder or pattern to train on; several with commas")
+    mix: str = _choice("", "several sources by weight, such as a.txt=0.7,tokenbin:b=0.3")
+    val_path: str = _choice("", "held-out data of their own (default: a part of the training data)")
+    val_fraction: float = _choice(0.05, "share of the data that is held out")
     val_tokens: int = _choice(16384, "held-out tokens per evaluation, evenly spread; 0 takes all")
     hf_repo_name: str = _choice("", "hub data set")
     hf_config: str = _choice("", "configuration of the hub data set")
     hf_split: str = _choice("train", "split of the hub data set")
-    text_column: str = _choice("", "column of the hub data set that holds the text")
-    num_samples: int = _choice(10000, "documents taken from the hub data set")
-    streaming: bool = _choice(False, "stream the hub data set")
+    text_column: str = _choice("", "column or JSON field that holds the text")
+    num_samples: int = _choice(10000, "documents taken from the hub data set; 0 takes all")
+    streaming: bool = _choice(False, "stream FineWeb instead of keeping a sample")
+    shuffle_buffer: int = _choice(1024, "sequences of a stream among which the next is drawn; 1 keeps their order")
     encoding_errors: str = _choice("strict", "bytes that are not UTF-8", "strict", "replace")
+    mask_documents: bool = _choice(False, "attend within a document only")
     batch_size: int = _choice(2, "sequences per forward pass")
     gradient_accumulation: int = _choice(2, "forward passes per optimizer step")
     max_steps: int = _choice(1000, "optimizer steps")
@@ -281,12 +283,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _require_at_least(
-            1, self, "batch_size", "gradient_accumulation", "max_steps", "max_skipped_steps", "num_samples", flag="--"
-        )
+            1, self, "batch_size", "gradient_accumulation", "max_steps", "max_skipped_steps", "shuffle_buffer",
+            flag="--",
+        )  # fmt: skip
         _require_at_least(
             0, self, "learning_rate", "adam_lr", "weight_decay", "qk_clip_tau", "max_grad_norm", "max_seconds",
-            "warmup_steps", "eval_interval", "save_interval", "samples", "val_tokens", "num_workers", "seed",
-            flag="--",
+            "warmup_steps", "eval_interval", "save_interval", "samples", "val_tokens", "num_workers", "num_samples",
+            "seed", flag="--",
         )  # fmt: skip
         for name in ("momentum", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:

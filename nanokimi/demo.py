@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nanokimi.config import ModelConfig
+from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.stdlib import prepare_stdlib
@@ -87,6 +87,6 @@ def report(output: Path) -> None:
 
 def held_out_files(tokenizer: Tokenizer, config: ModelConfig) -> PackedSequences:
     """The files that training never saw, in sequences of the model's context."""
-    corpus = open_corpus(TEXT, config.tokenizer_name, tokenizer=tokenizer, say=say)
+    corpus = open_corpus(TrainConfig(data_path=str(TEXT)), config.tokenizer_name, tokenizer=tokenizer, say=say)
     assert corpus.val is not None
-    return PackedSequences(corpus.val.tokens, config.max_seq_length)
+    return PackedSequences(corpus.val, config.max_seq_length)

@@ -1,23 +1,41 @@
-"""A UTF-8 text file of any size as documents, in pieces that fit into memory.
+"""What every source is made of: documents, in pieces that fit into memory and can be found again.
 
-Line ends: CRLF becomes LF, everything else stays as it is. A byte order mark at the start is dropped.
+A document of up to ``PIECE_BYTES`` is one piece. A longer one is cut behind a line end; a line that is longer still,
+between two characters. Where a document is cut depends on nothing but its own text, so that it becomes the same
+tokens whichever file, format or position it is read from. CRLF line ends become LF, everything else stays as it is.
 """
 
 from __future__ import annotations
 
-import codecs
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
 
-BLOCK_BYTES = 1 << 18
-PIECE_CHARACTERS = 1 << 18
-_SEPARATOR = re.compile(re.escape(END_OF_TEXT) + r"(?:\n|\Z)")
+PIECE_BYTES = 1 << 18
+SEPARATOR_BYTES = len(END_OF_TEXT) + 2  # a line of its own, with CRLF
+_SEPARATOR = re.compile(rb"^" + re.escape(END_OF_TEXT.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
+
+Advance = Callable[[int], None]
+
+
+class Cursor(NamedTuple):
+    """Where in a part a piece begins; cursors of a part are ordered as its pieces are.
+
+    Attributes:
+        span: which file of the part, counted from 0.
+        at: the byte in a text or JSON lines file (uncompressed), the row elsewhere.
+        piece: number of the piece within its document; above 0 the document began earlier.
+    """
+
+    span: int = 0
+    at: int = 0
+    piece: int = 0
+
+
+START = Cursor()
 
 
 class Piece(NamedTuple):
@@ -25,86 +43,133 @@ class Piece(NamedTuple):
 
     text: str
     ends_document: bool
+    cursor: Cursor = START
 
 
-def check_text_file(path: Path, flag: str) -> None:
-    """Raises UserError, naming ``flag``, unless ``path`` is a regular file with something in it."""
-    if os.path.isdir(path):  # unlike Path's, these raise nothing where access is denied
-        raise UserError(f"{flag} {path} is a directory: name a text file in it")
-    if not os.path.exists(path):
-        raise UserError(f"{flag} {path}: no such file: check the path, or make one with `nanokimi prepare stdlib`")
-    if not os.path.isfile(path):
-        raise UserError(f"{flag} {path}: not a regular file: it is read more than once, so save the text to disk first")
-    if path.stat().st_size == 0:
-        raise UserError(f"{flag} {path}: the file is empty: name a text file with something in it")
+def ignore(count: int) -> None:
+    """The ``advance`` of a caller who does not want to know."""
 
 
-def read_pieces(path: Path, errors: str, advance: Callable[[int], None]) -> Iterator[Piece]:
-    """The documents of ``path`` in order; lines that are exactly ``<|endoftext|>`` stand between them.
+class Documents(Protocol):
+    """Documents in parts that can be read apart from one another, each from any of its pieces on.
+
+    Attributes:
+        name: what the user knows it by.
+    """
+
+    name: str
+
+    @property
+    def n_bytes(self) -> int | None:
+        """Size of the whole in the unit that ``advance`` counts, None where it is not known."""
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts there are; they and their order depend on the data alone."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """Plain values on which the documents depend: while these are the same, so is every piece."""
+
+    def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
+        """The pieces of one part from ``start`` on; a row without text is an empty document.
+
+        Args:
+            advance: told how many bytes were read, as they are.
+
+        Raises:
+            UserError: the data cannot be read as what they are said to be.
+            RunError: a network or a disk failed.
+        """
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """The pieces of one document, at least one; lone surrogates, which are not Unicode, become U+FFFD."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+    start = 0
+    while len(data) - start > PIECE_BYTES:
+        end = start + _inside_document(data[start : start + PIECE_BYTES])
+        yield _line_ends(data[start:end].decode())
+        start = end
+    yield _line_ends(data[start:].decode())
+
+
+class TextCutter:
+    """Cuts the bytes of a text file into pieces; lines that are exactly ``<|endoftext|>`` separate its documents.
 
     Args:
+        name: of the file, for messages.
         errors: ``strict``, or ``replace`` to turn bytes that are not UTF-8 into U+FFFD.
-        advance: told how many bytes of the file were read, as they are.
-
-    Raises:
-        UserError: the file cannot be read, or holds bytes that are not UTF-8 (the message gives the offset).
+        start: where in the file the first bytes to come stand.
+        starts_line: whether they begin a line.
     """
-    document_open = False
-    for text, starts_line in _whole_lines(_normalised(_decoded(path, errors, advance))):
-        start = 0
-        for separator in _SEPARATOR.finditer(text):
-            at = separator.start()
-            if text[at - 1] == "\n" if at else starts_line:
-                yield Piece(text[start:at], ends_document=True)
-                start = separator.end()
-                document_open = False
-        if start < len(text):
-            yield Piece(text[start:], ends_document=False)
-            document_open = True
-    if document_open:
-        yield Piece("", ends_document=True)
+
+    def __init__(self, name: str, errors: str, start: Cursor, *, starts_line: bool) -> None:
+        self.name, self.errors, self.cursor, self.starts_line = name, errors, start, starts_line
+
+    def cut(self, window: bytes, *, final: bool) -> tuple[int, list[Piece]]:
+        """The pieces at the start of ``window`` and how many of its bytes they take, at least one.
+
+        Args:
+            window: ``PIECE_BYTES + SEPARATOR_BYTES`` bytes or more; ``final``: the last ones, at most ``PIECE_BYTES``.
+
+        Raises:
+            UserError: bytes that are not UTF-8; the message gives the offset in the file.
+        """
+        ends = [found.span() for found in _SEPARATOR.finditer(window) if self._is_separator(found, final)]
+        if not final and not ends:
+            end = _inside_document(window[:PIECE_BYTES])
+            return end, [self._take(window, 0, end, end, ends_document=False)]
+        pieces, start = [], 0
+        for stop, behind in ends:
+            pieces.append(self._take(window, start, stop, behind, ends_document=True))
+            start = behind
+        if final and (start < len(window) or self.cursor.piece):
+            pieces.append(self._take(window, start, len(window), len(window), ends_document=True))
+        return len(window) if final else start, pieces
+
+    def _is_separator(self, found: re.Match[bytes], final: bool) -> bool:
+        if found.start() == 0 and not self.starts_line:
+            return False
+        return final or found.start() <= PIECE_BYTES  # all of it is in the window, even without a line end
+
+    def _take(self, window: bytes, start: int, stop: int, behind: int, *, ends_document: bool) -> Piece:
+        """The piece of bytes ``start`` to ``stop``; what comes next begins at ``behind``."""
+        data, cursor = window[start:stop], self.cursor
+        try:
+            text = data.decode("utf-8", self.errors)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.name}: not UTF-8 at byte {cursor.at + error.start}: convert it (iconv -t utf-8), "
+                "or go on with --encoding_errors replace"
+            ) from error
+        piece = 0 if ends_document else cursor.piece + 1
+        self.cursor = cursor._replace(at=cursor.at + behind - start, piece=piece)
+        self.starts_line = behind > stop or data.endswith(b"\n")
+        return Piece(_line_ends(text), ends_document, cursor)
 
 
-def _decoded(path: Path, errors: str, advance: Callable[[int], None]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                pending = len(decoder.getstate()[0])  # first bytes of a character that the last block cut in two
-                yield decoder.decode(block)
-                offset += len(block)
-                advance(len(block))
-        pending = len(decoder.getstate()[0])
-        yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 at byte {offset - pending + error.start}: convert it (iconv -t utf-8), "
-            "or go on with --encoding_errors replace"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n")
 
 
-def _normalised(blocks: Iterable[str]) -> Iterator[str]:
-    held, first = "", True
-    for block in blocks:
-        text = held + (block.removeprefix("\ufeff") if first else block)
-        first = first and not block
-        held = "\r" if text.endswith("\r") else ""  # its "\n" may open the next block
-        yield text.removesuffix("\r").replace("\r\n", "\n")
-    yield held
-
-
-def _whole_lines(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The same text cut at line ends, and whether each piece starts a line; only a very long line is cut itself."""
-    held, starts_line = "", True
-    for block in blocks:
-        held += block
-        if len(held) >= PIECE_CHARACTERS:
-            end = held.rfind("\n") + 1 or len(held)
-            yield held[:end], starts_line
-            starts_line = held[end - 1] == "\n"
-            held = held[end:]
-    if held:
-        yield held, starts_line
+def _inside_document(window: bytes) -> int:
+    """Where to cut a window that holds the end of no document: at its last line end, else between two characters."""
+    end = window.rfind(b"\n") + 1
+    if end:
+        return end
+    end = len(window)
+    for back in range(1, min(4, end) + 1):
+        byte = window[end - back]
+        if byte >= 0xC0:  # the first byte of a character, and how many belong to it
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            end -= back if back < length else 0
+            break
+        if byte < 0x80:
+            break
+    if end > 1 and window[end - 1] == 0x0D:  # its "\n" may come next
+        end -= 1
+    return max(1, end)

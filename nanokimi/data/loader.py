@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from nanokimi.data.packing import PackedSequences
-from nanokimi.errors import RunError, UserError
+from nanokimi.data.shuffle import permutation
+from nanokimi.data.workers import read_ahead
+from nanokimi.errors import UserError
 
-WORKER_TIMEOUT_SECONDS = 300
+# B batch, T sequence length
+
+
+class Loader(Protocol):
+    """Batches without end, and a position that can be saved: what training sees of any source."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches, int64 [B, T + 1]: inputs ``[:, :-1]``, labels ``[:, 1:]``, from the present position on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors; what was merely read ahead does not count."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position: of this rank, or of all of them (``merge_states``)."""
+
+    def go_near(self, state: dict[str, Any]) -> None:
+        """Goes to about the place that ``state`` had in other data."""
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state out of those of all ranks, in their order; any number of ranks can go on from it."""
+    merged = dict(states[0])
+    if "ranks" in merged:
+        merged["ranks"] = [own for state in states for own in state["ranks"]]
+    if "sources" in merged:
+        merged["sources"] = {name: merge_states([s["sources"][name] for s in states]) for name in merged["sources"]}
+    return merged
 
 
 class BatchLoader:
     """Iterates forever over batches, int64 [B, T + 1]; epoch after epoch, each in an order of its own.
 
-    Sample k of a run is ``permutation(seed, epoch=k // n)[k % n]``, whatever the number of workers, and a batch
-    may straddle two epochs: so the position is k alone, and a resume finds it exactly.
+    Sample k of a run is ``permutation(seed, epoch=k // n)[k % n]``, whatever the number of workers and ranks: every
+    B samples go to the next rank, and a batch may straddle two epochs. So the position is k alone, and a resume
+    finds it exactly.
 
     Args:
         sequences: n sequences of one length.
-        batch_size: B.
+        batch_size: B, of one rank.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
+        rank, world_size: this process and how many share the data.
 
     Attributes:
-        samples: k, sequences handed out so far (those merely read ahead do not count).
+        samples: k, sequences handed out so far to all ranks (those merely read ahead do not count).
 
     Raises:
-        UserError: there are fewer sequences than a batch holds.
+        UserError: there are fewer sequences than the batches of all ranks hold.
     """
 
     def __init__(
@@ -44,69 +71,55 @@ class BatchLoader:
         seed: int,
         num_workers: int = 0,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if len(sequences) < batch_size:
-            raise UserError(
-                f"--batch_size is {batch_size} but the text makes only {len(sequences)} sequences of "
-                f"{sequences.length} tokens: use more text, a smaller batch or a smaller max_seq_length"
-            )
+        if len(sequences) < batch_size * world_size:
+            raise UserError(too_few(batch_size, len(sequences), sequences.length, world_size))
         self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.rank, self.world_size = rank, world_size
         self.samples = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from the present position on.
 
         Raises:
-            RunError: a worker died or hangs.
+            RunError: a worker died or hangs, or a file was truncated.
         """
-        order = _Order(len(self.sequences), self.batch_size, self.seed, self.samples)
-        batches = iter(
-            DataLoader(
-                self.sequences,
-                batch_sampler=order,
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                timeout=WORKER_TIMEOUT_SECONDS if self.num_workers else 0,
-                worker_init_fn=_leave_signals_to_the_parent,
-                generator=torch.Generator(),  # or it would draw from the run's random numbers
-            )
-        )
-        while True:
-            try:
-                batch = next(batches)
-            except RuntimeError as error:
-                if not self.num_workers:
-                    raise
-                reason = str(error).strip().splitlines()[-1]  # behind the worker's traceback
-                raise RunError(f"a data worker failed ({reason}): lower --num_workers") from error
-            self.samples += self.batch_size
+        together = self.batch_size * self.world_size
+        first = self.rank * self.batch_size
+        order = _Order(len(self.sequences), together, slice(first, first + self.batch_size), self.seed, self.samples)
+        for batch in read_ahead(self.sequences, self.num_workers, batch_sampler=order, pin_memory=self.pin_memory):
+            self.samples += together
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, and what it depends on."""
-        return {"samples": self.samples, "sequences": len(self.sequences), "seed": self.seed}
+        return {"samples": self.samples, **self._order()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved position; iterators made from now on start there.
 
         Raises:
             UserError: the order of the saved run was another one.
         """
-        for name, value in (("sequences", len(self.sequences)), ("seed", self.seed)):
-            if state[name] != value:
-                raise UserError(
-                    f"cannot find the saved position in the data: {name} was {state[name]} and is {value} now: "
-                    "resume with the same text, tokenizer, context, split and --seed"
-                )
+        require_same_order(state, self._order())
         self.samples = state["samples"]
+
+    def go_near(self, state: dict[str, Any]) -> None:
+        """Goes as many samples far as the other run was."""
+        self.samples = state.get("samples", 0)
+
+    def _order(self) -> dict[str, int]:
+        return {"sequences": len(self.sequences), "length": self.sequences.length, "seed": self.seed}
 
 
 class _Order(Sampler[list[int]]):
-    """Indices of every batch, from sample ``start`` on, without end."""
+    """Indices of one rank's part of every joint batch, from sample ``start`` on, without end."""
 
-    def __init__(self, n: int, batch_size: int, seed: int, start: int) -> None:
-        self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
+    def __init__(self, n: int, batch_size: int, part: slice, seed: int, start: int) -> None:
+        self.n, self.batch_size, self.part, self.seed, self.start = n, batch_size, part, seed, start
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, position = divmod(self.start, self.n)
@@ -115,14 +128,9 @@ class _Order(Sampler[list[int]]):
             for index in permutation(self.seed, epoch, self.n)[position:]:
                 batch.append(int(index))
                 if len(batch) == self.batch_size:
-                    yield batch
+                    yield batch[self.part]
                     batch = []
             epoch, position = epoch + 1, 0
-
-
-def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of ``n`` sequences in ``epoch``; another seed or epoch gives an unrelated one."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def evenly_spread(n: int, limit: int) -> list[int]:
@@ -131,7 +139,22 @@ def evenly_spread(n: int, limit: int) -> list[int]:
     return [i * n // count for i in range(count)]
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole group: the parent ends its workers once the step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def require_same_order(state: dict[str, Any], order: dict[str, int]) -> None:
+    """Raises UserError unless a position was saved in the same data, cut in the same way, in the same order."""
+    for name, value in order.items():
+        if name not in state:
+            raise UserError("the saved position is of another kind of source: resume with the same --dataset")
+        if state[name] != value:
+            raise UserError(
+                f"cannot find the saved position in the data: {name} was {state[name]} and is {value} now: "
+                "resume with the same text, tokenizer, context, split and --seed"
+            )
+
+
+def too_few(batch_size: int, n_sequences: int, length: int, world_size: int = 1) -> str:
+    """The message for fewer sequences than a batch."""
+    ranks = f" on {world_size} devices" if world_size > 1 else ""
+    return (
+        f"--batch_size is {batch_size}{ranks} but the text makes only {n_sequences} sequences of "
+        f"{length} tokens: use more text, a smaller batch or a smaller max_seq_length"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,70 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanokimi.errors import UserError
+from nanokimi.errors import RunError, UserError
 
 # T sequence length, N tokens
+
+Tokens = NDArray[Any]
+
+
+class TokenRow:
+    """One row of tokens that lie in several places: in the shards of a set, in the documents that are not held out.
+
+    Args:
+        arrays: ids, any unsigned dtype; mapped files stay mapped.
+        runs: ``[runs, 3]``, array number, first token and end of each stretch; None takes all of every array.
+    """
+
+    def __init__(self, arrays: Sequence[Tokens], runs: NDArray[np.int64] | None = None) -> None:
+        if runs is None:
+            runs = np.array([(i, 0, len(array)) for i, array in enumerate(arrays)], np.int64).reshape(-1, 3)
+        self._arrays, self._runs = list(arrays), runs
+        self._ends = np.cumsum(runs[:, 2] - runs[:, 1])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens ``start`` to ``stop`` of the row.
+
+        Raises:
+            RunError: a file was truncated since it was opened.
+        """
+        pieces = [np.empty(0, np.int64)]
+        run = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            number, end = int(self._runs[run, 0]), int(self._runs[run, 2])
+            begin = end - (int(self._ends[run]) - start)
+            count = min(stop - start, end - begin)
+            _require_whole(self._arrays[number])
+            pieces.append(self._arrays[number][begin : begin + count])
+            start, run = start + count, run + 1
+        return np.concatenate(pieces, dtype=np.int64)
+
+    def part(self, start: int, stop: int) -> TokenRow:
+        """The row from token ``start`` to ``stop``, in the same files."""
+        runs = self._runs.copy()
+        before = self._ends - (runs[:, 2] - runs[:, 1])  # tokens of the row in front of each run
+        runs[:, 2] -= np.maximum(0, self._ends - stop)
+        runs[:, 1] += np.maximum(0, start - before)
+        return TokenRow(self._arrays, runs[runs[:, 1] < runs[:, 2]])
+
+    @classmethod
+    def joined(cls, rows: Sequence[TokenRow]) -> TokenRow:
+        """One row behind the other."""
+        arrays = [array for row in rows for array in row._arrays]
+        firsts = np.cumsum([0, *(len(row._arrays) for row in rows)])
+        runs = [row._runs + np.array([first, 0, 0]) for row, first in zip(rows, firsts[:-1], strict=True)]
+        return cls(arrays, np.concatenate(runs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Worker processes that are not forked map the files again instead of getting a copy of their contents."""
+        return {**self.__dict__, "_arrays": [_reference(array) for array in self._arrays]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._arrays = [np.memmap(a[0], a[1], "r", *a[2:]) if isinstance(a, tuple) else a for a in self._arrays]
 
 
 class PackedSequences(Dataset[Tensor]):
@@ -24,21 +86,19 @@ class PackedSequences(Dataset[Tensor]):
     end-of-text token between them.
 
     Args:
-        tokens: ids [N], any unsigned dtype; a mapped file stays mapped.
+        tokens: a row of N tokens, or one array of them.
         length: T, the model's context.
 
     Raises:
         UserError: there are not enough tokens for one sequence.
     """
 
-    def __init__(self, tokens: NDArray[Any], length: int) -> None:
-        self.tokens, self.length = tokens, length
-        self._count = (len(tokens) - 1) // length
+    def __init__(self, tokens: TokenRow | Tokens, length: int) -> None:
+        self.tokens = tokens if isinstance(tokens, TokenRow) else TokenRow([tokens])
+        self.length = length
+        self._count = (len(self.tokens) - 1) // length
         if self._count < 1:
-            raise UserError(
-                f"the text is too short: one sequence of max_seq_length {length} needs {length + 1} tokens, the text "
-                f"has {len(tokens)}: use more text (--data_path) or a shorter context (--set max_seq_length=...)"
-            )
+            raise UserError(too_short(length, len(self.tokens)))
 
     def __len__(self) -> int:
         return self._count
@@ -47,17 +107,25 @@ class PackedSequences(Dataset[Tensor]):
         if not 0 <= index < self._count:
             raise IndexError(index)
         start = index * self.length
-        return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
+        return torch.from_numpy(self.tokens.read(start, start + self.length + 1))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Worker processes that are not forked map the file again instead of getting a copy of its contents."""
-        state, tokens = dict(self.__dict__), self.tokens
-        if isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap.mmap):
-            state["tokens"] = (tokens.filename, tokens.dtype, tokens.offset, tokens.shape)
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(self.tokens, tuple):
-            path, dtype, offset, shape = self.tokens
-            self.tokens = np.memmap(path, dtype, "r", offset, shape)
+def too_short(length: int, n_tokens: int) -> str:
+    """The message for a text that does not fill one sequence."""
+    return (
+        f"the text is too short: one sequence of max_seq_length {length} needs {length + 1} tokens, the text "
+        f"has {n_tokens}: use more text (--data_path) or a shorter context (--set max_seq_length=...)"
+    )
+
+
+def _require_whole(array: Tokens) -> None:
+    """Raises RunError when the file behind ``array`` has become too short: to read it would kill the process."""
+    mapped = array.base if isinstance(array, np.memmap) else None
+    if isinstance(mapped, mmap.mmap) and mapped.size() < array.offset + array.nbytes:
+        raise RunError(f"{array.filename}: the token file was truncated while in use: make it anew, then --resume")
+
+
+def _reference(array: Tokens) -> Any:
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+        return array.filename, array.dtype, array.offset, array.shape
+    return array

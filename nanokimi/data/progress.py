@@ -9,10 +9,17 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def reading(label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows on stderr how far a file of ``n_bytes`` is read; yields the function to call with every bytes read."""
+def reading(label: str, n_bytes: int | None, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows on stderr how far ``n_bytes`` (None: nobody knows how many) are read, ``done`` of them earlier.
+
+    Yields:
+        the function to call with every number of bytes read.
+    """
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        print(f"{label} ({n_bytes / 1e6:.1f} MB)", file=sys.stderr, flush=True)
+        size = "" if n_bytes is None else f" ({n_bytes / 1e6:.1f} MB)"
+        print(
+            f"{label}{size}" + (f", going on behind {done / 1e6:.1f} MB" if done else ""), file=sys.stderr, flush=True
+        )
         yield lambda count: None
         return
     from rich.console import Console
@@ -27,5 +34,5 @@ def reading(label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=n_bytes)
+        task = progress.add_task(label, total=n_bytes, completed=done)
         yield lambda count: progress.advance(task, count)

@@ -3,112 +3,159 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nanokimi.data.documents import Piece
+from nanokimi.data.documents import Cursor, Piece
 from nanokimi.errors import UserError
 
 ENOUGH_DOCUMENTS = 100
 NEAR_CHARACTERS = 4096
-CHANGED = "the text was changed while it was read: start again"
+MOST_BLANK_PIECES = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Survey:
-    """What one pass over a text found.
+    """What one pass over a text found; documents without text are skipped everywhere and counted here.
 
     Attributes:
-        digests: first 64 bits of the SHA-256 of every document.
-        lengths: characters of every document; 0 for one that is blank, which is skipped.
-        nuls: NUL characters in the text.
+        n_documents, characters: of documents with text.
+        n_held_out: documents whose hash falls into the share.
+        nuls: NUL characters.
+        complete: whether the pass went to the end; a stream's stops at ``ENOUGH_DOCUMENTS``.
     """
 
-    digests: array[int]
-    lengths: array[int]
-    nuls: int
+    fraction: float
+    n_documents: int = 0
+    n_blank: int = 0
+    n_held_out: int = 0
+    characters: int = 0
+    nuls: int = 0
+    complete: bool = False
+    _pieces: list[tuple[int, Cursor, int]] = field(default_factory=list)  # while the documents are few
 
-    @property
-    def n_documents(self) -> int:
-        return len(self.lengths) - self.n_blank
+    def add(self, part: int, piece: Piece) -> None:
+        """Counts a piece; those of a part come in their order."""
+        self.nuls += piece.text.count("\0")
+        if is_blank(piece):
+            self.n_blank += 1
+            return
+        if not piece.cursor.piece:
+            self.n_documents += 1
+            self.n_held_out += falls_into(piece.text, self.fraction)
+        self.characters += len(piece.text)
+        if self.n_documents < ENOUGH_DOCUMENTS:
+            self._pieces.append((part, piece.cursor, len(piece.text)))
+        else:
+            self._pieces.clear()
 
-    @property
-    def n_blank(self) -> int:
-        return self.lengths.count(0)
+    def locate(self, characters: int) -> tuple[int, Cursor, int]:
+        """Part, cursor and place within the piece of the character behind the first ``characters``."""
+        for part, cursor, length in self._pieces:
+            if characters < length:
+                return part, cursor, characters
+            characters -= length
+        raise AssertionError("the text has fewer characters")
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is held out: the documents marked in ``documents``, or all characters from ``cut`` on.
+    """What is held out: documents by their hash, or everything behind one place.
 
     Attributes:
+        fraction: share of the documents.
+        cut: part, cursor of a piece and characters in it from which on all is held out.
         about: the rule in words, for the summary; empty when nothing is held out.
     """
 
-    documents: bytes = b""
-    cut: int | None = None
+    fraction: float = 0.0
+    cut: tuple[int, Cursor, int] | None = None
     about: str = ""
 
 
-def survey(pieces: Iterable[Piece]) -> Survey:
-    """Measures every document; memory grows by 16 bytes for each."""
-    digests, lengths, nuls = array("Q"), array("Q"), 0
-    sha256, length, blank = hashlib.sha256(), 0, True
-    for piece in pieces:
-        sha256.update(piece.text.encode())
-        length += len(piece.text)
-        blank = blank and not piece.text.strip()
-        nuls += piece.text.count("\0")
-        if piece.ends_document:
-            digests.append(int.from_bytes(sha256.digest()[:8], "big"))
-            lengths.append(0 if blank else length)
-            sha256, length, blank = hashlib.sha256(), 0, True
-    return Survey(digests, lengths, nuls)
+def survey(parts: Iterable[tuple[int, Piece]], fraction: float, *, in_full: bool) -> Survey:
+    """Measures a text, given as pieces and their parts; unless ``in_full`` only far enough to choose a rule."""
+    found = Survey(fraction)
+    for part, piece in parts:
+        found.add(part, piece)
+        if not in_full and found.n_documents >= ENOUGH_DOCUMENTS:
+            return found
+    found.complete = True
+    return found
 
 
-def choose_split(found: Survey, fraction: float) -> Split:
-    """Holds out ``fraction``: documents by their hash, so that copies of one stay together; of few, the end.
+def choose_split(found: Survey) -> Split:
+    """Holds out a share: documents by their hash, so that copies of one stay together; of few, the end.
 
     Raises:
         UserError: one of the two parts would be empty.
     """
+    fraction = found.fraction
     if not fraction:
         return Split()
     if found.n_documents < ENOUGH_DOCUMENTS:
-        total = sum(found.lengths)
-        held_out = int(total * fraction)
-        return Split(cut=total - held_out, about=f"the last {fraction:g} of the text") if held_out else Split()
-    marks = bytes(digest < fraction * 2**64 for digest in found.digests)
-    n_held_out = sum(mark and length > 0 for mark, length in zip(marks, found.lengths, strict=True))
-    if n_held_out in (0, found.n_documents):
+        held_out = int(found.characters * fraction)
+        if not held_out:
+            return Split()
+        return Split(cut=found.locate(found.characters - held_out), about=f"the last {fraction:g} of the text")
+    if found.complete and found.n_held_out in (0, found.n_documents):
         raise UserError(
-            f"--val_fraction {fraction:g} holds out {n_held_out} of {found.n_documents} documents: "
+            f"--val_fraction {fraction:g} holds out {found.n_held_out} of {found.n_documents} documents: "
             "choose another share, 0 for no validation, or give --val_path"
         )
-    return Split(marks, about="by hash")
+    return Split(fraction=fraction, about="by hash")
 
 
-def divide(pieces: Iterable[Piece], found: Survey, split: Split) -> Iterator[tuple[bool, Piece]]:
-    """The pieces of all documents that are not blank, and for each whether it is held out."""
-    document = position = 0
+def settled(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces, but a document that is blank throughout comes as one: see ``is_blank``.
+
+    A document's leading blank pieces wait for one with text, up to ``MOST_BLANK_PIECES``.
+    """
+    waiting: list[Piece] = []
     for piece in pieces:
-        if document == len(found.lengths):
-            raise UserError(CHANGED)
-        if found.lengths[document]:
-            if split.cut is None:
-                yield bool(split.documents and split.documents[document]), piece
-            else:
-                yield from _divide_at(split.cut - position, piece)
-            position += len(piece.text)
-        document += piece.ends_document
+        if not waiting and (piece.cursor.piece or piece.ends_document or piece.text.strip()):
+            yield piece
+            continue
+        waiting.append(piece)
+        if piece.text.strip() or len(waiting) > MOST_BLANK_PIECES:
+            yield from waiting
+            waiting = []
+        elif piece.ends_document:
+            yield Piece("", True, waiting[0].cursor)
+            waiting = []
 
 
-def _divide_at(cut: int, piece: Piece) -> Iterator[tuple[bool, Piece]]:
-    """Cuts at the last line start before ``cut`` when there is one near; ``cut`` may lie outside the piece."""
-    if not 0 < cut < len(piece.text):
-        yield cut <= 0, piece
+def divide(pieces: Iterable[Piece], part: int, split: Split) -> Iterator[tuple[bool, Piece]]:
+    """The pieces of ``part``, and for each whether it is held out.
+
+    ``pieces`` may begin inside a document: then that is one to train on.
+    """
+    held_out = False
+    for piece in settled(pieces):
+        if split.cut is not None:
+            yield from _divide_at(split.cut, part, piece)
+            continue
+        if not piece.cursor.piece:
+            held_out = falls_into(piece.text, split.fraction)
+        yield held_out, piece
+
+
+def is_blank(piece: Piece) -> bool:
+    """Whether the piece is a whole document without text."""
+    return piece.ends_document and not piece.cursor.piece and not piece.text.strip()
+
+
+def falls_into(text: str, fraction: float) -> bool:
+    """Whether a document whose first piece is ``text`` belongs to the share: by the SHA-256 of that piece."""
+    return fraction > 0 and int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def _divide_at(cut: tuple[int, Cursor, int], part: int, piece: Piece) -> Iterator[tuple[bool, Piece]]:
+    """Cuts at the last line start before the place, when there is one near."""
+    *where, characters = cut
+    if [part, piece.cursor] != where or not characters:
+        yield [part, piece.cursor] >= where, piece
         return
-    cut = piece.text.rfind("\n", max(0, cut - NEAR_CHARACTERS), cut) + 1 or cut
-    yield False, Piece(piece.text[:cut], ends_document=True)
-    yield True, Piece(piece.text[cut:], piece.ends_document)
+    at = piece.text.rfind("\n", max(0, characters - NEAR_CHARACTERS), characters) + 1 or characters
+    yield False, Piece(piece.text[:at], True, piece.cursor)
+    yield True, Piece(piece.text[at:], piece.ends_document, piece.cursor)

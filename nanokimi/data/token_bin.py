@@ -23,9 +23,12 @@ from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
 
 FORMAT_VERSION = 1
-_MAGIC = b"NKTOKENS"
+MAGIC = b"NKTOKENS"
 _START = 16384  # of the tokens
 _BLOCK = 1 << 20
+_FIELDS = {"n_tokens": int, "n_documents": int, "n_bytes": int, "vocab_size": int, "tokenizer": str, "fingerprint": str,
+           "source": dict, "sha256": str}  # fmt: skip
+_NO_ENDS = np.empty(0, np.dtype("<u8"))
 
 
 class TokenFileError(UserError):
@@ -40,7 +43,7 @@ class TokenFile:
         tokens: ids [n_tokens], uint16 or uint32, mapped.
         document_ends: position behind the last token of every document [n_documents], mapped.
         n_bytes: UTF-8 bytes of the text.
-        fingerprint: of the tokenizer that made it.
+        tokenizer, fingerprint: name and fingerprint of the tokenizer that made it.
         source: where the text came from, as its writer described it.
     """
 
@@ -49,9 +52,11 @@ class TokenFile:
     document_ends: NDArray[np.uint64]
     n_bytes: int
     vocab_size: int
+    tokenizer: str
     fingerprint: str
     source: dict[str, Any]
     sha256: str
+    ends_sha256: str
 
     @property
     def n_tokens(self) -> int:
@@ -75,37 +80,52 @@ class TokenFile:
         expected, actual = ends_start + 8 * n_documents, path.stat().st_size
         if actual != expected:
             raise TokenFileError(f"{path}: truncated or damaged: {actual} bytes instead of {expected}: make it anew")
-        if not n_documents:
+        if not count:
             raise TokenFileError(f"{path}: holds no tokens")
         return cls(
             path=path,
             tokens=np.memmap(path, dtype, "r", _START, (count,)),
-            document_ends=np.memmap(path, np.dtype("<u8"), "r", ends_start, (n_documents,)),
+            document_ends=np.memmap(path, np.dtype("<u8"), "r", ends_start, (n_documents,))
+            if n_documents
+            else _NO_ENDS,
             n_bytes=header["n_bytes"],
             vocab_size=header["vocab_size"],
+            tokenizer=header["tokenizer"],
             fingerprint=header["fingerprint"],
             source=header["source"],
             sha256=header["sha256"],
+            ends_sha256=header.get("ends_sha256", ""),
         )
 
     def verify(self) -> None:
-        """Reads all tokens and compares them with their checksum; TokenFileError if one bit differs."""
+        """Reads all tokens and ends and compares them with their checksums; TokenFileError if one bit differs."""
         sha256 = hashlib.sha256()
         for start in range(0, self.n_tokens, _BLOCK):
             sha256.update(self.tokens[start : start + _BLOCK].tobytes())
-        if sha256.hexdigest() != self.sha256:
+        ends = hashlib.sha256(self.document_ends.tobytes()).hexdigest()
+        if sha256.hexdigest() != self.sha256 or self.ends_sha256 not in ("", ends):
             raise TokenFileError(f"{self.path}: damaged (its tokens do not match their checksum): make it anew")
 
 
 class TokenWriter:
-    """Takes the tokens of one document after the other; made by ``write_tokens``."""
+    """Takes the tokens of one document after the other; made by ``write_tokens``.
+
+    Attributes:
+        goes_on: set it when the last document goes on in another file: it gets no end of text here.
+    """
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
         self._file, self._tokenizer = file, tokenizer
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._sha256, self._ends = hashlib.sha256(), array("Q")
         self.n_tokens = self.n_bytes = 0
+        self.goes_on = False
         file.seek(_START)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents that have ended."""
+        return len(self._ends)
 
     def add(self, tokens: Sequence[int], n_bytes: int) -> None:
         """Appends part of the present document: its ids, and the UTF-8 bytes of text behind them."""
@@ -121,11 +141,12 @@ class TokenWriter:
         self._ends.append(self.n_tokens)
 
     def finish(self, source: Mapping[str, Any]) -> None:
-        """Ends a document that is still open and writes what stands around the tokens."""
-        if self.n_tokens > (self._ends[-1] if self._ends else 0):
+        """Ends a document that is still open, unless it ``goes_on``, and writes what stands around the tokens."""
+        if not self.goes_on and self.n_tokens > (self._ends[-1] if self._ends else 0):
             self.end_document()
         self._file.write(bytes(_aligned(self._file.tell()) - self._file.tell()))
-        self._file.write(np.asarray(self._ends, "<u8").tobytes())
+        ends = np.asarray(self._ends, "<u8").tobytes()
+        self._file.write(ends)
         header = {
             "version": FORMAT_VERSION,
             "dtype": self._dtype.str,
@@ -136,12 +157,13 @@ class TokenWriter:
             "tokenizer": self._tokenizer.name,
             "fingerprint": self._tokenizer.fingerprint,
             "sha256": self._sha256.hexdigest(),
+            "ends_sha256": hashlib.sha256(ends).hexdigest(),
             "source": dict(source),
         }
         text = json.dumps(header).encode()
-        assert len(text) <= _START - len(_MAGIC), "the description of the source is too long"
+        assert len(text) <= _START - len(MAGIC), "the description of the source is too long"
         self._file.seek(0)
-        self._file.write(_MAGIC + text.ljust(_START - len(_MAGIC)))
+        self._file.write(MAGIC + text.ljust(_START - len(MAGIC)))
 
 
 @contextmanager
@@ -165,14 +187,18 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise TokenFileError(f"{path}: cannot be read: {error.strerror}") from error
     if not start:
         raise TokenFileError(f"{path}: the file is empty")
-    if not start.startswith(_MAGIC):
+    if not start.startswith(MAGIC):
         raise TokenFileError(f"{path}: not a nanokimi token file")
     try:
-        header: dict[str, Any] = json.loads(start[len(_MAGIC) :])
-    except ValueError as error:
+        header: dict[str, Any] = json.loads(start[len(MAGIC) :])
+        version = header["version"]
+    except (ValueError, TypeError, KeyError) as error:
         raise TokenFileError(f"{path}: its header is damaged: make it anew") from error
-    if header["version"] != FORMAT_VERSION:
-        raise TokenFileError(f"{path}: written in format {header['version']}, this one reads {FORMAT_VERSION}")
+    if version != FORMAT_VERSION:
+        raise TokenFileError(f"{path}: written in format {version}, this one reads {FORMAT_VERSION}")
+    known = all(isinstance(header.get(name), kind) for name, kind in _FIELDS.items())
+    if not known or header.get("dtype") not in ("<u2", "<u4"):
+        raise TokenFileError(f"{path}: its header is damaged: make it anew")
     return header
 
 

@@ -81,12 +81,21 @@ class MLA(nn.Module):
         self.wo = Linear(heads * config.v_head_dim, config.dim)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache | None = None, *, exact: bool = False
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LatentCache | None = None,
+        *,
+        documents: Tensor | None = None,
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D] -> [B, T, D]`` and the largest attention logit of each head, ``[H]``.
 
         The second value is an upper bound from the log-sum-exp (``exact``: the logit itself); it is
         None when the tokens attend through the cache, which nothing trains on.
+
+        Args:
+            documents: ``[B, T]``; tokens attend to those with their own number only.
         """
         q_nope, q_rope = self.queries(x, rope)
         latent, k_rope = self.latents(x, rope)
@@ -94,7 +103,7 @@ class MLA(nn.Module):
             past = cache.append(self.layer, torch.cat((latent, k_rope), dim=-1))
             if past.shape[1] > x.shape[1]:
                 return self.wo(self.attend_absorbed(q_nope, q_rope, past)), None
-        out, logits = self.attend_expanded(q_nope, q_rope, latent, k_rope, exact=exact)
+        out, logits = self.attend_expanded(q_nope, q_rope, latent, k_rope, documents, exact=exact)
         return self.wo(out), logits
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -110,16 +119,16 @@ class MLA(nn.Module):
         return self.kv_norm(latent), apply_rope(k_rope.unsqueeze(2), *rope).squeeze(2)
 
     def attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, *, exact: bool
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Tensor | None, *, exact: bool
     ) -> tuple[Tensor, Tensor]:
-        """Training form: per-head keys and values, causal within the sequence; ``[B, T, H V]`` and ``[H]``."""
+        """Training form: per-head keys and values, causal within sequence or document; ``[B, T, H V]`` and ``[H]``."""
         heads, nope, value = self.config.n_heads, self.config.qk_nope_head_dim, self.config.v_head_dim
         k_nope, v = self.wkv_b(latent).unflatten(-1, (heads, nope + value)).split((nope, value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, heads, -1)
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
-        out, lse = causal_attention(q, k, v.transpose(1, 2), self.scale)
-        logits = largest_logits(q, k, self.scale) if exact else lse.detach().amax(dim=(0, 2))
+        out, lse = causal_attention(q, k, v.transpose(1, 2), self.scale, documents)
+        logits = largest_logits(q, k, self.scale, documents) if exact else lse.detach().amax(dim=(0, 2))
         return out.transpose(1, 2).flatten(2), logits
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor) -> Tensor:

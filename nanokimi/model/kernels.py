@@ -16,62 +16,100 @@ from torch.nn import functional as F
 from nanokimi.model.layers import at_least_fp32
 
 ROWS_PER_CHUNK = 128
+ROW_ALIGNMENT = 8  # elements: in half precision the 16 bytes that CUDA reads at once
 
-Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention where position t sees positions 0 to t.
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention where position t sees positions 0 to t, or those among them that are in its document.
 
     Args:
         q, k: ``[B, H, T, N + P]``.
         v: ``[B, H, T, V]``.
         scale: factor of the logits.
+        documents: int64 ``[B, T]``, the number of the document that each position belongs to.
 
     Returns:
-        the output ``[B, H, T, V]`` and the log-sum-exp of each row of scaled logits ``[B, H, T]`` in
-        fp32 (fp64 for fp64 inputs); no gradient flows through the latter.
+        the output ``[B, H, T, V]`` and the log-sum-exp of each row of visible scaled logits ``[B, H, T]``
+        in fp32 (fp64 for fp64 inputs); no gradient flows through the latter.
     """
-    fused = _fused_kernel(q, v)
+    fused = _fused_kernel(q, v, masked=documents is not None)
     if fused is None:
-        return reference_attention(q, k, v, scale)
+        return reference_attention(q, k, v, scale, documents)
     kernel, multiple = fused
-    out, lse = kernel(*_equal_widths(q, k, v, multiple), scale)
+    bias = None if documents is None else _document_bias(documents, q.dtype)
+    out, lse = kernel(*_equal_widths(q, k, v, multiple), scale, bias)
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
 
-def _fused_kernel(q: Tensor, v: Tensor) -> tuple[Kernel, int] | None:
-    """The kernel for this device, dtype and head width, and what head widths must be a multiple of."""
+def _fused_kernel(q: Tensor, v: Tensor, *, masked: bool) -> tuple[Kernel, int] | None:
+    """The kernel for this device, dtype and head width, and what head widths must be a multiple of.
+
+    ``masked``: it must take a bias, which flash attention on CUDA does not.
+    """
     if v.device.type == "cpu":
         return _cpu_flash, 1
     if v.device.type == "cuda" and v.dtype in (torch.bfloat16, torch.float16):
         fits = torch.cuda.get_device_capability(v.device) >= (8, 0) and max(q.shape[-1], v.shape[-1]) <= 256
-        return (_cuda_flash, 8) if fits else None
+        return (_cuda_efficient if masked else _cuda_flash, 8) if fits else None
     if v.device.type == "cuda" and v.dtype == torch.float32:
         return _cuda_efficient, 4
     return None
 
 
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+# The bias is causal by itself. The kernels are told of causality all the same: they skip what lies behind the diagonal.
+
+
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, True, attn_mask=bias, scale=scale
+    )
     return out, lse
 
 
 # The value heads come as a view that may begin between the 16-byte marks CUDA's kernels read from: hence the copy.
 
 
-def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert bias is None, "this kernel takes no bias"
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         q, k, v.contiguous(), 0.0, True, False, scale=scale
     )
     return out, lse
 
 
-def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if bias is not None:
+        bias = bias.expand(-1, q.shape[1], -1, -1)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v.contiguous(), None, True, 0.0, True, scale=scale
+        q, k, v.contiguous(), bias, True, 0.0, True, scale=scale
     )
     return out, lse
+
+
+def _document_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernels add to the logits, ``[B, 1, T, T]``: 0 for visible pairs, -inf for hidden ones.
+
+    Its rows begin at multiples of ``ROW_ALIGNMENT`` elements, whatever T is: CUDA's kernel refuses others.
+    """
+    length = documents.shape[1]
+    hidden = F.pad(_hidden_pairs(0, length, length, documents.device, documents), (0, -length % ROW_ALIGNMENT))
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=documents.device).masked_fill(hidden, -torch.inf)
+    return bias[..., :length]
+
+
+def _hidden_pairs(start: int, end: int, keys: int, device: torch.device, documents: Tensor | None) -> Tensor:
+    """Which of the first ``keys`` positions the rows from ``start`` to ``end`` must not see.
+
+    Bool ``[end - start, keys]``, with ``documents`` ``[B, 1, end - start, keys]``.
+    """
+    hidden = torch.ones(end - start, keys, dtype=torch.bool, device=device).triu(start + 1)
+    if documents is None:
+        return hidden
+    return hidden | (documents[:, None, start:end, None] != documents[:, None, None, :keys])
 
 
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,22 +119,23 @@ def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tenso
     return q, k, v
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``causal_attention`` written out: the proof for the kernels, and the way on devices without one."""
     logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
-    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-    logits = logits.masked_fill(hidden, -torch.inf)
+    logits = logits.masked_fill(_hidden_pairs(0, q.shape[-2], k.shape[-2], q.device, documents), -torch.inf)
     return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
 
 
 @torch.no_grad()
-def largest_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The largest scaled logit of each head over causally visible pairs, ``[H]``, a chunk of rows at a time."""
+def largest_logits(q: Tensor, k: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
+    """The largest scaled logit of each head over visible pairs, ``[H]``, a chunk of rows at a time."""
     length = q.shape[2]
     best = torch.full((q.shape[1],), -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     for start in range(0, length, ROWS_PER_CHUNK):
         end = min(start + ROWS_PER_CHUNK, length)
         logits = at_least_fp32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)) * scale
-        hidden = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+        hidden = _hidden_pairs(start, end, end, q.device, documents)
         best = torch.maximum(best, logits.masked_fill(hidden, -torch.inf).amax(dim=(0, 2, 3)))
     return best

@@ -42,10 +42,16 @@ class Block(nn.Module):
         self.mlp: SwiGLU | MoE = SwiGLU(config.dim, config.inter_dim) if dense else MoE(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache | None, *, exact: bool
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LatentCache | None,
+        *,
+        documents: Tensor | None,
+        exact: bool,
     ) -> tuple[Tensor, BlockStats]:
         """``[B, T, D] -> [B, T, D]`` and what the layer has to report."""
-        out, max_logits = self.attention(self.attention_norm(x), rope, cache, exact=exact)
+        out, max_logits = self.attention(self.attention_norm(x), rope, cache, documents=documents, exact=exact)
         x = x + out
         if isinstance(self.mlp, MoE):
             out, counts, balance_loss = self.mlp(self.mlp_norm(x))
@@ -127,23 +133,30 @@ class Transformer(nn.Module):
         x, _ = self.hidden(tokens, cache)
         return at_least_fp32(self.head(x[:, -1:] if last_only else x))
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> Losses:
-        """The losses of predicting ``labels`` ``[B, T]`` from ``tokens`` ``[B, T]``."""
-        x, balance = self.hidden(tokens)
+    def loss(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Losses:
+        """The losses of predicting ``labels`` ``[B, T]`` from ``tokens`` ``[B, T]``.
+
+        With ``documents`` ``[B, T]`` (see ``document_numbers``) tokens attend within their document only.
+        """
+        x, balance = self.hidden(tokens, documents=documents)
         logits = at_least_fp32(self.head(x))
         return Losses(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), balance)
 
-    def hidden(self, tokens: Tensor, cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
+    def hidden(
+        self, tokens: Tensor, cache: LatentCache | None = None, *, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalised output of the last block ``[B, T, D]``, and the sum of the layers' balance losses."""
+        assert documents is None or (cache is None and documents.shape == tokens.shape)
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.config.max_seq_length:
             raise ValueError(f"{end} tokens exceed the context of {self.config.max_seq_length} (max_seq_length)")
+        # Positions run on across documents: rotated logits depend on distances alone (Su et al., 2021, section 3.2).
         rope = (self.cos[start:end], self.sin[start:end])
         x = F.embedding(tokens, self.embed)
         reports = []
         for layer in self.blocks():
-            x, stats = layer(x, rope, cache, exact=self.exact_logits)
+            x, stats = layer(x, rope, cache, documents=documents, exact=self.exact_logits)
             reports.append(stats)
         if cache is not None:
             cache.length = end
@@ -198,3 +211,12 @@ class Transformer(nn.Module):
         return total - routed // self.config.n_routed_experts * (
             self.config.n_routed_experts - self.config.n_activated_experts
         )
+
+
+def document_numbers(tokens: Tensor, eot_id: int) -> Tensor:
+    """Numbers the documents of packed sequences: int64 ``[B, T] -> [B, T]``, from 0 in each sequence.
+
+    An end-of-text token belongs to the document that it ends; the token behind it begins the next one.
+    """
+    ends = (tokens == eot_id).long()
+    return ends.cumsum(-1) - ends

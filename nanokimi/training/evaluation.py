@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from nanokimi.data.loader import evenly_spread
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.model.transformer import Transformer
+from nanokimi.model.transformer import Transformer, document_numbers
 
 
 class HeldOut(NamedTuple):
@@ -31,6 +31,7 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int = 0,
     precision: AbstractContextManager[object] | None = None,
+    mask_documents: bool = False,
 ) -> HeldOut:
     """Predicts every token of ``sequences`` once, or ``max_tokens`` of them evenly spread over the text.
 
@@ -38,6 +39,7 @@ def evaluate(
 
     Args:
         precision: an autocast context for the forward passes.
+        mask_documents: tokens attend within their document only, as they did in training.
     """
     device, was_training = next(model.parameters()).device, model.training
     chosen = evenly_spread(len(sequences), max(1, max_tokens // sequences.length) if max_tokens else 0)
@@ -47,7 +49,8 @@ def evaluate(
         own = torch.Generator()  # a loader draws a seed when it starts: not from the generator a resume restores
         for batch in DataLoader(Subset(sequences, chosen), batch_size=batch_size, generator=own):
             inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
-            nats += model.loss(inputs, labels).cross_entropy.item() * labels.numel()
+            documents = document_numbers(inputs, tokenizer.eot_id) if mask_documents else None
+            nats += model.loss(inputs, labels, documents).cross_entropy.item() * labels.numel()
             tokens += labels.numel()
             text_bytes += tokenizer.count_bytes(batch[:, 1:])
     model.train(was_training)

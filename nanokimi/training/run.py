@@ -12,7 +12,8 @@ from typing import Any
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
-from nanokimi.data.sources import Corpus, open_corpus
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
@@ -63,7 +64,7 @@ def _train_fresh(request: Request, output: Path) -> int:
     config = from_dict(TrainConfig, request.train)
     model_config = ModelConfig.preset(config.preset, **request.model)
     with _own_folder(output):
-        corpus = _open_corpus(config, model_config.tokenizer_name)
+        corpus = _open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in request.model)
         if "vocab_size" not in request.model:
             model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         if model_config.vocab_size < corpus.tokenizer.vocab_size:
@@ -81,7 +82,8 @@ def _train_resumed(request: Request, output: Path) -> int:
     checkpoint.require(path, content, "train_config", "model_config", "tokenizer", "history", "model")
     config, model_config = _resumed_configs(request, path, content)
     with _own_folder(output):
-        corpus = _open_corpus(config, model_config.tokenizer_name, Tokenizer.from_state(content["tokenizer"]))
+        tokenizer = Tokenizer.from_state(content["tokenizer"])
+        corpus = _open_corpus(config, model_config.tokenizer_name, tokenizer=tokenizer)
         device = resolve_device(config.device)
         trainer = Trainer(config, model_config, corpus, device, history=content["history"])
         trainer.restore(path, content, override=request.override)
@@ -92,13 +94,10 @@ def _train_resumed(request: Request, output: Path) -> int:
         return trainer.train()
 
 
-def _open_corpus(config: TrainConfig, tokenizer_name: str, tokenizer: Tokenizer | None = None) -> Corpus:
-    if config.dataset != "local":
-        raise UserError(f"--dataset {config.dataset}: only local is built so far: save the text as UTF-8 and name it")
-    corpus = open_corpus(
-        config.data_path, tokenizer_name, val_path=config.val_path, val_fraction=config.val_fraction,
-        encoding_errors=config.encoding_errors, tokenizer=tokenizer, say=say,
-    )  # fmt: skip
+def _open_corpus(
+    config: TrainConfig, tokenizer_name: str, *, tokenizer: Tokenizer | None = None, named: bool = False
+) -> Corpus:
+    corpus = open_corpus(config, tokenizer_name, tokenizer=tokenizer, named=named, say=say)
     say(corpus.summary)
     return corpus
 

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.data.loader import BatchLoader
+from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.packing import PackedSequences
-from nanokimi.data.sources import Corpus
 from nanokimi.device import compiles_well, has_fast_bf16
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.engine import generate
 from nanokimi.inference.terminal import printable
 from nanokimi.loading import load_weights
-from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.model.transformer import Losses, Transformer, document_numbers
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.training.evaluation import evaluate
@@ -33,7 +32,12 @@ from nanokimi.training.signals import StopSignals
 SAMPLE_TOKENS = 60
 
 # Fields that decide which text is read in which order: to override one is to give up the exact place in the data.
-DATA_FIELDS = frozenset({"data_path", "val_path", "val_fraction", "encoding_errors", "seed", "max_seq_length"})
+DATA_FIELDS = frozenset(
+    {
+        "dataset", "data_path", "mix", "val_path", "val_fraction", "encoding_errors", "seed", "max_seq_length",
+        "hf_repo_name", "hf_config", "hf_split", "text_column", "num_samples", "streaming",
+    }
+)  # fmt: skip
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Trainer:
         self.config, self.corpus, self.device = config, corpus, device
         self.folder = Path(config.output_dir) / "checkpoints"
         self.model = Transformer(model_config).to(device)
-        self.loss: Callable[[Tensor, Tensor], Losses] = self.model.loss
+        self.loss: Callable[..., Losses] = self.model.loss
         if config.compile == "on" or (config.compile == "auto" and compiles_well(device)):
             self.loss = torch.compile(self.model.loss)
         self.optimizer = MuonClip(
@@ -94,10 +98,11 @@ class Trainer:
             adjust_lr_fn=config.adjust_lr_fn,
             tau=config.qk_clip_tau,
         )
-        sequences = PackedSequences(corpus.train.tokens, model_config.max_seq_length)
-        self.batches = BatchLoader(
-            sequences, config.batch_size, seed=config.seed, num_workers=config.num_workers,
-            pin_memory=device.type == "cuda",
+        self.batches = corpus.train.loader(
+            Reading(
+                model_config.max_seq_length, config.batch_size, config.seed, num_workers=config.num_workers,
+                pin_memory=device.type == "cuda", shuffle_buffer=config.shuffle_buffer,
+            )
         )  # fmt: skip
         self.held_out = self._held_out_sequences()
         self._check_sample_prompt()
@@ -188,8 +193,11 @@ class Trainer:
         self.model.train()
         for _ in range(parts):
             batch = next(batches).to(self.device, non_blocking=True)
+            arguments: tuple[Tensor, ...] = (batch[:, :-1], batch[:, 1:])
+            if self.config.mask_documents:
+                arguments += (document_numbers(batch[:, :-1], self.corpus.tokenizer.eot_id),)
             with self._autocast():
-                losses = self.loss(batch[:, :-1], batch[:, 1:])
+                losses = self.loss(*arguments)
             ((losses.cross_entropy + losses.balance) / parts).backward()
             means += torch.stack(losses).detach() / parts
             tokens += batch[:, 1:].numel()
@@ -225,7 +233,7 @@ class Trainer:
         assert self.held_out is not None
         measured = evaluate(
             self.model, self.held_out, self.corpus.tokenizer, batch_size=self.config.batch_size,
-            max_tokens=self.config.val_tokens, precision=self._autocast(),
+            max_tokens=self.config.val_tokens, precision=self._autocast(), mask_documents=self.config.mask_documents,
         )  # fmt: skip
         self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
         if measured.loss < self.counters.best_loss:
@@ -279,7 +287,7 @@ class Trainer:
         """The held-out text in sequences of the context, or of its own length where it is shorter."""
         if self.corpus.val is None:
             return None
-        tokens = self.corpus.val.tokens
+        tokens = self.corpus.val
         return PackedSequences(tokens, min(self.model.config.max_seq_length, max(1, len(tokens) - 1)))
 
     # ---- checkpoints ----------------------------------------------------------------------------
@@ -316,7 +324,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "counters": asdict(self.counters),
-            "data": {"sha256": self.corpus.train.sha256, **self.batches.state_dict()},
+            "data": {"sha256": self.corpus.train.identity, **self.batches.state_dict()},
             "random": random_state(),
             "exact_logits": self.model.exact_logits,
             "history": self.metrics.state(),
@@ -331,9 +339,9 @@ class Trainer:
         """
         checkpoint.require(path, content, "optimizer", "counters", "data", "random", "exact_logits")
         moved = bool(override & DATA_FIELDS)
-        if content["data"]["sha256"] != self.corpus.train.sha256 and not moved:
+        if content["data"]["sha256"] != self.corpus.train.identity and not moved:
             raise UserError(
-                f"{path} was trained on another text than {self.config.data_path}: restore it, or --override data_path"
+                f"{path} was trained on another text than the settings give now: restore it, or --override data_path"
             )
         load_weights(path, self.model, content["model"])
         chosen = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self.optimizer.param_groups]
@@ -345,7 +353,7 @@ class Trainer:
             group.update(values)  # the config rules, which a resume may have overridden
         self.counters = Counters(**content["counters"])
         if moved:
-            self.batches.samples = content["data"]["samples"]  # the place in another order: the same count
+            self.batches.go_near(content["data"])
         else:
             self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"]

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from nanokimi.data import documents
-from nanokimi.data.documents import check_text_file, read_pieces
+from nanokimi.data import documents, formats
+from nanokimi.data.documents import cut_text
+from nanokimi.data.formats import Format, Span
+from nanokimi.data.local import find_files
 from nanokimi.errors import UserError
 
 
 def read(path: Path, errors: str = "strict") -> list[str]:
     """The documents of ``path``, put together from their pieces."""
     found, open_document = [], ""
-    for piece in read_pieces(path, errors, lambda count: None):
+    for piece in Format(errors=errors).read(Span(path)):
         open_document += piece.text
         if piece.ends_document:
             found.append(open_document)
@@ -25,8 +27,8 @@ def read(path: Path, errors: str = "strict") -> list[str]:
 @pytest.fixture(params=[1, 2, 3, 7, 1 << 18])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Sizes of block and piece: the result must be the same wherever the text is cut."""
-    monkeypatch.setattr(documents, "BLOCK_BYTES", request.param)
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", max(20, request.param))
+    monkeypatch.setattr(formats, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(documents, "PIECE_BYTES", max(20, request.param))
     return int(request.param)
 
 
@@ -82,10 +84,10 @@ def test_bytes_that_are_not_utf8_can_be_replaced(path: Path, block: int) -> None
 
 
 def test_pieces_end_at_line_ends_where_there_are_any(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 7)
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 20)
     path.write_text("eight ch\n" * 40)
-    pieces = [piece.text for piece in read_pieces(path, "strict", lambda count: None)]
+    pieces = [piece.text for piece in Format().read(Span(path))]
     assert len(pieces) > 10
     assert all(text.endswith("\n") for text in pieces if text)
 
@@ -94,19 +96,41 @@ def test_one_long_line_is_read_in_bounded_memory(path: Path) -> None:
     """Fault 11."""
     path.write_bytes(b"word " * (32 << 20 >> 2))  # 40 MB
     tracemalloc.start()
-    total = sum(len(piece.text) for piece in read_pieces(path, "strict", lambda count: None))
+    total = sum(len(piece.text) for piece in Format().read(Span(path)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == path.stat().st_size
     assert peak < 4 << 20
 
 
+@pytest.mark.parametrize("length", [1, 99, 100, 101, 119, 120, 121, 250, 1000])
+@pytest.mark.parametrize("text", ["words and\nlines\n", "é😀漢", "no end ", "\r\n", "a\r\r\n"])
+def test_a_document_is_cut_alike_alone_and_among_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch, text: str, length: int
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    document = (text * 1000)[:length]
+    path.write_bytes(b"before\n<|endoftext|>\n" * 3 + document.encode() + b"\n<|endoftext|>\nbehind")
+    among = [piece for piece in Format().read(Span(path))][3:-1]
+    assert [piece.text for piece in among] == list(cut_text(document + "\n"))
+    assert "".join(piece.text for piece in among) == (document + "\n").replace("\r\n", "\n")
+    assert [piece.ends_document for piece in among] == [False] * (len(among) - 1) + [True]
+    assert all(len(piece.text.encode()) <= 100 for piece in among)
+
+
+def test_a_document_that_fits_is_one_piece_wherever_it_stands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    texts = [f"{i}\n" * (i % 40 + 1) for i in range(10)] + ["x" * 99 + "\n"] * 3
+    path.write_text("<|endoftext|>\n".join(texts))
+    assert [piece.text for piece in Format().read(Span(path))] == texts
+
+
 def test_a_missing_file_a_folder_and_an_empty_file_are_named_with_the_flag(path: Path) -> None:
     """Faults 1, 4 and 5."""
     with pytest.raises(UserError, match=r"--data_path .*text\.txt: no such file.*nanokimi prepare stdlib"):
-        check_text_file(path, "--data_path")
+        find_files(str(path), "--data_path")
     with pytest.raises(UserError, match=r"--val_path .* is a directory"):
-        check_text_file(path.parent, "--val_path")
+        find_files(str(path.parent), "--val_path")
     path.touch()
     with pytest.raises(UserError, match=r"--data_path .*is empty"):
-        check_text_file(path, "--data_path")
+        find_files(str(path), "--data_path")

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from nanokimi.data import documents, sources
-from nanokimi.data.sources import Corpus, open_corpus, train_tokenizer_on
-from nanokimi.data.token_bin import TokenFile
+from nanokimi.config import TrainConfig
+from nanokimi.data import documents, prepared, sources, token_set
+from nanokimi.data.corpus import Corpus, Finite
+from nanokimi.data.packing import TokenRow
+from nanokimi.data.sources import train_tokenizer_on
+from nanokimi.data.text import Text
+from nanokimi.data.token_set import TokenSet, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError, UserError
 
@@ -33,30 +37,41 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Grows by one entry with each tokenisation that is not answered from the cache."""
+    """Grows by one folder with each tokenisation that is not answered from the cache."""
     made: list[Path] = []
-    tokenise = sources._tokenise
 
-    def counted(text: Any, tokenizer: Tokenizer, source: Any, stem: Path) -> None:
-        made.append(stem)
-        tokenise(text, tokenizer, source, stem)
+    def counted(text: Text, tokenizer: Tokenizer, folder: Path) -> TokenSet:
+        made.append(folder)
+        return write_token_set(text, tokenizer, folder)
 
-    monkeypatch.setattr(sources, "_tokenise", counted)
+    monkeypatch.setattr(prepared, "write_token_set", counted)
     return made
 
 
-def texts(corpus: Corpus, part: TokenFile | None) -> list[str]:
-    """The documents of a part, decoded; each must end in exactly one end of text."""
-    assert part is not None
-    found, start = [], 0
-    for end in map(int, part.document_ends):
-        *tokens, eot = part.tokens[start:end].tolist()
-        assert eot == corpus.tokenizer.eot_id
-        assert eot not in tokens
-        found.append(corpus.tokenizer.decode(tokens))
-        start = end
-    assert start == part.n_tokens
-    return found
+def open_corpus(
+    path: Path, tokenizer_name: str, *, say: Any = print, tokenizer: Tokenizer | None = None, **settings: Any
+) -> Corpus:
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    config = TrainConfig(data_path=str(path), **settings)
+    return sources.open_corpus(config, tokenizer_name, tokenizer=tokenizer, say=say)
+
+
+def train_row(corpus: Corpus) -> TokenRow:
+    assert isinstance(corpus.train, Finite)
+    return corpus.train.tokens
+
+
+def texts(corpus: Corpus, row: TokenRow | None) -> list[str]:
+    """The documents of a row, decoded; each must end in exactly one end of text."""
+    assert row is not None
+    found: list[list[int]] = [[]]
+    for token in row.read(0, len(row)).tolist():
+        if token == corpus.tokenizer.eot_id:
+            found.append([])
+        else:
+            found[-1].append(token)
+    assert found.pop() == []
+    return [corpus.tokenizer.decode(tokens) for tokens in found]
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe:280"])
@@ -64,14 +79,14 @@ def texts(corpus: Corpus, part: TokenFile | None) -> list[str]:
 def test_every_document_is_found_exactly_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, batch: int
 ) -> None:
-    monkeypatch.setattr(sources, "BATCH_CHARACTERS", batch)
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(token_set, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 50)
     wanted = [f"document {i}\n" * (i % 9 + 1) for i in range(150)]
     (tmp_path / "t.txt").write_text("<|endoftext|>\n".join(wanted))
     corpus = open_corpus(tmp_path / "t.txt", name, val_fraction=0.2)
-    train, val = texts(corpus, corpus.train), texts(corpus, corpus.val)
+    train, val = texts(corpus, train_row(corpus)), texts(corpus, corpus.val)
     assert sorted(train + val) == sorted(wanted)
-    assert corpus.train.n_bytes == sum(map(len, train))
+    assert f" {sum(map(len, train)):,} bytes; held out" in corpus.summary
     assert "150" not in corpus.summary  # the parts are counted one by one
     assert f"training on {len(train)} documents" in corpus.summary
     assert f"held out (by hash): {len(val)} documents" in corpus.summary
@@ -79,7 +94,7 @@ def test_every_document_is_found_exactly_once(
 
 def test_a_single_text_loses_its_end_to_the_held_out_part(path: Path) -> None:
     corpus = open_corpus(path, "byte", val_fraction=0.1)
-    (train,), (val,) = texts(corpus, corpus.train), texts(corpus, corpus.val)
+    (train,), (val,) = texts(corpus, train_row(corpus)), texts(corpus, corpus.val)
     assert train + val == LINES
     assert "the last 0.1 of the text" in corpus.summary
 
@@ -87,8 +102,10 @@ def test_a_single_text_loses_its_end_to_the_held_out_part(path: Path) -> None:
 def test_the_bytes_behind_the_tokens_are_exact(path: Path) -> None:
     path.write_text("naïve 😀 漢字\n" * 50)
     corpus = open_corpus(path, "bpe:270", val_fraction=0)
-    tokens = torch.from_numpy(corpus.train.tokens.astype(np.int64))
-    assert corpus.tokenizer.count_bytes(tokens) == corpus.train.n_bytes == path.stat().st_size
+    row = train_row(corpus)
+    size = path.stat().st_size
+    assert corpus.tokenizer.count_bytes(torch.from_numpy(row.read(0, len(row)))) == size
+    assert f" {size:,} bytes; nothing held out" in corpus.summary
 
 
 def test_no_share_means_no_validation(path: Path) -> None:
@@ -101,7 +118,7 @@ def test_a_held_out_file_takes_the_place_of_the_share(path: Path, tmp_path: Path
     val = tmp_path / "val.txt"
     val.write_text("held\n<|endoftext|>\nout\n")
     corpus = open_corpus(path, "byte", val_path=val, val_fraction=0.5)
-    assert texts(corpus, corpus.train) == [LINES]
+    assert texts(corpus, train_row(corpus)) == [LINES]
     assert texts(corpus, corpus.val) == ["held\n", "out\n"]
 
 
@@ -112,7 +129,7 @@ def test_the_training_text_cannot_be_its_own_held_out_text(path: Path) -> None:
 
 def test_a_bpe_is_trained_on_the_training_part_only(path: Path) -> None:
     corpus = open_corpus(path, "bpe:300", val_fraction=0.25)
-    assert corpus.tokenizer.fingerprint == train_bpe(texts(corpus, corpus.train), 300).fingerprint
+    assert corpus.tokenizer.fingerprint == train_bpe(texts(corpus, train_row(corpus)), 300).fingerprint
     assert corpus.tokenizer.fingerprint != train_bpe([LINES], 300).fingerprint
 
 
@@ -139,7 +156,7 @@ def test_an_unchanged_text_is_read_once(path: Path, built: list[Path], name: str
     first = open_corpus(path, name)
     again = open_corpus(path, name)
     assert len(built) == 1
-    assert texts(again, again.train) == texts(first, first.train)
+    assert texts(again, train_row(again)) == texts(first, train_row(first))
     assert (again.summary, again.tokenizer.name) == (first.summary, name)
 
 
@@ -151,8 +168,10 @@ def test_an_edited_text_is_read_again_and_its_old_tokens_go(path: Path, built: l
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     corpus = open_corpus(path, "bpe:280")
     assert len(built) == 2
-    assert "large" in texts(corpus, corpus.train)[0]
-    assert len(os.listdir(built[1].parent)) == 3  # tokenizer, training part, held-out part
+    assert "large" in texts(corpus, train_row(corpus))[0]
+    assert len(os.listdir(built[1].parent)) == 2  # the tokenizer, and a folder of tokens
+    assert built[1].is_dir()
+    assert not built[0].exists()
 
 
 @pytest.mark.parametrize(
@@ -192,13 +211,13 @@ def test_another_held_out_text_is_read_again(path: Path, tmp_path: Path, built: 
 def test_damaged_tokens_are_made_again(path: Path, built: list[Path], part: str, damage: str) -> None:
     """Fault 14."""
     first = open_corpus(path, "byte")
-    wanted = texts(first, first.train), texts(first, first.val)
-    file = Path(f"{built[0]}.{part}.bin")
+    wanted = texts(first, train_row(first)), texts(first, first.val)
+    file = built[0] / f"{part}-00000.bin"
     file.unlink()  # not in place: the first corpus still maps the old file
     if damage != "missing":
         file.write_bytes({"truncated": b"NKTOKENS", "garbage": b"x" * 20_000}[damage])
     again = open_corpus(path, "byte")
-    assert (texts(again, again.train), texts(again, again.val)) == wanted
+    assert (texts(again, train_row(again)), texts(again, again.val)) == wanted
     assert len(built) == 2
 
 
@@ -235,9 +254,17 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing_half_made(path: Path, mon
     monkeypatch.setattr("nanokimi.data.token_bin.TokenWriter.add", full)
     with pytest.raises(RunError, match="disk is full"):
         open_corpus(path, "byte")
-    assert os.listdir(path.with_name("train.txt.nanokimi")) == []
+    (folder,) = path.with_name("train.txt.nanokimi").iterdir()
+    assert sorted(os.listdir(folder)) == ["manifest.json", "tokenizer.json"]  # and the next try goes on from there
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_set, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 50)
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_a_text_that_changes_while_it_is_read_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode_batch = Tokenizer.encode_batch
 
@@ -248,21 +275,29 @@ def test_a_text_that_changes_while_it_is_read_is_an_error(path: Path, monkeypatc
     monkeypatch.setattr(Tokenizer, "encode_batch", slow)
     with pytest.raises(UserError, match="changed while it was read"):
         open_corpus(path, "byte")
-    assert os.listdir(path.with_name("train.txt.nanokimi")) == []
+    assert not list(path.with_name("train.txt.nanokimi").glob("*/*.bin"))
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_a_run_killed_half_way_leaves_nothing_that_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(Tokenizer, "encode_batch", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        encode_batch, calls = Tokenizer.encode_batch, itertools.count()
+
+        def killed(self: Tokenizer, batch: list[str]) -> list[list[int]]:
+            if next(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode_batch(self, batch)
+
+        monkeypatch.setattr(Tokenizer, "encode_batch", killed)
         open_corpus(path, "byte")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    left = os.listdir(path.with_name("train.txt.nanokimi"))
+    left = [file.name for file in path.with_name("train.txt.nanokimi").glob("*/*.bin*")]
     assert left
     assert all(name.startswith(".") for name in left)
     corpus = open_corpus(path, "byte", val_fraction=0.1)
-    assert "".join(texts(corpus, corpus.train) + texts(corpus, corpus.val)) == LINES
+    assert "".join(texts(corpus, train_row(corpus)) + texts(corpus, corpus.val)) == LINES
 
 
 def test_two_runs_that_start_at_once_do_not_hurt_each_other(
@@ -280,9 +315,8 @@ def test_two_runs_that_start_at_once_do_not_hurt_each_other(
     monkeypatch.setattr(Tokenizer, "encode_batch", overtaken)
     first = open_corpus(path, "byte")
     assert len(built) == 2
-    assert texts(first, first.train) == texts(second[0], second[0].train)
-    first.train.verify()
-    second[0].train.verify()
+    assert texts(first, train_row(first)) == texts(second[0], train_row(second[0]))
+    TokenSet.open(built[0], verify=True)
 
 
 # ---- faults -----------------------------------------------------------------------------------------------
@@ -323,7 +357,7 @@ def test_nul_bytes_are_counted_in_a_warning_each_time(path: Path) -> None:
 def test_special_token_text_inside_a_line_stays_text(path: Path) -> None:
     path.write_text("see <|endoftext|> here\n")
     corpus = open_corpus(path, "byte", val_fraction=0)
-    assert texts(corpus, corpus.train) == ["see <|endoftext|> here\n"]
+    assert texts(corpus, train_row(corpus)) == ["see <|endoftext|> here\n"]
 
 
 def test_a_given_tokenizer_wins_over_the_name(path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,16 @@ def test_the_loss_falls(text: Path, tmp_path: Path) -> None:
     assert seen["val_bits_per_byte"][-1] == pytest.approx(seen["val_loss"][-1] / 0.6931, rel=1e-3)  # one byte a token
 
 
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double_precision")
 def test_accumulated_micro_batches_equal_the_large_batch(text: Path, tmp_path: Path) -> None:
+    """In fp64: in fp32 Newton-Schulz enlarges the rounding of a sum in another order, on some processors too far."""
     for name, batch, accumulation in (("large", "4", "1"), ("small", "1", "4")):
         sizes = ("--batch_size", batch, "--gradient_accumulation", accumulation, "--max_steps", "3")
         assert main(arguments(text, tmp_path / name, *sizes)) == 0

@@ -1,0 +1,287 @@
+"""Text, JSON lines and Parquet files, plain or compressed, as pieces of documents, from any of them on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+from nanokimi.data import documents
+from nanokimi.data.documents import SEPARATOR_BYTES, START, Advance, Cursor, Piece, TextCutter, cut_text, ignore
+from nanokimi.errors import UserError
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".txt", *JSON_LINES, ".parquet")
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+BLOCK_BYTES = 1 << 18
+MAX_RECORD_BYTES = 1 << 28
+ROWS_PER_BATCH = 256
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A file, or the bytes ``start`` to ``end`` of an uncompressed one (None: to its end)."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files are read.
+
+    Attributes:
+        text_column: field of JSON lines and Parquet that holds the text; "" finds it.
+        errors: ``strict``, or ``replace`` for bytes that are not UTF-8.
+    """
+
+    text_column: str = ""
+    errors: str = "strict"
+
+    def read(self, span: Span, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
+        """The pieces of ``span`` from ``start`` on; ``advance`` counts bytes on disk.
+
+        Raises:
+            UserError: the file is not what its name says, or damaged.
+        """
+        start = start if start.at else start._replace(at=span.start)
+        kind = inner_suffix(span.path)
+        try:
+            if kind == ".parquet":
+                yield from self._parquet(span, start, advance)
+            elif kind in JSON_LINES:
+                yield from self._json_lines(span, start, advance)
+            else:
+                yield from self._text(span, start, advance)
+        except OSError as error:
+            reason = _in_one_line(error.strerror or error)
+            raise UserError(f"{span.path}: cannot be read: {reason}: repair or replace it") from error
+
+    def _text(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
+        before = min(1, start.piece)  # a document begins with a line; else the byte before tells whether one begins
+        with _opened(span.path, start.at - before, span.end, advance) as source:
+            starts_line = source.read(before) in (b"", b"\n")
+            if not start.at and source.peek(3).startswith(_BYTE_ORDER_MARK):
+                start = start._replace(at=len(source.read(3)))
+            cutter = TextCutter(str(span.path), self.errors, start, starts_line=starts_line)
+            final = False
+            while not final:
+                window = source.peek(documents.PIECE_BYTES + SEPARATOR_BYTES)
+                final = source.ended and len(window) <= documents.PIECE_BYTES
+                taken, pieces = cutter.cut(window, final=final)
+                source.skip(taken)
+                yield from pieces
+
+    def _json_lines(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
+        first = self._records(span.path, 0, None, ignore) if start.at else ()
+        column = next((self._column(record, span.path) for _, record in first), "")  # whichever record is read first
+        for at, record in self._records(span.path, start.at, span.end, advance):
+            column = column or self._column(record, span.path)
+            yield from rows_of(record.get(column), start, Cursor(start.span, at), f"{span.path} at byte {at}")
+
+    def _records(self, path: Path, at: int, end: int | None, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The objects of a JSON lines file from byte ``at`` on, each with the byte where its line begins."""
+        with _opened(path, at, end, advance) as source:
+            while line := source.line(f"{path}: the line at byte {at}"):
+                if line.strip(b" \t\r\n\xef\xbb\xbf"):
+                    yield at, self._record(line, path, at)
+                at += len(line)
+
+    def _record(self, line: bytes, path: Path, at: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line.decode("utf-8", self.errors).removeprefix("\ufeff"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not UTF-8 at byte {at + error.start}: convert it, or go on with --encoding_errors replace"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: the line at byte {at} is not JSON ({error}): one object a line is needed"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: the line at byte {at} is no JSON object: one object a line is needed")
+        return record
+
+    def _column(self, record: Mapping[str, Any], path: Path) -> str:
+        return pick_text_column(
+            {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()},
+            self.text_column, str(path),
+        )  # fmt: skip
+
+    def _parquet(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with _seekable(span.path) as handle:
+                file = pq.ParquetFile(handle)
+                types = {field.name: str(field.type).removeprefix("large_") for field in file.schema_arrow}
+                column = pick_text_column(types, self.text_column, str(span.path))
+                row, size = 0, span.path.stat().st_size
+                for group in range(file.num_row_groups):
+                    about = file.metadata.row_group(group)
+                    if row + about.num_rows > start.at:
+                        yield from self._row_group(file, group, row, column, start, str(span.path))
+                        advance(size * (group + 1) // file.num_row_groups - size * group // file.num_row_groups)
+                    row += about.num_rows
+        except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
+            reason = _in_one_line(error)
+            raise UserError(f"{span.path}: not a Parquet file, or damaged ({reason}): replace it") from error
+
+    def _row_group(self, file: Any, group: int, row: int, column: str, start: Cursor, where: str) -> Iterator[Piece]:
+        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=[column]):
+            first = max(row, start.at)
+            for i, value in enumerate(batch.column(0)[first - row :], first):
+                yield from rows_of(self._value(value, i, where), start, Cursor(start.span, i), f"{where} row {i}")
+            row += len(batch)
+
+    def _value(self, value: Any, row: int, where: str) -> Any:
+        try:
+            return value.as_py()
+        except UnicodeDecodeError as error:
+            if self.errors == "replace":
+                return value.as_buffer().to_pybytes().decode("utf-8", "replace")
+            raise UserError(
+                f"{where} row {row}: not UTF-8 at byte {error.start} of the text: go on with --encoding_errors replace"
+            ) from error
+
+
+def _in_one_line(reason: object) -> str:
+    return " ".join(str(reason).split()) or type(reason).__name__
+
+
+def rows_of(text: Any, start: Cursor, cursor: Cursor, where: str) -> Iterator[Piece]:
+    """The pieces of one row's text from ``start`` on; a row without text is an empty document.
+
+    Raises:
+        UserError: the value is no text.
+    """
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"{where}: the text is of type {type(text).__name__}, not a string: choose another --text_column"
+        )
+    pieces = list(cut_text(text or ""))
+    for number, piece in enumerate(pieces):
+        if cursor.at > start.at or number >= start.piece:
+            yield Piece(piece, number + 1 == len(pieces), cursor._replace(piece=number))
+
+
+def pick_text_column(types: Mapping[str, str], wanted: str, where: str) -> str:
+    """The column that holds the text: ``wanted``, else ``text``, else the only one of strings.
+
+    Args:
+        types: type of every column, ``string`` where it holds text.
+
+    Raises:
+        UserError: there is no such column, or no single sensible choice; the message lists what there is.
+    """
+    there = ", ".join(f"{name} ({kind})" for name, kind in types.items()) or "none"
+    if wanted:
+        if wanted not in types:
+            raise UserError(f"{where}: no column {wanted!r}: choose another --text_column of: {there}")
+        return wanted
+    strings = [name for name, kind in types.items() if kind == "string"]
+    if "text" in strings or "text" in types:
+        return "text"
+    if len(strings) != 1:
+        raise UserError(f"{where}: which column holds the text? Name it with --text_column; there are: {there}")
+    return strings[0]
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix that tells the format: ``.jsonl`` of ``a.jsonl.gz``."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSION else path
+    return name.suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether all of the file has to be read to come to its end."""
+    return path.suffix.lower() in COMPRESSION
+
+
+class _Source:
+    """Bytes of a file with a look ahead; memory is bounded by what is looked at."""
+
+    def __init__(self, stream: Any, left: int | None, progress: Any) -> None:
+        self._stream, self._left, self._progress = stream, left, progress
+        self._buffer, self._at = b"", 0
+        self.ended = False
+
+    def peek(self, count: int) -> bytes:
+        """The next ``count`` bytes, fewer at the end; ``ended`` tells whether nothing comes behind them."""
+        while not self.ended and len(self._buffer) - self._at < count + 1:
+            block = self._stream.read(BLOCK_BYTES if self._left is None else min(BLOCK_BYTES, self._left))
+            if self._left is not None:
+                self._left -= len(block)
+            self._buffer, self._at = self._buffer[self._at :] + block, 0
+            self.ended = not block or self._left == 0
+            self._progress()
+        return self._buffer[self._at : self._at + count]
+
+    def skip(self, count: int) -> None:
+        """Moves on over bytes that were looked at."""
+        self._at += count
+
+    def read(self, count: int) -> bytes:
+        """The next ``count`` bytes, fewer at the end."""
+        data = self.peek(count)
+        self.skip(len(data))
+        return data
+
+    def line(self, where: str) -> bytes:
+        """The next line with its end; empty at the end of the file. UserError, with ``where``, if it is too long."""
+        searched = 0
+        while True:
+            end = self._buffer.find(b"\n", self._at + searched) + 1
+            if end or self.ended:
+                return self.read(end - self._at if end else len(self._buffer) - self._at)
+            searched = len(self._buffer) - self._at
+            if searched > MAX_RECORD_BYTES:
+                raise UserError(f"{where} is longer than {MAX_RECORD_BYTES >> 20} MiB: is this JSON lines?")
+            self.peek(searched + BLOCK_BYTES)
+
+
+@contextmanager
+def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterator[_Source]:
+    """The contents of ``path`` from byte ``start`` to ``end``, both counted uncompressed."""
+    left = None if end is None else max(0, end - start)
+    with path.open("rb") as raw:
+        stream: Any = raw
+        codec = COMPRESSION.get(path.suffix.lower())
+        if codec is None:
+            raw.seek(start)
+        else:
+            import pyarrow as pa
+
+            stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec)
+            for position in range(0, start, BLOCK_BYTES):
+                stream.read(min(BLOCK_BYTES, start - position))
+        told = raw.tell() if start else 0
+
+        def progress() -> None:
+            nonlocal told
+            now = raw.tell()
+            advance(now - told)
+            told = now
+
+        yield _Source(stream, left, progress)
+
+
+@contextmanager
+def _seekable(path: Path) -> Iterator[IO[bytes]]:
+    """The file itself, or a temporary one with what a compressed file holds."""
+    if not is_compressed(path):
+        with path.open("rb") as file:
+            yield file
+        return
+    with TemporaryFile() as file, _opened(path, 0, None, ignore) as source:
+        while block := source.read(BLOCK_BYTES):
+            file.write(block)
+        file.seek(0)
+        yield file

@@ -1,0 +1,297 @@
+"""Documents of a data set on the Hugging Face hub: streamed by ``datasets``, one row a document, nothing stored.
+
+A part is a shard, that is a file. The streams of ``datasets`` find a row by reading everything before it again; in
+parquet files, which most of the hub is, the row groups before it are skipped instead, by their counts in the footer.
+Of a parquet file only the text column is fetched. Everything is read at the commit that was the newest when the data
+set was opened; scripts in a repository are never executed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_text, ignore
+from nanokimi.data.formats import pick_text_column
+from nanokimi.errors import RunError, UserError
+
+FINEWEB = "HuggingFaceFW/fineweb"
+FINEWEB_CONFIG = "sample-10BT"
+
+RETRIES = 6
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 60.0
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LISTED = 20
+_ROWS = 128  # at a time: enough that the cost of a batch does not show, few enough for documents of many megabytes
+# fsspec reads ahead by a block, 5 MiB unless told otherwise: that is the column next to the text.
+_PARQUET_BLOCK_BYTES = 1 << 16
+_PARQUET_BUFFER_BYTES = 1 << 22  # a request; without a limit a row group of a gigabyte is held in memory
+_NETWORK = re.compile(r"(aiohttp|fsspec|http|httpcore2?|httpx2?|huggingface_hub|requests)\b")
+_OFFLINE = "work offline with --dataset local, localstreaming or tokenbin (`nanokimi prepare stdlib` makes a text)"
+
+
+def tell(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class HubDocuments:
+    """The rows of one split of a hub data set, a part per shard; pickles, and opens its streams where it is read.
+
+    Args:
+        repo: name of the repository, such as ``HuggingFaceFW/fineweb``.
+        config: configuration; empty takes the only one or the one called ``default``.
+        split: name of the split.
+        text_column: column of strings; empty takes ``text`` or the only column of strings.
+        limit: take exactly so many rows, or all if there are fewer, as one part; 0 takes everything.
+        say: told in one line of every connection that broke.
+
+    Attributes:
+        n_parts: number of shards, 1 with a ``limit``.
+        n_bytes: None: the hub does not say how much text there is.
+
+    Raises:
+        UserError: no such data set, configuration, split or column, no access, or no network: with choices and flag.
+    """
+
+    n_bytes: int | None = None
+
+    def __init__(
+        self, repo: str, *, config: str = "", split: str = "train", text_column: str = "", limit: int = 0,
+        say: Callable[[str], None] = tell,
+    ) -> None:  # fmt: skip
+        if not _NAME.fullmatch(repo) or ".." in repo:
+            problem = "not the name of a repository" if repo else "name a data set of the hub"
+            raise UserError(f"--hf_repo_name {repo or '(empty)'}: {problem}: write owner/name, such as {FINEWEB}")
+        _settle_libraries()
+        self.repo, self.split, self.limit, self._say = repo, split, limit, say
+        try:
+            self.commit = _find_commit(repo)
+            self.config = _choose_config(repo, self.commit, config)
+            self._open(text_column)
+        except UserError:
+            raise
+        except Exception as error:  # besides the libraries' own errors, those of whichever HTTP client they use
+            raise UserError(f"--hf_repo_name {repo}: {_problem(error)}") from error
+        self.name = f"{repo} (config {self.config}, split {split})"
+        self.n_parts = 1 if limit else self._n_shards
+
+    @property
+    def identity(self) -> list[Any]:
+        """Repository, commit, configuration, split, column and limit."""
+        return [self.repo, self.commit, self.config, self.split, self.text_column, self.limit]
+
+    def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
+        """The pieces of one part from ``start`` on; a row without text is an empty document.
+
+        A connection that breaks is tried again from the same row, ``RETRIES`` times in a row with growing waits.
+
+        Args:
+            advance: told the UTF-8 bytes of every row's text.
+
+        Raises:
+            RunError: the connection could not be restored, or the file has gone.
+            UserError: the file cannot be read as what it is said to be.
+        """
+        for row, text in enumerate(self._rows(part, start.at), start.at):
+            advance(len(text.encode(errors="replace")))
+            pieces = list(cut_text(text))
+            first = start.piece if row == start.at else 0
+            for number in range(first, len(pieces)):
+                yield Piece(pieces[number], number == len(pieces) - 1, Cursor(at=row, piece=number))
+
+    def _open(self, text_column: str) -> None:
+        from datasets import load_dataset, load_dataset_builder
+        from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+        path = f"hf://datasets/{self.repo}"  # a folder of that name in the working directory is not meant
+        builder = load_dataset_builder(path, self.config, revision=self.commit)
+        files = builder.config.data_files or {}
+        if self.split not in files:
+            raise UserError(f"--hf_split {self.split}: {self.repo} has the splits {_listing([*map(str, files)])}")
+        options: dict[str, Any] = {"split": self.split, "revision": self.commit, "streaming": True}
+        is_parquet = isinstance(builder.config, ParquetConfig)
+        if is_parquet:
+            options |= _parquet_options()
+        stream = load_dataset(path, self.config, **options)
+        self.text_column = _choose_column(stream, text_column, self.repo)
+        if is_parquet:
+            stream = load_dataset(path, self.config, columns=[self.text_column], **options)
+        self._stream = stream.select_columns([self.text_column]).with_format("arrow")
+        self._n_shards: int = stream.num_shards
+        files = [str(file) for file in files[self.split]]
+        seekable = is_parquet and len(files) == self._n_shards and all(file.startswith("hf://") for file in files)
+        self._parquet: list[str] = files if seekable else []
+
+    def _rows(self, part: int, row: int) -> Iterator[str]:
+        """The texts of a part from ``row`` on, each once, whatever happens to the connection."""
+        failures, problem = 0, ""
+        while not self.limit or row < self.limit:
+            try:
+                for text in islice(self._texts(part, row), self.limit - row if self.limit else None):
+                    yield text or ""
+                    row, failures, problem = row + 1, 0, ""
+                return
+            except Exception as error:  # of whichever library is lowest
+                before, problem = problem, _brief(error)
+                failures += 1
+                self._judge(error, failures, repeated=problem == before, row=row)
+            wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))
+            attempt = f"attempt {failures} of {RETRIES} in {wait:g} s"
+            self._say(f"{self.name}: the connection broke at row {row} of part {part} ({problem}): {attempt}")
+            time.sleep(wait)
+
+    def _judge(self, error: Exception, failures: int, *, repeated: bool, row: int) -> None:
+        """Raises what the user is told, unless the failure is one that may pass."""
+        where, then = f"{self.name}: row {row}", "and go on from the last checkpoint with --resume"
+        if isinstance(error, FileNotFoundError) or _is_refused(error):
+            raise RunError(
+                f"{where}: the hub refuses the file ({_brief(error)}): run `hf auth login` {then}"
+            ) from error
+        if repeated and not _is_network(error):  # a short read may look like damaged data, but not twice
+            raise UserError(f"{where}: the data cannot be read: {_brief(error)}") from error
+        if failures > RETRIES:
+            problem = f"the connection broke {failures} times ({_brief(error)})"
+            raise RunError(f"{where}: {problem}: check the network {then}") from error
+
+    def _texts(self, part: int, row: int) -> Iterator[str | None]:
+        """The column of a part from ``row`` on, over one set of connections."""
+        _settle_libraries()
+        if not self._parquet:
+            stream = self._stream if self.limit else self._stream.shard(self._n_shards, part)
+            yield from self._column(stream.skip(row) if row else stream)
+            return
+        for shard in range(self._n_shards) if self.limit else [part]:
+            if row:
+                row = yield from _from_row(self._parquet[shard], self.text_column, row)
+            else:
+                yield from self._column(self._stream.shard(self._n_shards, shard))
+
+    def _column(self, stream: Any) -> Iterator[str | None]:
+        for table in stream.iter(_ROWS):
+            yield from table[self.text_column].to_pylist()
+
+
+def _settle_libraries() -> None:
+    """No bars and no log of theirs on stderr, and no waits but ours and, after a single request, huggingface_hub's."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("--hf_repo_name: hub data sets need the datasets library: pip install datasets") from error
+    from huggingface_hub import utils
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    utils.logging.set_verbosity(logging.CRITICAL)
+    settings = datasets.config
+    settings.STREAMING_OPEN_MAX_RETRIES = settings.STREAMING_READ_MAX_RETRIES = 1
+    settings.STREAMING_OPEN_RETRY_INTERVAL = settings.STREAMING_READ_RETRY_INTERVAL = 0
+    settings.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = settings.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
+
+
+def _find_commit(repo: str) -> str:
+    """The newest commit; one quick request, which fails where later ones would be repeated for minutes."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        found = get_hf_file_metadata(hf_hub_url(repo, "README.md", repo_type="dataset")).commit_hash
+    except EntryNotFoundError as error:
+        response = getattr(error, "response", None)  # a repository without a README has a commit as well
+        found = response.headers.get("X-Repo-Commit") if response is not None else None
+    return found or "main"
+
+
+def _choose_config(repo: str, commit: str, config: str) -> str:
+    from datasets import get_dataset_config_names
+
+    names = [str(name) for name in get_dataset_config_names(f"hf://datasets/{repo}", revision=commit)]
+    if config and config not in names:
+        raise UserError(f"--hf_config {config}: {repo} has the configurations {_listing(names)}")
+    if not config and len(names) > 1 and "default" not in names:
+        raise UserError(f"{repo}: name one of its {len(names)} configurations with --hf_config: {_listing(names)}")
+    return config or (names[0] if len(names) == 1 else "default")
+
+
+def _parquet_options() -> dict[str, Any]:
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    storage = {"hf": {"block_size": _PARQUET_BLOCK_BYTES}}
+    scan = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=_PARQUET_BUFFER_BYTES)
+    return {"batch_size": _ROWS, "fragment_scan_options": scan, "storage_options": storage}
+
+
+def _choose_column(stream: Any, wanted: str, repo: str) -> str:
+    """The column of text; where no types are declared, by those of the first row."""
+    features = stream.features
+    schema = features.arrow_schema if features else next(iter(stream.with_format("arrow").iter(1))).schema
+    types = {field.name: str(field.type).removeprefix("large_") for field in schema}
+    column = pick_text_column(types, wanted, repo)
+    if types[column] != "string":
+        strings = ", ".join(name for name, kind in types.items() if kind == "string") or "none"
+        raise UserError(f"--text_column {column}: {repo} has {types[column]} there; columns of strings: {strings}")
+    return column
+
+
+def _from_row(path: str, column: str, row: int) -> Generator[str | None, None, int]:
+    """A column of a parquet file from ``row`` on; returns how many of the rows to skip lie behind its end."""
+    import pyarrow as pa
+    from huggingface_hub import HfFileSystem
+    from pyarrow.parquet import ParquetFile
+
+    with HfFileSystem(block_size=_PARQUET_BLOCK_BYTES).open(path) as raw:
+        file = ParquetFile(raw, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
+        sizes, first = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)], 0
+        while first < len(sizes) and row >= sizes[first]:
+            row, first = row - sizes[first], first + 1
+        for batch in file.iter_batches(_ROWS, row_groups=range(first, len(sizes)), columns=[column]):
+            if row < batch.num_rows:
+                yield from batch.column(0).slice(row).cast(pa.large_string()).to_pylist()
+            row = max(0, row - batch.num_rows)
+    return row
+
+
+def _is_refused(error: Exception) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404)
+
+
+def _is_network(error: Exception) -> bool:
+    if type(error) is OSError and error.errno is None:  # what pyarrow says of damaged files
+        return False
+    return isinstance(error, OSError) or bool(_NETWORK.match(type(error).__module__))
+
+
+def _brief(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:200] if first else type(error).__name__
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a data set that cannot be opened, and the remedy."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "gated: accept its terms on the hub and run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError) or _is_refused(error):
+        return "no such data set, or it is private: check the name or run `hf auth login`"
+    if "scripts are no longer supported" in str(error):
+        return "it is made by a script of its own, which is not executed: take a data set of parquet or jsonl files"
+    if isinstance(error, FileNotFoundError):
+        return f"it holds no files that can be read as rows ({_brief(error)}): take one of parquet or jsonl files"
+    if _is_network(error):
+        return f"the Hugging Face hub cannot be reached: {_brief(error)}; {_OFFLINE}"
+    return f"it cannot be opened as a data set: {_brief(error)}"

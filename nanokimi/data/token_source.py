@@ -1,0 +1,306 @@
+"""Token files as a source: our own sets and files, and plain rows of ids as other projects write them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanokimi.data.corpus import Corpus, Finite
+from nanokimi.data.packing import TokenRow
+from nanokimi.data.prepared import corpus_of
+from nanokimi.data.progress import reading
+from nanokimi.data.split import ENOUGH_DOCUMENTS
+from nanokimi.data.text import short_hash
+from nanokimi.data.token_bin import MAGIC, TokenFile
+from nanokimi.data.token_set import MANIFEST, TokenSet
+from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
+from nanokimi.errors import UserError
+
+BLOCK_TOKENS = 1 << 22
+HASHED_TOKENS = 1 << 17
+LOOKED_AT_BYTES = 1 << 20
+_ASCII = b"\t\n\r" + bytes(range(0x20, 0x7F))
+_CONTROL = bytes(byte for byte in range(0x20) if byte not in b"\t\n\v\f\r\x1b")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one file.
+
+    Attributes:
+        ends: position behind the last token of every document.
+        sha256: of the tokens.
+    """
+
+    path: Path
+    tokens: NDArray[Any]
+    ends: NDArray[Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenBin:
+    """Token files under ``--data_path``: a folder that `nanokimi prepare` made, ``.bin`` files, or a folder of them.
+
+    In a folder, files called ``val*`` are held out. Without any, a share of the documents is, by their hash; of
+    fewer than 100, the end of the row.
+
+    Args:
+        path: as the user gave it; several with commas between them.
+        val_path: held-out token files; "" for the rule above.
+        fraction: the share.
+    """
+
+    path: str
+    val_path: str = ""
+    fraction: float = 0.05
+
+    def find_tokenizer(self) -> Tokenizer | None:
+        """The ``tokenizer.json`` beside the files, or the one that a header names, unless that must be trained."""
+        first = self._paths[0][0]
+        beside = first.with_name("tokenizer.json")
+        if beside.is_file():
+            return load_tokenizer(str(beside))
+        name = TokenFile.open(first).tokenizer if _is_ours(first) else ""
+        return load_tokenizer(name) if name and bpe_size(name) is None else None
+
+    def training_text(self, characters: int) -> Iterator[str]:
+        """There is none."""
+        self._refuse()
+
+    def train_bpe(self, size: int) -> Tokenizer:
+        """It cannot."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise UserError(
+            f"--data_path {self.path}: no tokenizer can be trained on tokens: put the tokenizer.json that made them "
+            "beside them, or name it with --set tokenizer_name=..."
+        )
+
+    def open(self, tokenizer: Tokenizer, say: Say) -> Corpus:
+        """Maps the files and divides them.
+
+        Raises:
+            UserError: there are none; made by another tokenizer, ids beyond its vocabulary, of odd length, empty, text.
+        """
+        folder = Path(self.path)
+        if (folder / MANIFEST).is_file():
+            found = TokenSet.open(folder, verify=not self.val_path)
+        if (folder / MANIFEST).is_file() and not self.val_path:
+            for file in (*found.train, *found.val):
+                _require_tokenizer(file, tokenizer)
+            return corpus_of(found, tokenizer)
+        train, val = ([_open(path, tokenizer) for path in paths] for paths in self._paths)
+        kept, held_out, about = divide(train, 0.0 if val else self.fraction)
+        if val:
+            held_out, about = TokenRow([row.tokens for row in val]), "in " + ", ".join(row.path.name for row in val)
+        identity = short_hash([[row.sha256 for row in train], 0.0 if val else self.fraction])
+        shown = [f"training on {len(kept):,} tokens of {self.path}"]
+        shown.append(f"held out ({about}): {len(held_out):,} tokens" if held_out is not None else "nothing held out")
+        return Corpus(tokenizer, Finite(kept, identity), held_out, "; ".join(shown))
+
+    @cached_property
+    def _paths(self) -> tuple[list[Path], list[Path]]:
+        """The files to train on and the held-out ones."""
+        found = find_token_files(self.path, "--data_path")
+        from_folder = os.path.isdir(self.path)
+        train = [path for path in found if not (from_folder and path.name.startswith("val"))]
+        if not train:
+            raise UserError(f"--data_path {self.path}: all of its files are called val*: there is nothing to train on")
+        if not self.val_path:
+            return train, [path for path in found if path not in train]
+        val = find_token_files(self.val_path, "--val_path")
+        if {path.resolve() for path in train} & {path.resolve() for path in val}:
+            raise UserError(f"--val_path {self.val_path}: is trained on too: name another file, or none")
+        return train, val
+
+
+def find_token_files(path: str, flag: str) -> list[Path]:
+    """The files that ``path`` means: a file, the ``.bin`` files of a folder, a pattern, or several with commas.
+
+    Raises:
+        UserError: there are none.
+    """
+    files: list[Path] = []
+    for item in [path] if os.path.lexists(path) else [item.strip() for item in path.split(",")]:
+        if os.path.isdir(item):
+            found = sorted(Path(item).glob("*.bin"))
+            if not found:
+                raise UserError(f"{flag} {item} is a directory without .bin files: make them with `nanokimi prepare`")
+        else:
+            found = sorted(map(Path, glob.glob(item))) if not os.path.lexists(item) else [Path(item)]
+            if not found:
+                raise UserError(f"{flag} {item}: no such file: check the path, or make it with `nanokimi prepare`")
+        files += found
+    return files
+
+
+def divide(rows: list[Row], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
+    """What to train on, what is held out, and the rule in words.
+
+    Raises:
+        UserError: one of the two parts would be empty.
+    """
+    arrays = [row.tokens for row in rows]
+    everything = TokenRow(arrays)
+    if not fraction:
+        return everything, None, ""
+    if sum(len(row.ends) for row in rows) < ENOUGH_DOCUMENTS:
+        cut = len(everything) - int(len(everything) * fraction)
+        if cut == len(everything):
+            return everything, None, ""
+        return everything.part(0, cut), everything.part(cut, len(everything)), f"the last {fraction:g} of the tokens"
+    runs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    side: bool | None = None
+    for number, row in enumerate(rows):
+        run, side = _runs(number, row, fraction, side)
+        runs.append(run)
+    kept, held_out = (np.concatenate([run[side] for run in runs]) for side in (0, 1))
+    if not len(kept) or not len(held_out):
+        raise UserError(
+            f"--val_fraction {fraction:g} holds out {'all' if len(held_out) else 'none'} of the documents: choose "
+            "another share, 0 for no validation, or give --val_path"
+        )
+    return TokenRow(arrays, kept), TokenRow(arrays, held_out), "documents by hash"
+
+
+def _runs(
+    number: int, row: Row, fraction: float, side: bool | None
+) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], bool | None]:
+    """Stretches ``[n, 3]`` of documents that are kept, and of those that are held out.
+
+    ``side``, taken and returned: where a document is that the row before, or this one, leaves open; None for none.
+    """
+    is_open = not len(row.ends) or row.ends[-1] != len(row.tokens)
+    ends = [*row.ends, len(row.tokens)] if is_open else row.ends
+    runs: tuple[list[list[int]], list[list[int]]] = [], []
+    start = 0
+    for end in map(int, ends):
+        document = row.tokens[start : min(end, start + HASHED_TOKENS)].astype("<u4").tobytes()
+        digest = int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
+        held_out = digest < fraction * 2**64 if side is None else side
+        if runs[held_out] and runs[held_out][-1][2] == start:
+            runs[held_out][-1][2] = end
+        else:
+            runs[held_out].append([number, start, end])
+        start, side = end, held_out if is_open and end == len(row.tokens) else None
+    train, val = (np.array(run, np.int64).reshape(-1, 3) for run in runs)
+    return (train, val), side
+
+
+# ---- opening one file -----------------------------------------------------------------------------------
+
+
+def _open(path: Path, tokenizer: Tokenizer) -> Row:
+    if not _is_ours(path):
+        return _open_plain(path, tokenizer)
+    file = TokenFile.open(path)
+    _require_tokenizer(file, tokenizer)
+    file.verify()
+    return Row(path, file.tokens, file.document_ends, file.sha256)
+
+
+def _require_tokenizer(file: TokenFile, tokenizer: Tokenizer) -> None:
+    if file.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{file.path}: made by another tokenizer ({file.tokenizer}) than {tokenizer.name}: put its tokenizer.json "
+            "beside the file and leave tokenizer_name out, or prepare the text anew"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name the token files in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file: it is mapped into memory, so save the tokens to disk first")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not start:
+        raise UserError(f"{path}: the file is empty: make it anew with `nanokimi prepare`")
+    return start == MAGIC
+
+
+def _open_plain(path: Path, tokenizer: Tokenizer) -> Row:
+    """A file of nothing but ids: uint16, or uint32 for vocabularies above 65,536 or where ``FILE.json`` says so."""
+    dtype = _sidecar_dtype(path) or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(LOOKED_AT_BYTES)
+    if _is_text(start):
+        raise UserError(f"{path}: this is text, not tokens: train on it with --dataset local, or `nanokimi prepare` it")
+    if size % dtype.itemsize:
+        raise UserError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens: truncated, or no token file")
+    if dtype.itemsize == 2 and _looks_like_uint32(start):
+        raise UserError(
+            f"{path}: looks like uint32 tokens and would be read as uint16: say so in {path.name}.json: "
+            '{"dtype": "uint32"}'
+        )
+    tokens = np.memmap(path, dtype, "r")
+    sha256, ends = hashlib.sha256(), []
+    with reading(f"checking {path}", size) as advance:
+        for begin in range(0, len(tokens), BLOCK_TOKENS):
+            block = np.asarray(tokens[begin : begin + BLOCK_TOKENS])
+            _require_known(path, block, begin, tokenizer)
+            sha256.update(block.tobytes())
+            ends.append(np.flatnonzero(block == tokenizer.eot_id) + (begin + 1))
+            advance(block.nbytes)
+    return Row(path, tokens, np.concatenate(ends), sha256.hexdigest())
+
+
+def _require_known(path: Path, block: NDArray[Any], begin: int, tokenizer: Tokenizer) -> None:
+    if int(block.max()) >= tokenizer.vocab_size:
+        at = int(np.argmax(block >= tokenizer.vocab_size))
+        short = (
+            f', or, if it is of uint16, say {{"dtype": "uint16"}} in {path.name}.json' if block.itemsize == 4 else ""
+        )
+        raise UserError(
+            f"{path}: token {int(block[at])} at position {begin + at} is beyond the {tokenizer.vocab_size} entries of "
+            f"{tokenizer.name}: name the tokenizer that made the file with --set tokenizer_name=...{short}"
+        )
+
+
+def _sidecar_dtype(path: Path) -> Any:
+    sidecar = path.with_name(f"{path.name}.json")
+    if not sidecar.is_file():
+        return None
+    try:
+        name = json.loads(sidecar.read_text(encoding="utf-8"))["dtype"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{sidecar}: write it as {{"dtype": "uint16"}} or {{"dtype": "uint32"}}') from error
+    if name not in ("uint16", "uint32"):
+        raise UserError(f"{sidecar}: dtype {name!r}: only uint16 and uint32 can be read")
+    return np.dtype(name).newbyteorder("<")
+
+
+def _is_text(data: bytes) -> bool:
+    """Whether the start of a file is text: UTF-8 without control characters, or mostly ASCII; ids hardly ever are."""
+    if len(data.translate(None, _CONTROL)) < len(data):
+        return False
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start >= len(data) - 4 or len(data.translate(None, _ASCII)) < len(data) / 10
+    return True
+
+
+def _looks_like_uint32(data: bytes) -> bool:
+    """Whether every second number is as small as the upper half of an id, and the others are not."""
+    numbers = np.frombuffer(data[: len(data) // 4 * 4], "<u2")
+    lower, upper = numbers[::2], numbers[1::2]
+    return len(numbers) >= 64 and int(upper.max()) <= 3 < len(np.unique(lower)) and int(lower.max()) > 3
