@@ -179,6 +179,18 @@ def add_prepare(commands: Any) -> None:
     )
     stdlib.add_argument("--output", default="data/train.txt", metavar="FILE", help="(default: %(default)s)")
     stdlib.set_defaults(run=prepare_stdlib)
+    tokens = sources.add_parser(
+        "tokens", help="token files of any source of text",
+        description="Tokenises once what `nanokimi train` would read with the same flags. Killed, it goes on when "
+        "called again. Train on the result with --dataset tokenbin.",
+    )  # fmt: skip
+    add_settings(tokens, DATA_FIELDS - {"mix", "seed", "num_workers", "val_tokens", "shuffle_buffer"})
+    tokens.add_argument("--output", default="data/tokens", metavar="FOLDER", help="(default: %(default)s)")
+    tokens.add_argument(
+        *spellings("shard_tokens"), type=int, default=100_000_000, metavar="N",
+        help="begin another file after about so many tokens (default: %(default)s)",
+    )  # fmt: skip
+    tokens.set_defaults(run=prepare_tokens)
 
 
 def prepare_stdlib(args: argparse.Namespace) -> int:
@@ -187,6 +199,21 @@ def prepare_stdlib(args: argparse.Namespace) -> int:
 
     print(prepare(args.output))
     return 0
+
+
+def prepare_tokens(args: argparse.Namespace) -> int:
+    """``nanokimi prepare tokens``."""
+    train_values, model_values = gather_settings(args)
+
+    from nanokimi.data.prepare import prepare_tokens as prepare
+
+    print(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, say=say))
+    return 0
+
+
+def say(text: str) -> None:
+    """Tells the user something that is not the command's result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def add_tokenizer(commands: Any) -> None:

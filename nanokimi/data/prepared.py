@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanokimi.data.corpus import Corpus, Finite
-from nanokimi.data.documents import Documents
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.packing import TokenRow
 from nanokimi.data.text import Text, short_hash
@@ -29,12 +28,13 @@ class PreparedText:
     What is kept is named after a hash of all that it depends on, so that nothing in it is ever out of date.
 
     Args:
-        documents: local files; the cache is beside them, or in the user's cache where that cannot be written.
-        val, fraction: see ``Text``.
+        text: of local files; the cache is beside them, or in the user's cache where that cannot be written.
     """
 
-    def __init__(self, documents: LocalDocuments, val: Documents | None, fraction: float) -> None:
-        self.text = Text(documents, val, fraction)
+    def __init__(self, text: Text) -> None:
+        documents = text.documents
+        assert isinstance(documents, LocalDocuments)
+        self.text = text
         path = Path(documents.name if os.path.exists(documents.name) else documents.files[0]).resolve()
         self.folders = [path.with_name(f"{path.name}.nanokimi"), cache_home() / f"{path.name}-{short_hash(str(path))}"]
         self._state = f"{short_hash(documents.name)}-{short_hash(documents.stamps)}"

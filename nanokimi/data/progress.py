@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
@@ -20,7 +23,7 @@ def reading(label: str, n_bytes: int | None, *, done: int = 0) -> Iterator[Calla
         print(
             f"{label}{size}" + (f", going on behind {done / 1e6:.1f} MB" if done else ""), file=sys.stderr, flush=True
         )
-        yield lambda count: None
+        yield _plain_lines(label, n_bytes, done)
         return
     from rich.console import Console
     from rich.markup import escape
@@ -36,3 +39,18 @@ def reading(label: str, n_bytes: int | None, *, done: int = 0) -> Iterator[Calla
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=n_bytes, completed=done)
         yield lambda count: progress.advance(task, count)
+
+
+def _plain_lines(label: str, n_bytes: int | None, done: int) -> Callable[[int], None]:
+    """Says now and then how far it is, where there is no terminal to draw on."""
+    told = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            of = "" if n_bytes is None else f" of {n_bytes / 1e6:.1f}"
+            print(f"{label}: {done / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
+
+    return advance

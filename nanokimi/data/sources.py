@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from nanokimi.config import TrainConfig
 from nanokimi.data.corpus import Corpus, Mixed
-from nanokimi.data.documents import Documents
 from nanokimi.data.formats import Format
 from nanokimi.data.hub import FINEWEB, FINEWEB_CONFIG, HubDocuments
 from nanokimi.data.hub_sample import fetch_sample
@@ -68,7 +67,7 @@ def open_corpus(
     shares = parse_mix(config)
     sources = {name: _source(part, say) for name, (_, part) in shares.items()}
     if tokenizer is None:
-        tokenizer = _tokenizer(list(sources.values()), tokenizer_name, named)
+        tokenizer = choose_tokenizer(list(sources.values()), tokenizer_name, named=named)
     corpora = {name: source.open(tokenizer, say) for name, source in sources.items()}
     wanted = bpe_size(tokenizer.name)
     if wanted is not None and tokenizer.vocab_size < wanted:
@@ -114,29 +113,31 @@ def parse_mix(config: TrainConfig) -> dict[str, tuple[float, TrainConfig]]:
 
 def _source(config: TrainConfig, say: Say) -> Source:
     """The one source that ``config`` names."""
-    fraction = 0.0 if config.val_path else config.val_fraction
     if config.dataset == "tokenbin":
         return TokenBin(config.data_path, config.val_path, config.val_fraction)
-    val = _held_out_file(config)
-    if config.dataset == "hfstreaming" or (config.dataset == "fineweb" and config.streaming):
-        documents: Documents = hub_documents(config, say)
-        return StreamedText(Text(documents, val, fraction, "--hf_repo_name", in_full=False), config.val_tokens)
-    if config.dataset == "localstreaming":
-        documents = LocalDocuments(config.data_path, form=_format(config), split_up=True)
-        return StreamedText(Text(documents, val, fraction, in_full=False), config.val_tokens)
-    path = str(_fineweb_sample(config, say)) if config.dataset == "fineweb" else config.data_path
-    text = LocalDocuments(path, form=_format(config))
-    if isinstance(val, LocalDocuments) and any(a.samefile(b) for a in text.files for b in val.files):
+    if config.dataset == "local":
+        return PreparedText(text_of(config, say))
+    if config.dataset == "fineweb" and not config.streaming:
+        path = str(_fineweb_sample(config, say))
+        return PreparedText(text_of(dataclasses.replace(config, dataset="local", data_path=path), say))
+    return StreamedText(text_of(config, say, split_up=True), config.val_tokens)
+
+
+def text_of(config: TrainConfig, say: Say, *, split_up: bool = False) -> Text:
+    """The documents that ``config`` names, local ones or those of the hub, and what is held out.
+
+    Args:
+        split_up: in parts that can be read apart, and looked at only as far as needed.
+    """
+    form = Format(config.text_column, config.encoding_errors)
+    val = LocalDocuments(config.val_path, "--val_path", form) if config.val_path else None
+    fraction = 0.0 if val else config.val_fraction
+    if config.dataset in ("hfstreaming", "fineweb"):
+        return Text(hub_documents(config, say), val, fraction, "--hf_repo_name", in_full=False)
+    documents = LocalDocuments(config.data_path, form=form, split_up=split_up)
+    if val is not None and any(a.samefile(b) for a in documents.files for b in val.files):
         raise UserError(f"--val_path {config.val_path} is the training text itself: name another file, or none")
-    return PreparedText(text, val, fraction)
-
-
-def _format(config: TrainConfig) -> Format:
-    return Format(config.text_column, config.encoding_errors)
-
-
-def _held_out_file(config: TrainConfig) -> Documents | None:
-    return LocalDocuments(config.val_path, "--val_path", _format(config)) if config.val_path else None
+    return Text(documents, val, fraction, in_full=not split_up)
 
 
 def hub_documents(config: TrainConfig, say: Say) -> HubDocuments:
@@ -154,7 +155,7 @@ def _fineweb_sample(config: TrainConfig, say: Say) -> Path:
     return fetch_sample(config.num_samples, chosen, lambda: hub_documents(config, say))
 
 
-def _tokenizer(sources: list[Source], name: str, named: bool) -> Tokenizer:
+def choose_tokenizer(sources: Sequence[Source], name: str, *, named: bool) -> Tokenizer:
     """The tokenizer to use: what the user chose, else what a source brings along, else ``name``."""
     brought = [found for source in sources if not named and (found := source.find_tokenizer()) is not None]
     if brought:

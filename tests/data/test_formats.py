@@ -198,6 +198,16 @@ def test_a_separator_at_the_end_of_the_file_needs_no_line_end(tmp_path: Path, le
     assert [(piece.text, piece.ends_document) for piece in read(path)] == cut(["x" * length + "\n"])
 
 
+@pytest.mark.parametrize("length", range(30, 50))
+def test_a_cut_makes_no_separator_and_parts_no_line_end(tmp_path: Path, length: int) -> None:
+    """Fault 9."""
+    path = tmp_path / "a.txt"
+    for line in ("x" * length + "<|endoftext|>\nrest\n", "x" * length + "\r\nrest" + "y" * 40 + "\r\n"):
+        path.write_bytes(line.encode())
+        pieces = assert_read_from_everywhere(Span(path))
+        assert texts_of(pieces) == [line.replace("\r\n", "\n")]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_slices_of_a_text_are_read_from_any_piece_on_and_make_up_the_whole(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)

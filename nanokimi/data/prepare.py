@@ -1,0 +1,93 @@
+"""``nanokimi prepare tokens``: any source of text as token files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.data.local import LocalDocuments
+from nanokimi.data.prepared import PreparedText, corpus_of, disk_errors_explained
+from nanokimi.data.sources import Source, choose_tokenizer, text_of
+from nanokimi.data.streamed import StreamedText
+from nanokimi.data.token_bin import TokenFile, TokenFileError
+from nanokimi.data.token_set import Manifest, TokenSet, write_token_set
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.errors import UserError
+
+Say = Callable[[str], None]
+
+
+def prepare_tokens(
+    train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, say: Say
+) -> str:
+    """Tokenises what ``nanokimi train`` would read with the same settings; killed, it goes on when called again.
+
+    Args:
+        train, model: settings by field name.
+        output: folder to make; ``--dataset tokenbin --data_path`` takes it.
+        shard_tokens: begin another file after about so many.
+
+    Returns:
+        a summary of a few lines.
+
+    Raises:
+        UserError: a setting or the data cannot be used, ``output`` holds something else.
+        RunError: the disk is full, the network failed.
+    """
+    if shard_tokens < 1:
+        raise UserError(f"--shard_tokens must be 1 or more, got {shard_tokens}")
+    config = from_dict(TrainConfig, train)
+    model_config = ModelConfig.preset(config.preset, **model)
+    if config.mix or config.dataset == "tokenbin":
+        what = "--mix" if config.mix else "--dataset tokenbin"
+        raise UserError(f"{what}: prepare one source of text; several, or tokens, are for `nanokimi train`")
+    with disk_errors_explained("token set", output), _own(output):
+        text = text_of(config, say)
+        source: Source = PreparedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text, 0)
+        tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)
+        before, started = _bytes_in(output), time.monotonic()
+        found = write_token_set(text, tokenizer, output, shard_tokens=shard_tokens)
+        seconds = time.monotonic() - started
+    return "\n".join(_summary(found, tokenizer, output, _bytes_in(output) - before, seconds))
+
+
+def _summary(found: TokenSet, tokenizer: Tokenizer, output: Path, n_bytes: int, seconds: float) -> Iterator[str]:
+    yield corpus_of(found, tokenizer).summary
+    left_out = f"; left out {found.manifest.n_blank:,} documents without text" if found.manifest.n_blank else ""
+    nuls = f"; {found.manifest.nuls:,} NUL bytes: is it really text?" if found.manifest.nuls else ""
+    n_files = sum(map(len, found.manifest.shards))
+    yield f"{output}: {n_files} token file{'s' if n_files > 1 else ''}, tokenizer {tokenizer.name}{left_out}{nuls}"
+    if n_bytes:
+        yield f"{n_bytes / 1e6:,.1f} MB in {seconds:,.1f} s: {n_bytes / 1e6 / seconds:,.2f} MB/s"
+    else:
+        yield "it was complete: nothing was left to do"
+    yield f"train on it: nanokimi train --dataset tokenbin --data_path {output}"
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of text in the complete shards."""
+    try:
+        shards = Manifest.read(folder).shards
+    except TokenFileError:
+        return 0
+    return sum(TokenFile.open(folder / name).n_bytes for names in shards for name in names)
+
+
+@contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it until this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--output {folder}: another process is writing there: choose another folder") from None
+    finally:
+        os.close(descriptor)
