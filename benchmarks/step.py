@@ -141,7 +141,11 @@ def about() -> dict[str, Any]:
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cpu = named[0] if named else platform.processor()
     hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit, **hardware, **versions}
 
 

@@ -215,13 +215,18 @@ class _Source:
 
     def peek(self, count: int) -> bytes:
         """The next ``count`` bytes, fewer at the end; ``ended`` tells whether nothing comes behind them."""
-        while not self.ended and len(self._buffer) - self._at < count + 1:
-            block = self._stream.read(BLOCK_BYTES if self._left is None else min(BLOCK_BYTES, self._left))
-            if self._left is not None:
-                self._left -= len(block)
-            self._buffer, self._at = self._buffer[self._at :] + block, 0
-            self.ended = not block or self._left == 0
-            self._progress()
+        missing = count + 1 - (len(self._buffer) - self._at)
+        if missing > 0 and not self.ended:
+            blocks = [self._buffer[self._at :]]
+            while missing > 0 and not self.ended:
+                block = self._stream.read(BLOCK_BYTES if self._left is None else min(BLOCK_BYTES, self._left))
+                if self._left is not None:
+                    self._left -= len(block)
+                self.ended = not block or self._left == 0
+                blocks.append(block)
+                missing -= len(block)
+                self._progress()
+            self._buffer, self._at = b"".join(blocks), 0
         return self._buffer[self._at : self._at + count]
 
     def skip(self, count: int) -> None:
@@ -244,7 +249,7 @@ class _Source:
             searched = len(self._buffer) - self._at
             if searched > MAX_RECORD_BYTES:
                 raise UserError(f"{where} is longer than {MAX_RECORD_BYTES >> 20} MiB: is this JSON lines?")
-            self.peek(searched + BLOCK_BYTES)
+            self.peek(min(max(2 * searched, BLOCK_BYTES), MAX_RECORD_BYTES + 1))
 
 
 @contextmanager

@@ -17,7 +17,15 @@ from nanokimi.errors import UserError
 
 
 class Loader(Protocol):
-    """Batches without end, and a position that can be saved: what training sees of any source."""
+    """Batches without end, and a position that can be saved: what training sees of any source.
+
+    Attributes:
+        n_blank: documents without text that were passed over while reading.
+    """
+
+    @property
+    def n_blank(self) -> int:
+        """How many."""
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches, int64 [B, T + 1]: inputs ``[:, :-1]``, labels ``[:, 1:]``, from the present position on."""
@@ -58,10 +66,13 @@ class BatchLoader:
 
     Attributes:
         samples: k, sequences handed out so far to all ranks (those merely read ahead do not count).
+        n_blank: 0: tokens have no documents without text.
 
     Raises:
         UserError: there are fewer sequences than the batches of all ranks hold.
     """
+
+    n_blank = 0
 
     def __init__(
         self,

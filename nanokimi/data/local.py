@@ -57,7 +57,7 @@ class LocalDocuments:
     @property
     def stamps(self) -> list[Any]:
         """Name, size and time of change of every file."""
-        return [[str(path), *stamp] for path, stamp in self._stamps.items()]
+        return [[path.name, *stamp] for path, stamp in self._stamps.items()]
 
     @property
     def identity(self) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from nanokimi.data.loader import Loader
 class MixLoader:
     """Batches, int64 [B, T + 1], whose sequences come from several loaders in fixed shares.
 
-    The next sequence comes from the source that is furthest behind its share, so after k sequences each has given
-    its weight times k, less than one more or less, on every rank: shares without chance need no state but counts.
+    The next sequence comes from the source, of those behind their share, that would first be a whole sequence behind
+    it. So after k sequences each has given its weight times k, less than one more or less, on every rank (Baruah et
+    al. 1996, Proportionate progress): shares without chance need no state but counts.
 
     Args:
         sources: by name the weight, above 0, and the loader, which gives batches of one sequence.
@@ -25,11 +27,16 @@ class MixLoader:
     """
 
     def __init__(self, sources: Mapping[str, tuple[float, Loader]], batch_size: int) -> None:
-        total = sum(weight for weight, _ in sources.values())
-        self.shares = {name: weight / total for name, (weight, _) in sources.items()}
+        weights = {name: Fraction(str(weight)) for name, (weight, _) in sources.items()}  # 0.7 is meant as 7/10
+        self.shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.loaders = {name: loader for name, (_, loader) in sources.items()}
         self.batch_size = batch_size
         self._counts = dict.fromkeys(sources, 0)
+
+    @property
+    def n_blank(self) -> int:
+        """Documents without text that were passed over in all sources."""
+        return sum(loader.n_blank for loader in self.loaders.values())
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from the present position on."""
@@ -39,7 +46,8 @@ class MixLoader:
 
     def _next(self) -> str:
         reached = sum(self._counts.values()) + 1
-        name = max(self.shares, key=lambda name: self.shares[name] * reached - self._counts[name])
+        behind = [name for name, share in self.shares.items() if share * reached > self._counts[name]]
+        name = min(behind, key=lambda name: (self._counts[name] + 1) / self.shares[name])
         self._counts[name] += 1
         return name
 

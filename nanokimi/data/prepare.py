@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from nanokimi.data.local import LocalDocuments
 from nanokimi.data.prepared import PreparedText, corpus_of, disk_errors_explained
 from nanokimi.data.sources import Source, choose_tokenizer, text_of
 from nanokimi.data.streamed import StreamedText
+from nanokimi.data.text import Text
 from nanokimi.data.token_bin import TokenFile, TokenFileError
-from nanokimi.data.token_set import Manifest, TokenSet, write_token_set
-from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.data.token_set import MANIFEST, Manifest, TokenSet, write_token_set
+from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
+
+TOKENIZER = "tokenizer.json"
 
 Say = Callable[[str], None]
 
@@ -47,10 +51,12 @@ def prepare_tokens(
     if config.mix or config.dataset == "tokenbin":
         what = "--mix" if config.mix else "--dataset tokenbin"
         raise UserError(f"{what}: prepare one source of text; several, or tokens, are for `nanokimi train`")
-    with disk_errors_explained("token set", output), _own(output):
+    with _own(output), disk_errors_explained("token set", output):
         text = text_of(config, say)
+        _require_apart(output, text)
         source: Source = PreparedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text, 0)
         tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)
+        _require_same_tokenizer(output, tokenizer)
         before, started = _bytes_in(output), time.monotonic()
         found = write_token_set(text, tokenizer, output, shard_tokens=shard_tokens)
         seconds = time.monotonic() - started
@@ -81,13 +87,41 @@ def _bytes_in(folder: Path) -> int:
 
 @contextmanager
 def _own(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it until this one ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Makes the folder and keeps other processes out of it until this one ends.
+
+    Raises:
+        UserError: it cannot be written, another process writes there, or it holds what no token set holds.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {folder}: another process is writing there: choose another folder") from None
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if MANIFEST not in names and (foreign := sorted(names - {TOKENIZER})):
+            raise UserError(f"--output {folder} holds something else ({foreign[0]}): choose a new or empty folder")
         yield
-    except BlockingIOError:
-        raise UserError(f"--output {folder}: another process is writing there: choose another folder") from None
     finally:
         os.close(descriptor)
+
+
+def _require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the folder has no manifest yet and a tokenizer that would be overwritten by another."""
+    path, begun = folder / TOKENIZER, (folder / MANIFEST).exists()
+    if not begun and path.exists() and load_tokenizer(str(path)).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"--output {folder} holds another tokenizer: choose a new or empty folder")
+
+
+def _require_apart(folder: Path, text: Text) -> None:
+    """Raises UserError where the folder lies below one of the text: then its JSON files would be text as well."""
+    names = [documents.name for documents in (text.documents, text.val) if isinstance(documents, LocalDocuments)]
+    for item in (item for name in names for item in ([name] if os.path.lexists(name) else name.split(","))):
+        place = Path(item.strip()).resolve()
+        if place.is_dir() and folder.resolve().is_relative_to(place):
+            raise UserError(f"--output {folder} lies in {item.strip()}, whose files are text: choose another folder")

@@ -56,6 +56,7 @@ class Chunk:
         sequences: ``[n, T + 1]`` int32 ids (they stay below 2^31).
         positions: ``[n, 6]``, for each sequence the ``Position`` of the one behind it.
         n_tokens: tokens read, whether or not they filled a sequence.
+        n_blank: documents without text that were passed over.
         ends_epoch: whether the lane has nothing more for this epoch.
         error: why it cannot go on.
     """
@@ -65,6 +66,7 @@ class Chunk:
     sequences: NDArray[np.int32]
     positions: NDArray[np.int64]
     n_tokens: int = 0
+    n_blank: int = 0
     ends_epoch: bool = False
     error: UserError | RunError | None = None
 
@@ -107,7 +109,7 @@ class Lane:
         self._skip = position.skip
         self._pieces = self._read(position)
         self._rest: deque[tuple[Position, NDArray[np.int32]]] = deque()  # tokens that fill no sequence yet
-        self._n_rest = 0
+        self._n_rest = self._n_blank = 0
 
     def chunk(self, epoch: int) -> Chunk:
         """The next sequences of ``epoch``: none when they were all made, and ``ends_epoch`` with the last."""
@@ -123,7 +125,7 @@ class Lane:
             self.number, epoch,
             np.array(sequences, np.int32).reshape(-1, self.stream.length + 1),
             np.array(positions, np.int64).reshape(-1, len(Position._fields)),
-            n_tokens, self.epoch > epoch,
+            n_tokens, self._taken_blanks(), self.epoch > epoch,
         )  # fmt: skip
 
     def _fill(self) -> int:
@@ -145,6 +147,10 @@ class Lane:
             n_tokens += len(tokens)
             self._add(position, tokens)
         return n_tokens
+
+    def _taken_blanks(self) -> int:
+        n_blank, self._n_blank = self._n_blank, 0
+        return n_blank
 
     def _add(self, position: Position, tokens: NDArray[np.int32]) -> None:
         tokens, skipped = tokens[self._skip :], self._skip
@@ -176,7 +182,9 @@ class Lane:
                 part = int(parts[number])
                 pieces = self.stream.documents.read(part, cursor)
                 for held_out, piece in divide(pieces, part, self.stream.split):
-                    if not held_out and not is_blank(piece):
+                    if is_blank(piece):
+                        self._n_blank += 1
+                    elif not held_out:
                         yield Position(epoch, number, *piece.cursor), piece
                 cursor = START
             yield None

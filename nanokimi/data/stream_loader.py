@@ -37,6 +37,9 @@ class StreamLoader:
         pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
         shuffle_buffer: sequences among which the next one is drawn; 1 keeps the order.
         rank, world_size: this process and how many share the stream.
+
+    Attributes:
+        n_blank: documents without text that were passed over, as often as they came by.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class StreamLoader:
         self._draws = 0
         self._epoch_over = False  # and nobody was told yet
         self._emptying = False
+        self.n_blank = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from the present position on.
@@ -135,6 +139,7 @@ class StreamLoader:
                 queues[chunk.lane].extend(zip(chunk.sequences, map(_position, chunk.positions), strict=True))
                 ended[chunk.lane] = max(ended[chunk.lane], chunk.epoch if chunk.ends_epoch else -1)
                 n_tokens += chunk.n_tokens
+                self.n_blank += chunk.n_blank
             if queues[lane]:
                 n_sequences += 1
                 sequence, self._positions[lane] = queues[lane].popleft()

@@ -57,6 +57,8 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(json.dumps([layout, self.eot], sort_keys=True).encode()).hexdigest()
         pipeline = json.dumps([layout["normalizer"], layout["pre_tokenizer"], layout["decoder"]], ensure_ascii=False)
         self._byte_level = "ByteLevel" in pipeline
+        plain = layout["normalizer"] is None and (layout["pre_tokenizer"] or {}).get("add_prefix_space") is False
+        self._is_bytes = plain and self._vocabulary == _BYTES_AND_END
         if not self._byte_level and "▁" not in pipeline:
             raise UserError(f"tokenizer {name}: text cannot be restored from its tokens: use {_ALTERNATIVES}")
 
@@ -66,12 +68,16 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: ``text`` holds lone surrogates and so is not Unicode.
         """
-        text.encode()
+        data = text.encode()
+        if self._is_bytes:
+            return list(data)
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of every text, on all cores."""
+        if self._is_bytes:
+            return [list(text.encode()) for text in texts]
         return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -279,6 +285,7 @@ def _byte_characters() -> Iterator[tuple[str, int]]:
 
 
 _BYTE_OF = dict(_byte_characters())
+_BYTES_AND_END = {**_BYTE_OF, END_OF_TEXT: 256}
 
 
 def _from_byte_level(token: str) -> bytes:

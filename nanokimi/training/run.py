@@ -74,7 +74,7 @@ def _train_fresh(request: Request, output: Path) -> int:
             )
         trainer = Trainer(config, model_config, corpus, resolve_device(config.device))
         _put_aside(output / "checkpoints")
-        return trainer.train()
+        return _train(trainer)
 
 
 def _train_resumed(request: Request, output: Path) -> int:
@@ -91,7 +91,14 @@ def _train_resumed(request: Request, output: Path) -> int:
         if request.checkpoint_path and newest and not newest[0].samefile(path):
             _put_aside(output / "checkpoints")  # another run's, or later ones of this run
         say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
-        return trainer.train()
+        return _train(trainer)
+
+
+def _train(trainer: Trainer) -> int:
+    code = trainer.train()
+    if n_blank := trainer.batches.n_blank:
+        say(f"note: {n_blank:,} documents without text were passed over")
+    return code
 
 
 def _open_corpus(

@@ -208,3 +208,10 @@ def test_a_stream_never_shows_an_incomplete_character() -> None:
 
 def test_a_stream_shows_special_tokens_as_decoding_does(bpe: Tokenizer) -> None:
     assert TextStream(bpe).push(bpe.eot_id) == "<|endoftext|>"
+
+
+def test_bytes_are_encoded_as_the_library_would() -> None:
+    byte = load_tokenizer("byte")
+    for text in ("", "plain", "é😀\r\n\0", "see <|endoftext|> here", "  spaces  and 123's"):
+        library = byte._inner.encode(text, add_special_tokens=False).ids
+        assert byte.encode(text) == byte.encode_batch([text])[0] == library == list(text.encode())
