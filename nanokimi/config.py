@@ -244,6 +244,7 @@ class TrainConfig:
     hf_repo_name: str = _choice("", "hub data set")
     hf_config: str = _choice("", "configuration of the hub data set")
     hf_split: str = _choice("train", "split of the hub data set")
+    hf_revision: str = _choice("", "commit, branch or tag of the hub data set; the newest, which a resume keeps to")
     text_column: str = _choice("", "column or JSON field that holds the text")
     num_samples: int = _choice(10000, "documents taken from the hub data set; 0 takes all")
     streaming: bool = _choice(False, "stream FineWeb instead of keeping a sample")

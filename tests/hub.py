@@ -40,6 +40,7 @@ class LoopbackHub:
     def __init__(self, repositories: Mapping[str, Files] | None = None, *, gated: Iterable[str] = ()) -> None:
         self.repositories: dict[str, Files] = dict(repositories or {})
         self.gated = set(gated)
+        self._commits: dict[tuple[str, str], Files] = {}
         self.lock = threading.Lock()
         self.calm()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -64,11 +65,18 @@ class LoopbackHub:
         self._server.server_close()
 
     def commit(self, repository: str) -> str:
-        """The commit of a repository: it changes with its files."""
+        """The newest commit of a repository: it changes with its files, and is kept."""
         digest = hashlib.sha1()
         for path, data in sorted(self.repositories[repository].items()):
             digest.update(f"{path} {len(data)} {_etag(data)}".encode())
-        return digest.hexdigest()
+        commit = digest.hexdigest()
+        self._commits.setdefault((repository, commit), dict(self.repositories[repository]))
+        return commit
+
+    def files(self, repository: str, revision: str) -> Files | None:
+        """The files of a commit that was the newest once, or is it now (``main``)."""
+        newest = self.commit(repository)
+        return self._commits.get((repository, newest if revision in ("main", "") else revision))
 
     def take(self, knob: str) -> bool:
         """Whether a fault is due, and counts it."""
@@ -107,26 +115,27 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "RepoNotFound")
         route, _, rest = path.removeprefix(name).lstrip("/").partition("/")
         revision, _, inside = rest.partition("/")
-        if route in ("resolve", "tree", "paths-info", "revision") and revision not in ("main", self.hub.commit(name)):
+        files = self.hub.files(name, revision)
+        if files is None:
             return self._refuse(404, "RevisionNotFound")
+        commit = self.hub.commit(name) if revision in ("main", "") else revision
         if route == "resolve":
-            return self._file(name, inside)
-        files = self.hub.repositories[name]
+            return self._file(name, inside, files, commit)
         if route == "tree":
             return self._tree(files, inside, recursive="true" in parse_qs(urlsplit(self.path).query)["recursive"])
         if route == "paths-info":
             return self._json([_entry(files, path) for path in _wanted(sent) if _entry(files, path)])
         if route in ("revision", ""):
-            return self._json({"id": name, "sha": self.hub.commit(name), "siblings": [{"rfilename": f} for f in files]})
+            return self._json({"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]})
         self._refuse(404, "EntryNotFound")
 
-    def _file(self, name: str, path: str) -> None:
+    def _file(self, name: str, path: str, files: Files, commit: str) -> None:
         if name in self.hub.gated:
             return self._refuse(403, "GatedRepo")
-        data = self.hub.repositories[name].get(path)
+        data = files.get(path)
         if data is None:
-            return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": self.hub.commit(name)})
-        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": self.hub.commit(name), "Accept-Ranges": "bytes"}
+            return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
+        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         start, end = 0, len(data)
         if asked := self.headers.get("Range"):
             first, last = asked.removeprefix("bytes=").split("-")

@@ -100,8 +100,8 @@ class Mixed:
         """Batches whose sequences come from all of them."""
         return MixLoader(
             {name: (weight, data.loader(_one_at_a_time(reading))) for name, (weight, data) in self.sources.items()},
-            reading.batch_size,
-        )
+            reading.batch_size, pin_memory=reading.pin_memory,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,14 @@ class Corpus:
     Attributes:
         val: None when nothing is held out.
         summary: one line with documents, tokens and bytes of each part.
+        revision: commit of the hub's data set that is read; empty when there is none, or more than one source.
     """
 
     tokenizer: Tokenizer
     train: TrainData
     val: TokenRow | None
     summary: str
+    revision: str = ""
 
 
 def _one_at_a_time(reading: Reading) -> Reading:

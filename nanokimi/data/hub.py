@@ -50,6 +50,7 @@ class HubDocuments:
         config: configuration; empty takes the only one or the one called ``default``.
         split: name of the split.
         text_column: column of strings; empty takes ``text`` or the only column of strings.
+        revision: commit, branch or tag; empty takes the newest commit.
         limit: take exactly so many rows, or all if there are fewer, as one part; 0 takes everything.
         say: told in one line of every connection that broke.
 
@@ -65,7 +66,7 @@ class HubDocuments:
 
     def __init__(
         self, repo: str, *, config: str = "", split: str = "train", text_column: str = "", limit: int = 0,
-        say: Callable[[str], None] = tell,
+        revision: str = "", say: Callable[[str], None] = tell,
     ) -> None:  # fmt: skip
         if not _NAME.fullmatch(repo) or ".." in repo:
             problem = "not the name of a repository" if repo else "name a data set of the hub"
@@ -73,7 +74,7 @@ class HubDocuments:
         _settle_libraries()
         self.repo, self.split, self.limit, self._say = repo, split, limit, say
         try:
-            self.commit = _find_commit(repo)
+            self.commit = _find_commit(repo, revision or "main")
             self.config = _choose_config(repo, self.commit, config)
             self._open(text_column)
         except UserError:
@@ -197,17 +198,17 @@ def _settle_libraries() -> None:
     settings.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = settings.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
 
 
-def _find_commit(repo: str) -> str:
-    """The newest commit; one quick request, which fails where later ones would be repeated for minutes."""
+def _find_commit(repo: str, revision: str) -> str:
+    """The commit behind ``revision``; one quick request, which fails where later ones would be repeated for minutes."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        found = get_hf_file_metadata(hf_hub_url(repo, "README.md", repo_type="dataset")).commit_hash
+        found = get_hf_file_metadata(hf_hub_url(repo, "README.md", repo_type="dataset", revision=revision)).commit_hash
     except EntryNotFoundError as error:
         response = getattr(error, "response", None)  # a repository without a README has a commit as well
         found = response.headers.get("X-Repo-Commit") if response is not None else None
-    return found or "main"
+    return found or revision
 
 
 def _choose_config(repo: str, commit: str, config: str) -> str:
@@ -282,8 +283,10 @@ def _listing(names: Sequence[str]) -> str:
 def _problem(error: Exception) -> str:
     """What is wrong with a data set that cannot be opened, and the remedy."""
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such commit, branch or tag: check --hf_revision"
     if isinstance(error, GatedRepoError):
         return "gated: accept its terms on the hub and run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError | DatasetNotFoundError) or _is_refused(error):

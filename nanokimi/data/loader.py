@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -20,12 +21,12 @@ class Loader(Protocol):
     """Batches without end, and a position that can be saved: what training sees of any source.
 
     Attributes:
-        n_blank: documents without text that were passed over while reading.
+        oddities: what was met in the data that the user should hear of, and how often.
     """
 
     @property
-    def n_blank(self) -> int:
-        """How many."""
+    def oddities(self) -> Counter[str]:
+        """See above."""
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches, int64 [B, T + 1]: inputs ``[:, :-1]``, labels ``[:, 1:]``, from the present position on."""
@@ -66,13 +67,11 @@ class BatchLoader:
 
     Attributes:
         samples: k, sequences handed out so far to all ranks (those merely read ahead do not count).
-        n_blank: 0: tokens have no documents without text.
+        oddities: none: tokens were looked at when they were made.
 
     Raises:
         UserError: there are fewer sequences than the batches of all ranks hold.
     """
-
-    n_blank = 0
 
     def __init__(
         self,
@@ -91,6 +90,7 @@ class BatchLoader:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.rank, self.world_size = rank, world_size
         self.samples = 0
+        self.oddities: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from the present position on.

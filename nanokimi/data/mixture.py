@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
@@ -24,25 +25,29 @@ class MixLoader:
     Args:
         sources: by name the weight, above 0, and the loader, which gives batches of one sequence.
         batch_size: B.
+        pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
     """
 
-    def __init__(self, sources: Mapping[str, tuple[float, Loader]], batch_size: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, tuple[float, Loader]], batch_size: int, *, pin_memory: bool = False
+    ) -> None:
         weights = {name: Fraction(str(weight)) for name, (weight, _) in sources.items()}  # 0.7 is meant as 7/10
         self.shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         self.loaders = {name: loader for name, (_, loader) in sources.items()}
-        self.batch_size = batch_size
+        self.batch_size, self.pin_memory = batch_size, pin_memory
         self._counts = dict.fromkeys(sources, 0)
 
     @property
-    def n_blank(self) -> int:
-        """Documents without text that were passed over in all sources."""
-        return sum(loader.n_blank for loader in self.loaders.values())
+    def oddities(self) -> Counter[str]:
+        """Those of all sources."""
+        return sum((loader.oddities for loader in self.loaders.values()), Counter())
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from the present position on."""
         sources = {name: iter(loader) for name, loader in self.loaders.items()}
         while True:
-            yield torch.cat([next(sources[self._next()]) for _ in range(self.batch_size)])
+            batch = torch.cat([next(sources[self._next()]) for _ in range(self.batch_size)])
+            yield batch.pin_memory() if self.pin_memory else batch
 
     def _next(self) -> str:
         reached = sum(self._counts.values()) + 1

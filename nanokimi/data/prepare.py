@@ -14,7 +14,7 @@ from typing import Any
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.prepared import PreparedText, corpus_of, disk_errors_explained
-from nanokimi.data.sources import Source, choose_tokenizer, text_of
+from nanokimi.data.sources import Source, choose_tokenizer, text_of, with_sample
 from nanokimi.data.streamed import StreamedText
 from nanokimi.data.text import Text
 from nanokimi.data.token_bin import TokenFile, TokenFileError
@@ -52,7 +52,7 @@ def prepare_tokens(
         what = "--mix" if config.mix else "--dataset tokenbin"
         raise UserError(f"{what}: prepare one source of text; several, or tokens, are for `nanokimi train`")
     with _own(output), disk_errors_explained("token set", output):
-        text = text_of(config, say)
+        text = text_of(with_sample(config, say), say)
         _require_apart(output, text)
         source: Source = PreparedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text, 0)
         tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)

@@ -144,5 +144,5 @@ def disk_errors_explained(what: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full: free space" if full else error.strerror
+        reason = "the disk is full: free space" if full else error.strerror or error
         raise RunError(f"the {what} {path} cannot be written: {reason}") from error

@@ -76,6 +76,7 @@ def open_corpus(
         return next(iter(corpora.values()))
     train = Mixed({name: (shares[name][0], corpus.train) for name, corpus in corpora.items()})
     val = [corpus.val for corpus in corpora.values() if corpus.val is not None]
+    val = val[:1] if config.val_path else val  # of sources that share one held-out file
     summary = "\n".join(f"{shares[name][0]:g} of {name}: {corpus.summary}" for name, corpus in corpora.items())
     return Corpus(tokenizer, train, TokenRow.joined(val) if val else None, summary)
 
@@ -107,19 +108,25 @@ def parse_mix(config: TrainConfig) -> dict[str, tuple[float, TrainConfig]]:
             kind, place = config.dataset, name
         field = "data_path" if kind in ("local", "localstreaming", "tokenbin") else "hf_repo_name"
         values: dict[str, Any] = {"mix": "", "dataset": kind, field: place}
+        if config.val_path and (kind == "tokenbin") != _is_tokens(config.val_path):
+            values |= {"val_path": "", "val_fraction": 0.0}  # another source holds it out
         shares[name] = weight, dataclasses.replace(config, **values)
+    if config.val_path and not any(part.val_path for _, part in shares.values()):
+        raise UserError(f"--val_path {config.val_path}: no source of --mix is of its kind, text or tokens")
     return shares
+
+
+def _is_tokens(path: str) -> bool:
+    return path.endswith(".bin") or any(Path(path).glob("*.bin"))
 
 
 def _source(config: TrainConfig, say: Say) -> Source:
     """The one source that ``config`` names."""
     if config.dataset == "tokenbin":
         return TokenBin(config.data_path, config.val_path, config.val_fraction)
+    config = with_sample(config, say)
     if config.dataset == "local":
         return PreparedText(text_of(config, say))
-    if config.dataset == "fineweb" and not config.streaming:
-        path = str(_fineweb_sample(config, say))
-        return PreparedText(text_of(dataclasses.replace(config, dataset="local", data_path=path), say))
     return StreamedText(text_of(config, say, split_up=True), config.val_tokens)
 
 
@@ -146,13 +153,18 @@ def hub_documents(config: TrainConfig, say: Say) -> HubDocuments:
     return HubDocuments(
         config.hf_repo_name or (FINEWEB if fineweb else ""),
         config=config.hf_config or (FINEWEB_CONFIG if fineweb and not config.hf_repo_name else ""),
-        split=config.hf_split, text_column=config.text_column, limit=config.num_samples, say=say,
+        split=config.hf_split, text_column=config.text_column, limit=config.num_samples,
+        revision=config.hf_revision, say=say,
     )  # fmt: skip
 
 
-def _fineweb_sample(config: TrainConfig, say: Say) -> Path:
-    chosen = [config.hf_repo_name, config.hf_config, config.hf_split, config.text_column]
-    return fetch_sample(config.num_samples, chosen, lambda: hub_documents(config, say))
+def with_sample(config: TrainConfig, say: Say) -> TrainConfig:
+    """The same settings, but a sample of FineWeb is a local text from here on: fetched, unless it is there."""
+    if config.dataset != "fineweb" or config.streaming:
+        return config
+    chosen = [config.hf_repo_name, config.hf_config, config.hf_split, config.hf_revision, config.text_column]
+    path = fetch_sample(config.num_samples, chosen, lambda: hub_documents(config, say))
+    return dataclasses.replace(config, dataset="local", data_path=str(path), text_column="")
 
 
 def choose_tokenizer(sources: Sequence[Source], name: str, *, named: bool) -> Tokenizer:

@@ -7,9 +7,9 @@ in any process, be handed to another, and go on at a position that is a handful 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,9 @@ from nanokimi.errors import RunError, UserError
 
 LANES = 8
 CHUNK_CHARACTERS = 1 << 16
+
+NO_TEXT = "documents without text were passed over"
+NULS = "NUL bytes were in the data: is it really text?"
 
 # T sequence length
 
@@ -56,7 +59,7 @@ class Chunk:
         sequences: ``[n, T + 1]`` int32 ids (they stay below 2^31).
         positions: ``[n, 6]``, for each sequence the ``Position`` of the one behind it.
         n_tokens: tokens read, whether or not they filled a sequence.
-        n_blank: documents without text that were passed over.
+        oddities: how often something was met that the user should hear of.
         ends_epoch: whether the lane has nothing more for this epoch.
         error: why it cannot go on.
     """
@@ -66,7 +69,7 @@ class Chunk:
     sequences: NDArray[np.int32]
     positions: NDArray[np.int64]
     n_tokens: int = 0
-    n_blank: int = 0
+    oddities: Counter[str] = field(default_factory=Counter)
     ends_epoch: bool = False
     error: UserError | RunError | None = None
 
@@ -109,7 +112,8 @@ class Lane:
         self._skip = position.skip
         self._pieces = self._read(position)
         self._rest: deque[tuple[Position, NDArray[np.int32]]] = deque()  # tokens that fill no sequence yet
-        self._n_rest = self._n_blank = 0
+        self._n_rest = 0
+        self._oddities: Counter[str] = Counter()
 
     def chunk(self, epoch: int) -> Chunk:
         """The next sequences of ``epoch``: none when they were all made, and ``ends_epoch`` with the last."""
@@ -125,7 +129,7 @@ class Lane:
             self.number, epoch,
             np.array(sequences, np.int32).reshape(-1, self.stream.length + 1),
             np.array(positions, np.int64).reshape(-1, len(Position._fields)),
-            n_tokens, self._taken_blanks(), self.epoch > epoch,
+            n_tokens, self._taken_oddities(), self.epoch > epoch,
         )  # fmt: skip
 
     def _fill(self) -> int:
@@ -141,16 +145,19 @@ class Lane:
             if size >= CHUNK_CHARACTERS:
                 break
         n_tokens = 0
-        encoded = self.stream.tokenizer.encode_batch([piece.text for _, piece in batch])
+        texts = [piece.text for _, piece in batch]
+        if nuls := sum(text.count("\0") for text in texts):
+            self._oddities[NULS] += nuls
+        encoded = self.stream.tokenizer.encode_batch(texts)
         for (position, piece), ids in zip(batch, encoded, strict=True):
             tokens = np.array([*ids, self.stream.tokenizer.eot_id] if piece.ends_document else ids, np.int32)
             n_tokens += len(tokens)
             self._add(position, tokens)
         return n_tokens
 
-    def _taken_blanks(self) -> int:
-        n_blank, self._n_blank = self._n_blank, 0
-        return n_blank
+    def _taken_oddities(self) -> Counter[str]:
+        taken, self._oddities = self._oddities, Counter()
+        return taken
 
     def _add(self, position: Position, tokens: NDArray[np.int32]) -> None:
         tokens, skipped = tokens[self._skip :], self._skip
@@ -183,7 +190,7 @@ class Lane:
                 pieces = self.stream.documents.read(part, cursor)
                 for held_out, piece in divide(pieces, part, self.stream.split):
                     if is_blank(piece):
-                        self._n_blank += 1
+                        self._oddities[NO_TEXT] += 1
                     elif not held_out:
                         yield Position(epoch, number, *piece.cursor), piece
                 cursor = START

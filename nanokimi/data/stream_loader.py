@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class StreamLoader:
         rank, world_size: this process and how many share the stream.
 
     Attributes:
-        n_blank: documents without text that were passed over, as often as they came by.
+        oddities: what the user should hear of, such as documents without text, as often as it came by.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class StreamLoader:
         self._draws = 0
         self._epoch_over = False  # and nobody was told yet
         self._emptying = False
-        self.n_blank = 0
+        self.oddities: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches from the present position on.
@@ -139,7 +140,7 @@ class StreamLoader:
                 queues[chunk.lane].extend(zip(chunk.sequences, map(_position, chunk.positions), strict=True))
                 ended[chunk.lane] = max(ended[chunk.lane], chunk.epoch if chunk.ends_epoch else -1)
                 n_tokens += chunk.n_tokens
-                self.n_blank += chunk.n_blank
+                self.oddities += chunk.oddities
             if queues[lane]:
                 n_sequences += 1
                 sequence, self._positions[lane] = queues[lane].popleft()
@@ -209,7 +210,9 @@ class StreamLoader:
         self._buffer = list(own["buffer"].numpy())
 
     def go_near(self, state: dict[str, Any]) -> None:
-        """Begins at the start: another stream has no place that corresponds."""
+        """Goes to the place of the same number where this stream is laid out alike, else to the start."""
+        with suppress(UserError, KeyError):
+            self.load_state_dict(state)
 
     def _order(self) -> dict[str, int]:
         return {"length": self.stream.length, "seed": self.stream.seed, "parts": self.stream.documents.n_parts}

@@ -50,14 +50,15 @@ class StreamedText:
         """Finds the rule of the split and reads the held-out tokens."""
         roles = self.text.roles
         train = f"training on a stream of {self.text.name}"
+        revision = getattr(self.text.documents, "commit", "")
         if not self.text.about_split:
-            return Corpus(tokenizer, Streamed(roles[0], tokenizer), None, f"{train}; nothing held out")
-        val, counts = _held_out(roles[-1], tokenizer, self.val_tokens + 1)
+            return Corpus(tokenizer, Streamed(roles[0], tokenizer), None, f"{train}; nothing held out", revision)
+        val, counts = held_out_tokens(roles[-1], tokenizer, self.val_tokens + 1)
         summary = f"{train}; held out ({self.text.about_split}), the first of it for evaluations: {counts}"
-        return Corpus(tokenizer, Streamed(roles[0], tokenizer), val, summary)
+        return Corpus(tokenizer, Streamed(roles[0], tokenizer), val, summary, revision)
 
 
-def _held_out(role: Role, tokenizer: Tokenizer, limit: int) -> tuple[TokenRow, str]:
+def held_out_tokens(role: Role, tokenizer: Tokenizer, limit: int) -> tuple[TokenRow, str]:
     """The first ``limit`` held-out tokens, and their counts in words."""
     tokens: list[NDArray[np.int32]] = []
     n_documents = n_bytes = n_tokens = 0

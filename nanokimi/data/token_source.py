@@ -55,7 +55,7 @@ class TokenBin:
     """Token files under ``--data_path``: a folder that `nanokimi prepare` made, ``.bin`` files, or a folder of them.
 
     In a folder, files called ``val*`` are held out. Without any, a share of the documents is, by their hash; of
-    fewer than 100, the end of the row.
+    fewer than 100, the end of the row. With a share of 0 nothing is, and ``val*`` files are left alone.
 
     Args:
         path: as the user gave it; several with commas between them.
@@ -99,10 +99,10 @@ class TokenBin:
         folder = Path(self.path)
         if (folder / MANIFEST).is_file():
             found = TokenSet.open(folder, verify=not self.val_path)
-        if (folder / MANIFEST).is_file() and not self.val_path:
             for file in (*found.train, *found.val):
                 _require_tokenizer(file, tokenizer)
-            return corpus_of(found, tokenizer)
+            if not self.val_path:
+                return corpus_of(found if self.fraction else found._replace(val=[]), tokenizer)
         train, val = ([_open(path, tokenizer) for path in paths] for paths in self._paths)
         kept, held_out, about = divide(train, 0.0 if val else self.fraction)
         if val:
@@ -121,7 +121,7 @@ class TokenBin:
         if not train:
             raise UserError(f"--data_path {self.path}: all of its files are called val*: there is nothing to train on")
         if not self.val_path:
-            return train, [path for path in found if path not in train]
+            return train, [path for path in found if path not in train] if self.fraction else []
         val = find_token_files(self.val_path, "--val_path")
         if {path.resolve() for path in train} & {path.resolve() for path in val}:
             raise UserError(f"--val_path {self.val_path}: is trained on too: name another file, or none")

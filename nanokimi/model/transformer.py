@@ -47,7 +47,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: LatentCache | None,
         *,
-        documents: Tensor | None,
+        documents: Tensor | None = None,
         exact: bool,
     ) -> tuple[Tensor, BlockStats]:
         """``[B, T, D] -> [B, T, D]`` and what the layer has to report."""

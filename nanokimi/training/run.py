@@ -65,6 +65,8 @@ def _train_fresh(request: Request, output: Path) -> int:
     model_config = ModelConfig.preset(config.preset, **request.model)
     with _own_folder(output):
         corpus = _open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in request.model)
+        if corpus.revision:
+            config = replace(config, hf_revision=corpus.revision)  # what a resume has to read again
         if "vocab_size" not in request.model:
             model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
         if model_config.vocab_size < corpus.tokenizer.vocab_size:
@@ -96,8 +98,8 @@ def _train_resumed(request: Request, output: Path) -> int:
 
 def _train(trainer: Trainer) -> int:
     code = trainer.train()
-    if n_blank := trainer.batches.n_blank:
-        say(f"note: {n_blank:,} documents without text were passed over")
+    for oddity, count in trainer.batches.oddities.items():
+        say(f"note: {count:,} {oddity}")
     return code
 
 

@@ -35,7 +35,7 @@ SAMPLE_TOKENS = 60
 DATA_FIELDS = frozenset(
     {
         "dataset", "data_path", "mix", "val_path", "val_fraction", "encoding_errors", "seed", "max_seq_length",
-        "hf_repo_name", "hf_config", "hf_split", "text_column", "num_samples", "streaming",
+        "hf_repo_name", "hf_config", "hf_split", "hf_revision", "text_column", "num_samples", "streaming",
     }
 )  # fmt: skip
 

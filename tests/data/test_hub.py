@@ -316,6 +316,10 @@ def test_what_cannot_be_opened_is_one_line_with_the_remedy(child: Child, repo: s
     assert "\n" not in said
 
 
+def test_an_unknown_revision_is_named(child: Child) -> None:
+    assert "check --hf_revision" in child.ask('result = refusal("org/lines", revision="v9")')
+
+
 def test_a_script_is_not_executed_and_a_folder_of_the_same_name_is_not_read(child: Child) -> None:
     code = """
 import os

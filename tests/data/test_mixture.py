@@ -63,6 +63,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     small_pieces(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "nanokimi.training.plots.plot_training", lambda *args, **options: None
+    )  # it takes half a second
     write_text(tmp_path / "a.txt", documents("A"))
     write_json_lines(tmp_path / "b.jsonl", [*documents("B")])
     write_text(tmp_path / "c.txt", documents("C"))
@@ -329,10 +332,7 @@ def test_the_held_out_parts_of_all_sources_are_used(source: Corpus, folder: Path
     joined = list(chain.from_iterable(row.read(0, len(row)).tolist() for row in rows if row is not None))
     assert source.val.read(0, len(source.val)).tolist() == joined
     assert set(bytes(t for t in joined if t < 256).decode()) >= set(KINDS)
-    one = corpus(mix="a.txt=1,tokenbin:c=1", val_fraction=0.0).val  # tokens keep the split they were prepared with
-    assert one is not None
-    assert set(bytes(t for t in one.read(0, len(one)).tolist() if t < 256).decode()) & set(KINDS) == {"C"}
-    assert corpus(mix="a.txt=1,b.jsonl=1", val_fraction=0.0).val is None
+    assert corpus(mix="a.txt=1,b.jsonl=1,tokenbin:c=1", val_fraction=0.0).val is None
 
 
 def test_another_weight_is_another_mixture(folder: Path) -> None:

@@ -53,6 +53,9 @@ sys.exit(main(sys.argv[1:]))
 def small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(token_set, "BATCH_CHARACTERS", BATCH_CHARACTERS)
+    monkeypatch.setattr(
+        "nanokimi.training.plots.plot_training", lambda *args, **options: None
+    )  # it takes half a second
 
 
 @pytest.fixture

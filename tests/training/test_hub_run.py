@@ -42,7 +42,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow
 def test_a_killed_run_on_a_hub_stream_resumes_to_the_bit(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Fault 68: the first time without workers, the second with two."""
+    """Fault 68: first without workers, then with two, though the data set has grown by a commit in between."""
     stream = ("--streaming", "--num_samples", "0")
     said = finish(start(hub, tmp_path / "hf", tmp_path / "whole", *stream))
     assert "training on a stream of HuggingFaceFW/fineweb (config sample-10BT, split train)" in said
@@ -51,6 +51,10 @@ def test_a_killed_run_on_a_hub_stream_resumes_to_the_bit(hub: LoopbackHub, tmp_p
     wait_for_steps(killed, tmp_path / "broken", 6)
     killed.kill()
     killed.communicate()
+    files = hub.repositories["HuggingFaceFW/fineweb"]
+    hub.repositories["HuggingFaceFW/fineweb"] = files | {
+        "sample/10BT/zzz.parquet": files["sample/10BT/000_00000.parquet"]
+    }
     finish(start(hub, tmp_path / "hf", tmp_path / "broken", *stream, "--num_workers", "2", "--resume"))
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
