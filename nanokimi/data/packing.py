@@ -42,16 +42,21 @@ class TokenRow:
         Raises:
             RunError: a file was truncated since it was opened.
         """
-        pieces = [np.empty(0, np.int64)]
-        run = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            number, end = int(self._runs[run, 0]), int(self._runs[run, 2])
-            begin = end - (int(self._ends[run]) - start)
-            count = min(stop - start, end - begin)
-            _require_whole(self._arrays[number])
-            pieces.append(self._arrays[number][begin : begin + count])
-            start, run = start + count, run + 1
-        return np.concatenate(pieces, dtype=np.int64)
+        tokens = np.empty(stop - start, np.int64)
+        self.read_into(tokens, start)
+        return tokens
+
+    def read_into(self, out: NDArray[Any], start: int) -> None:
+        """Fills ``out`` with the tokens from ``start`` on; see ``read``."""
+        done, run = 0, int(self._ends.searchsorted(start, side="right"))
+        while done < len(out):
+            number, _, end = self._runs[run].tolist()
+            begin = end - (int(self._ends[run]) - start - done)
+            count = min(len(out) - done, end - begin)
+            array = self._arrays[number]
+            _require_whole(array)
+            out[done : done + count] = array[begin : begin + count]
+            done, run = done + count, run + 1
 
     def part(self, start: int, stop: int) -> TokenRow:
         """The row from token ``start`` to ``stop``, in the same files."""
@@ -108,6 +113,13 @@ class PackedSequences(Dataset[Tensor]):
             raise IndexError(index)
         start = index * self.length
         return torch.from_numpy(self.tokens.read(start, start + self.length + 1))
+
+    def batch(self, indices: Sequence[int]) -> NDArray[np.int32]:
+        """Some of them at once, int32 ``[B, T + 1]``: ids stay below 2^31."""
+        out = np.empty((len(indices), self.length + 1), np.int32)
+        for row, index in zip(out, indices, strict=True):
+            self.tokens.read_into(row, index * self.length)
+        return out
 
 
 def too_short(length: int, n_tokens: int) -> str:

@@ -16,7 +16,7 @@ from nanokimi.data.loader import require_same_order, too_few
 from nanokimi.data.packing import too_short
 from nanokimi.data.shuffle import draw
 from nanokimi.data.stream import Chunk, LaneReader, Position, TokenStream
-from nanokimi.data.workers import read_ahead
+from nanokimi.data.workers import as_it_is, read_ahead
 from nanokimi.errors import UserError
 
 # B batch, T sequence length
@@ -158,7 +158,7 @@ class StreamLoader:
         """What the lanes answer, asked in turn: the rotation keeps each of them with one worker."""
         return read_ahead(
             LaneReader(self.stream, dict(self._positions)), self.num_workers,
-            sampler=self._requests(), batch_size=None, collate_fn=_as_it_is,
+            sampler=self._requests(), batch_size=None, collate_fn=as_it_is,
         )  # fmt: skip
 
     def _requests(self) -> Iterator[tuple[int, int]]:
@@ -235,7 +235,3 @@ def _dealt_out(ranks: list[dict[str, Any]], rank: int, world_size: int) -> dict[
 
 def _position(row: NDArray[np.int64]) -> Position:
     return Position(*row.tolist())
-
-
-def _as_it_is(chunk: Chunk) -> Chunk:
-    return chunk

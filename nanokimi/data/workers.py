@@ -41,6 +41,11 @@ def read_ahead(data: Any, num_workers: int, **options: Any) -> Iterator[Any]:
         raise RunError(f"a data worker failed ({reason}): lower --num_workers") from error
 
 
+def as_it_is(item: Any) -> Any:
+    """What a worker made, not turned into tensors."""
+    return item
+
+
 def _begin(worker: int) -> None:
     """Ctrl-C reaches the whole group: the parent ends its workers once the step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

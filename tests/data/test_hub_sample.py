@@ -82,6 +82,12 @@ def texts_in(path: Path) -> list[str]:
     return [record["text"] for record in records]
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def unfinished(cache: Path) -> Path:
     (path,) = cache.glob("*.part")
     return path
@@ -172,23 +178,21 @@ def test_a_second_process_waits_for_the_first_and_fetches_nothing(cache: Path, t
     def wait(row: int) -> None:
         if row == 3:
             reached.touch()
-            while not go.exists():
-                time.sleep(0.01)
+            wait_for(go)
 
     child = os.fork()
     if child == 0:
         fetch(Rows(before_row=wait))
         os._exit(0)
-    while not reached.exists():
-        time.sleep(0.01)
+    wait_for(reached)
     second, found = Rows(), list[Path]()
-    thread = threading.Thread(target=lambda: found.append(fetch(second)))
+    thread = threading.Thread(target=lambda: found.append(fetch(second)), daemon=True)
     thread.start()
     thread.join(0.3)
-    assert thread.is_alive()
-    assert not found
+    waited = thread.is_alive()
     go.touch()
     thread.join(30)
+    assert waited
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert second.starts == []
     assert texts_in(found[0]) == WANTED
@@ -200,15 +204,13 @@ def test_a_second_process_takes_over_from_one_that_fails(cache: Path, tmp_path: 
     def fail(row: int) -> None:
         if row == 3:
             reached.touch()
-            while not go.exists():
-                time.sleep(0.01)
+            wait_for(go)
             os._exit(7)
 
     child = os.fork()
     if child == 0:
         fetch(Rows(before_row=fail))
-    while not reached.exists():
-        time.sleep(0.01)
+    wait_for(reached)
     threading.Timer(0.2, go.touch).start()
     assert texts_in(fetch(Rows())) == WANTED
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

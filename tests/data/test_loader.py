@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from nanokimi.data.loader import BatchLoader, evenly_spread, permutation
 from nanokimi.data.packing import PackedSequences
@@ -90,7 +91,7 @@ def test_fewer_sequences_than_a_batch_says_the_counts() -> None:
 
 
 class Dying(PackedSequences):
-    def __getitem__(self, index: int) -> Tensor:
+    def batch(self, indices: Sequence[int]) -> NDArray[np.int32]:
         os._exit(3)
 
 
