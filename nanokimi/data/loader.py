@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.shuffle import permutation
-from nanokimi.data.workers import as_it_is, read_ahead
+from nanokimi.data.workers import read_ahead
 from nanokimi.errors import UserError
 
 # B batch, T sequence length
@@ -104,10 +104,7 @@ class BatchLoader:
         together = self.batch_size * self.world_size
         first = self.rank * self.batch_size
         order = _Order(len(self.sequences), together, slice(first, first + self.batch_size), self.seed, self.samples)
-        read = read_ahead(
-            _Batches(self.sequences), self.num_workers, sampler=order, batch_size=None, collate_fn=as_it_is
-        )
-        for ids in read:
+        for ids in read_ahead(_Batches(self.sequences), order, self.num_workers):
             self.samples += together
             batch = torch.from_numpy(ids).long()
             yield batch.pin_memory() if self.pin_memory else batch
@@ -134,7 +131,7 @@ class BatchLoader:
 
 
 class _Batches(Dataset[NDArray[np.int32]]):
-    """Whole batches as arrays: these go through a pipe several times as fast as tensors through torch's shared memory."""
+    """Whole batches as arrays, which go through a pipe several times as fast as tensors through shared memory."""
 
     def __init__(self, sequences: PackedSequences) -> None:
         self.sequences = sequences
@@ -143,7 +140,7 @@ class _Batches(Dataset[NDArray[np.int32]]):
         return self.sequences.batch(indices)
 
 
-class _Order(Sampler[list[int]]):
+class _Order:
     """Indices of one rank's part of every joint batch, from sample ``start`` on, without end."""
 
     def __init__(self, n: int, batch_size: int, part: slice, seed: int, start: int) -> None:

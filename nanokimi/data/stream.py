@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,6 @@ from nanokimi.data.documents import START, Cursor, Documents, Piece
 from nanokimi.data.shuffle import permutation
 from nanokimi.data.split import Split, divide, is_blank
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.errors import RunError, UserError
 
 LANES = 8
 CHUNK_CHARACTERS = 1 << 16
@@ -61,7 +60,6 @@ class Chunk:
         n_tokens: tokens read, whether or not they filled a sequence.
         oddities: how often something was met that the user should hear of.
         ends_epoch: whether the lane has nothing more for this epoch.
-        error: why it cannot go on.
     """
 
     lane: int
@@ -71,7 +69,6 @@ class Chunk:
     n_tokens: int = 0
     oddities: Counter[str] = field(default_factory=Counter)
     ends_epoch: bool = False
-    error: UserError | RunError | None = None
 
 
 @dataclass(frozen=True)
@@ -213,8 +210,4 @@ class LaneReader:
         number, epoch = request
         if number not in self._lanes:
             self._lanes[number] = self._stream.lane(number, self._positions[number])
-        try:
-            return self._lanes[number].chunk(epoch)
-        except (UserError, RunError) as error:
-            nothing: NDArray[Any] = np.empty((0, 0))
-            return Chunk(number, epoch, nothing, nothing, error=error)
+        return self._lanes[number].chunk(epoch)

@@ -16,7 +16,7 @@ from nanokimi.data.loader import require_same_order, too_few
 from nanokimi.data.packing import too_short
 from nanokimi.data.shuffle import draw
 from nanokimi.data.stream import Chunk, LaneReader, Position, TokenStream
-from nanokimi.data.workers import as_it_is, read_ahead
+from nanokimi.data.workers import read_ahead
 from nanokimi.errors import UserError
 
 # B batch, T sequence length
@@ -135,8 +135,6 @@ class StreamLoader:
                 continue
             while not queues[lane] and ended[lane] < epoch:
                 chunk = next(chunks)
-                if chunk.error is not None:
-                    raise chunk.error
                 queues[chunk.lane].extend(zip(chunk.sequences, map(_position, chunk.positions), strict=True))
                 ended[chunk.lane] = max(ended[chunk.lane], chunk.epoch if chunk.ends_epoch else -1)
                 n_tokens += chunk.n_tokens
@@ -156,10 +154,7 @@ class StreamLoader:
 
     def _chunks(self) -> Iterator[Chunk]:
         """What the lanes answer, asked in turn: the rotation keeps each of them with one worker."""
-        return read_ahead(
-            LaneReader(self.stream, dict(self._positions)), self.num_workers,
-            sampler=self._requests(), batch_size=None, collate_fn=as_it_is,
-        )  # fmt: skip
+        return read_ahead(LaneReader(self.stream, dict(self._positions)), self._requests(), self.num_workers)
 
     def _requests(self) -> Iterator[tuple[int, int]]:
         while True:

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from nanokimi.errors import RunError
+from nanokimi.errors import RunError, UserError
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900  # more than a hub's worst silence, which has retries of its own
 
 
-def read_ahead(data: Any, num_workers: int, **options: Any) -> Iterator[Any]:
-    """What torch's ``DataLoader`` gives for ``data``, in order; request i goes to worker i modulo their number.
+def read_ahead(data: Any, requests: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """``data[request]`` for every request, in order; request i goes to worker i modulo their number.
 
     Args:
+        data: arrays come out of it as they are; a worker has a copy of it, as it was at the start.
         num_workers: processes that read ahead; 0 reads in this one.
-        options: of ``DataLoader``: which items are asked for, and how they are put together.
 
     Raises:
         RunError: a worker died or hangs.
+        UserError, RunError: as ``data`` raises them.
     """
     try:
-        yield from DataLoader(
-            data,
+        for item in DataLoader(
+            _Reporting(data),
+            sampler=requests,
+            batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=num_workers,
             timeout=TIMEOUT_SECONDS if num_workers else 0,
             worker_init_fn=_begin,
             generator=torch.Generator(),  # or it would draw from the run's random numbers
-            **options,
-        )
+        ):
+            if isinstance(item, (UserError, RunError)):
+                raise item
+            yield item
     except RuntimeError as error:
         if not num_workers:
             raise
@@ -41,8 +47,20 @@ def read_ahead(data: Any, num_workers: int, **options: Any) -> Iterator[Any]:
         raise RunError(f"a data worker failed ({reason}): lower --num_workers") from error
 
 
-def as_it_is(item: Any) -> Any:
-    """What a worker made, not turned into tensors."""
+class _Reporting(Dataset[Any]):
+    """Hands back what a user is to be told: raised in a worker it would come wrapped in a traceback."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self.data[request]
+        except (UserError, RunError) as error:
+            return error
+
+
+def _as_it_is(item: Any) -> Any:
     return item
 
 

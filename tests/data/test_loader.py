@@ -102,6 +102,20 @@ def test_a_worker_that_dies_is_a_run_error() -> None:
     assert "\n" not in str(error.value)
 
 
+class Truncated(PackedSequences):
+    def batch(self, indices: Sequence[int]) -> NDArray[np.int32]:
+        raise RunError("tokens.bin: truncated")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_worker_has_to_say_is_one_line(num_workers: int) -> None:
+    """Fault 23."""
+    batches = BatchLoader(Truncated(np.arange(41), LENGTH), BATCH, seed=0, num_workers=num_workers)
+    with pytest.raises(RunError) as error:
+        next(iter(batches))
+    assert str(error.value) == "tokens.bin: truncated"
+
+
 @pytest.mark.parametrize(("n", "limit", "expected"), [(5, 0, 5), (5, 9, 5), (100, 10, 10), (7, 3, 3), (1, 1, 1)])
 def test_evaluation_sequences_are_distinct_and_spread(n: int, limit: int, expected: int) -> None:
     chosen = evenly_spread(n, limit)

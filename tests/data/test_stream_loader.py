@@ -63,6 +63,7 @@ def rest_of_epoch(source: Corpus, state: dict[str, Any] | None = None, **options
     return sequences(take(start(), sum(1 for _ in in_order)))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_order_is_the_same_for_any_number_of_workers(source: Corpus) -> None:
     reference = take(loader(source), 300)
     for num_workers in (1, 2, 3, 16):
