@@ -15,7 +15,7 @@ from nanokimi.data.documents import SEPARATOR_BYTES, START, Advance, Cursor, Pie
 from nanokimi.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-SUFFIXES = (".txt", *JSON_LINES, ".parquet")
+FOLDER_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json has to be named: most hold something else
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 1 << 18
 MAX_RECORD_BYTES = 1 << 28

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore
-from nanokimi.data.formats import JSON_LINES, SUFFIXES, Format, Span, inner_suffix, is_compressed
+from nanokimi.data.formats import FOLDER_SUFFIXES, JSON_LINES, Format, Span, inner_suffix, is_compressed
 from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
 
@@ -115,7 +115,7 @@ def _files_of(item: str, flag: str) -> list[Path]:
     if os.path.isdir(item):  # unlike Path's, these raise nothing where access is denied
         found = sorted(path for path in Path(item).rglob("*") if _is_text_in(path, Path(item)))
         if not found:
-            kinds = ", ".join(SUFFIXES)
+            kinds = ", ".join(FOLDER_SUFFIXES)
             raise UserError(f"{flag} {item} is a directory without text: it needs {kinds} files, or name one file")
     elif glob.has_magic(item) and not os.path.lexists(item):
         found = sorted(Path(name) for name in glob.glob(item, recursive=True) if os.path.isfile(name))
@@ -136,7 +136,9 @@ def _files_of(item: str, flag: str) -> list[Path]:
 def _is_text_in(path: Path, folder: Path) -> bool:
     """Whether a file below ``folder`` is text by its name; what lies in a token cache (``.nanokimi``) is not."""
     inside = path.relative_to(folder).parents
-    return inner_suffix(path) in SUFFIXES and os.path.isfile(path) and all(p.suffix != CACHE_SUFFIX for p in inside)
+    return (
+        inner_suffix(path) in FOLDER_SUFFIXES and os.path.isfile(path) and all(p.suffix != CACHE_SUFFIX for p in inside)
+    )
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -75,7 +75,9 @@ class Manifest:
         try:
             manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise TokenFileError(f"{path}: missing or damaged: make it anew with `nanokimi prepare`") from error
+            raise TokenFileError(
+                f"{path}: missing or damaged: delete {folder} and make it anew with `nanokimi prepare tokens`"
+            ) from error
         if manifest.version != VERSION:
             raise TokenFileError(f"{path}: of format {manifest.version}, this one reads {VERSION}: make it anew")
         return manifest

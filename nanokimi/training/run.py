@@ -171,7 +171,7 @@ def _own_folder(output: Path) -> Iterator[None]:
         raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not held on by orphaned data workers
         except OSError:
             raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
         yield

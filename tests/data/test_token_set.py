@@ -326,7 +326,7 @@ def test_an_unfinished_set_is_refused_with_the_remedy(
     assert not can_go_on(tmp_path / "nowhere", text_of(path).identity(byte))
 
 
-NO_MANIFEST = r"manifest\.json: missing or damaged: make it anew"
+NO_MANIFEST = r"manifest\.json: missing or damaged: delete .* and make it anew"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), NO_MANIFEST),
     "half a manifest": (lambda folder: os.truncate(folder / "manifest.json", 50), NO_MANIFEST),
