@@ -1,7 +1,7 @@
 """Speed and memory of the data package: `prepare`, reading tokens, waiting for data, one line of gigabytes.
 
     python benchmarks/data.py                        # all of it; writes benchmarks/results/data-DATE.json
-    python benchmarks/data.py prepare --repeats 3
+    python benchmarks/data.py prepare --repeats 3    # measures that part anew, the file keeps the others
     python benchmarks/data.py memory --megabytes 64
 
 Candidates take turns, each in a process of its own; the medians are compared.
@@ -53,10 +53,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_texts(Path(folder))
-        results = {part: PARTS[part](Path(folder), args) for part in args.parts or PARTS}
+        settings = {name: getattr(args, name) for name in ("repeats", "steps", "megabytes")}
+        results = {part: about() | settings | PARTS[part](Path(folder), args) for part in args.parts or PARTS}
     path = ROOT / "benchmarks" / "results" / time.strftime("data-%Y-%m-%d.json")
-    content = {"about": about() | {k: v for k, v in vars(args).items() if k in ("repeats", "steps", "megabytes")}}
-    path.write_text(json.dumps(content | results, indent=1) + "\n")
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(earlier | results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 
@@ -77,10 +78,8 @@ def child(name: str, folder: Path, args: argparse.Namespace, **environment: str)
     return found
 
 
-def in_turns(names: list[str], folder: Path, args: argparse.Namespace, **of: dict[str, str]) -> dict[str, Any]:
-    """Medians of every figure of every candidate."""
-    runs = [{name: child(name, folder, args, **of.get(name, {})) for name in names} for _ in range(args.repeats)]
-    return {name: {key: statistics.median(run[name][key] for run in runs) for key in runs[0][name]} for name in names}
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 # ---- prepare against a plain loop ---------------------------------------------------------------
@@ -89,8 +88,12 @@ def in_turns(names: list[str], folder: Path, args: argparse.Namespace, **of: dic
 def measure_prepare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """MB/s from text to token file: `nanokimi prepare tokens` on all cores, and the obvious loop on one."""
     one_core = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    found = in_turns(["prepare", "plain_loop"], folder, args, plain_loop=one_core)
-    return found | {"ratio": found["prepare"]["mb_per_second"] / found["plain_loop"]["mb_per_second"]}
+    rounds = []
+    for _ in range(args.repeats):
+        ours = child("prepare", folder, args)["mb_per_second"]
+        loop = child("plain_loop", folder, args, **one_core)["mb_per_second"]
+        rounds.append({"prepare, MB/s": ours, "plain loop, MB/s": loop, "ratio": ours / loop})
+    return {**medians(rounds), "rounds": rounds}
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -128,7 +131,7 @@ def measure_tokenbin(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
         folder / "tokens", shard_tokens=1_000_000, say=say,
     )  # fmt: skip
-    return in_turns(["read_tokens"], folder, args)["read_tokens"]
+    return medians([child("read_tokens", folder, args) for _ in range(args.repeats)])
 
 
 def read_tokens(folder: Path, args: argparse.Namespace) -> dict[str, float]:
