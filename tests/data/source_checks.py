@@ -154,7 +154,7 @@ def labels(folder: Path, values: dict[str, Any], *, unshifted: bool = False) -> 
     if values["dataset"] == "fineweb":
         values |= {"hf_repo_name": "org/fineweb-noise", "hf_config": "sample-10BT"}
     config = TrainConfig(
-        **values, preset="debug", val_fraction=0.0, batch_size=8, gradient_accumulation=1, warmup_steps=5, max_steps=60,
+        **values, preset="debug", val_fraction=0.0, batch_size=8, gradient_accumulation=1, warmup_steps=5, max_steps=70,
         schedule="constant", eval_interval=0, output_dir=str(folder), shuffle_buffer=64,
     )  # fmt: skip
     tokenizer_name = str(folder / "noise-tokenizer.json")
