@@ -16,7 +16,6 @@ from nanokimi.data.local import LocalDocuments
 from nanokimi.data.prepared import PreparedText, corpus_of, disk_errors_explained
 from nanokimi.data.sources import Source, choose_tokenizer, text_of, with_sample
 from nanokimi.data.streamed import StreamedText
-from nanokimi.data.text import Text
 from nanokimi.data.token_bin import TokenFile, TokenFileError
 from nanokimi.data.token_set import MANIFEST, Manifest, TokenSet, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +52,6 @@ def prepare_tokens(
         raise UserError(f"{what}: prepare one source of text; several, or tokens, are for `nanokimi train`")
     with _own(output), disk_errors_explained("token set", output):
         text = text_of(with_sample(config, say), say)
-        _require_apart(output, text)
         source: Source = PreparedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text, 0)
         tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)
         _require_same_tokenizer(output, tokenizer)
@@ -116,12 +114,3 @@ def _require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     path, begun = folder / TOKENIZER, (folder / MANIFEST).exists()
     if not begun and path.exists() and load_tokenizer(str(path)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--output {folder} holds another tokenizer: choose a new or empty folder")
-
-
-def _require_apart(folder: Path, text: Text) -> None:
-    """Raises UserError where the folder lies below one of the text: then its JSON files would be text as well."""
-    names = [documents.name for documents in (text.documents, text.val) if isinstance(documents, LocalDocuments)]
-    for item in (item for name in names for item in ([name] if os.path.lexists(name) else name.split(","))):
-        place = Path(item.strip()).resolve()
-        if place.is_dir() and folder.resolve().is_relative_to(place):
-            raise UserError(f"--output {folder} lies in {item.strip()}, whose files are text: choose another folder")

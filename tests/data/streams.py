@@ -17,6 +17,7 @@ from torch import Tensor
 from nanokimi.config import TrainConfig
 from nanokimi.data import documents, local, stream
 from nanokimi.data.corpus import Corpus, Reading
+from nanokimi.data.documents import Piece
 from nanokimi.data.loader import Loader
 from nanokimi.data.sources import open_corpus
 
@@ -68,3 +69,23 @@ def inputs(batches: Iterator[Tensor]) -> Iterator[bytes]:
     for batch in batches:
         for row in batch[:, :-1].tolist():
             yield bytes(0xFF if token == END else token for token in row)
+
+
+def documents_of(pieces: Sequence[Piece]) -> list[str]:
+    """The documents that ``pieces`` make up."""
+    found = [""]
+    for piece in pieces:
+        found[-1] += piece.text
+        if piece.ends_document:
+            found.append("")
+    assert found.pop() == ""
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Tensors as lists, so that all of a checkpoint can be compared at once."""
+    if isinstance(value, Tensor):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

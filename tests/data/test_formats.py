@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from streams import documents_of
 
 from nanokimi.data import documents, formats
 from nanokimi.data.documents import START, Cursor, Piece, cut_text
@@ -87,17 +88,6 @@ def read(path: Path, start: Cursor = START, *, column: str = "", errors: str = "
     return list(Format(column, errors).read(Span(path), start))
 
 
-def texts_of(pieces: list[Piece]) -> list[str]:
-    """The documents that ``pieces`` make up."""
-    found = [""]
-    for piece in pieces:
-        found[-1] += piece.text
-        if piece.ends_document:
-            found.append("")
-    assert found.pop() == ""
-    return found
-
-
 def cut(texts: list[str]) -> list[tuple[str, bool]]:
     """Every piece of some documents, and whether it ends one."""
     pieces = [list(cut_text(document)) for document in texts]
@@ -121,7 +111,7 @@ def test_the_same_documents_make_the_same_pieces_in_every_format(every_format: P
     """Fault 9."""
     pieces = read(every_format)
     assert [(piece.text, piece.ends_document) for piece in pieces] == cut(DOCUMENTS)
-    assert texts_of(pieces) == [document.replace("\r\n", "\n") for document in DOCUMENTS]
+    assert documents_of(pieces) == [document.replace("\r\n", "\n") for document in DOCUMENTS]
     assert len(pieces) > 2 * len(DOCUMENTS)
 
 
@@ -205,7 +195,7 @@ def test_a_cut_makes_no_separator_and_parts_no_line_end(tmp_path: Path, length: 
     for line in ("x" * length + "<|endoftext|>\nrest\n", "x" * length + "\r\nrest" + "y" * 40 + "\r\n"):
         path.write_bytes(line.encode())
         pieces = assert_read_from_everywhere(Span(path))
-        assert texts_of(pieces) == [line.replace("\r\n", "\n")]
+        assert documents_of(pieces) == [line.replace("\r\n", "\n")]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -238,13 +228,13 @@ def test_a_byte_order_mark_is_stripped_from_the_file_and_not_from_its_documents(
     """Fault 8."""
     mark = "\ufeff".encode()
     (tmp_path / "a.txt").write_bytes(mark + b"<|endoftext|>\n" + mark + b"a\n")
-    assert texts_of(assert_read_from_everywhere(Span(tmp_path / "a.txt"))) == ["", "\ufeffa\n"]
+    assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.txt"))) == ["", "\ufeffa\n"]
     (tmp_path / "b.txt").write_bytes(mark + mark + b"a" * 100)
-    assert texts_of(assert_read_from_everywhere(Span(tmp_path / "b.txt"))) == ["\ufeff" + "a" * 100]
+    assert documents_of(assert_read_from_everywhere(Span(tmp_path / "b.txt"))) == ["\ufeff" + "a" * 100]
     (tmp_path / "c.txt").write_bytes(mark)
     assert read(tmp_path / "c.txt") == []
     (tmp_path / "a.jsonl").write_bytes(mark + json_lines(["a", "\ufeffb"]))
-    assert texts_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a", "\ufeffb"]
+    assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a", "\ufeffb"]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -258,7 +248,7 @@ def test_bytes_that_are_not_utf8_give_their_offset_in_the_text(tmp_path: Path, e
     ):
         read(path)
     replaced = assert_read_from_everywhere(Span(path), Format(errors="replace"))
-    assert texts_of(replaced) == ["é" * 100 + "\n", "abc \ufffd\nxyz"]
+    assert documents_of(replaced) == ["é" * 100 + "\n", "abc \ufffd\nxyz"]
 
 
 @pytest.mark.parametrize("tail", [b"\xff", b"\xf0\x9f", b"\x80\x80\x80\x80\x80", b"\xe9\xa0"])
@@ -269,8 +259,8 @@ def test_broken_characters_are_replaced_alike_wherever_the_text_is_cut(tmp_path:
         path.write_bytes(data)
         pieces = assert_read_from_everywhere(Span(path), Format(errors="replace"))
         if len(tail) < 4:  # longer than any character: a cut may come between
-            assert texts_of(pieces) == [data.decode("utf-8", "replace")]
-        assert texts_of(pieces)[0].replace("\ufffd", "") == "x" * before + "y" * 50
+            assert documents_of(pieces) == [data.decode("utf-8", "replace")]
+        assert documents_of(pieces)[0].replace("\ufffd", "") == "x" * before + "y" * 50
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -303,15 +293,15 @@ def test_rows_without_text_are_empty_documents(tmp_path: Path) -> None:
     """Fault 30."""
     rows = '{"text": "a"}\n\n{"text": null}\n  \r\n{"text": ""}\n{"id": 1}\n{"text": "b"}'
     (tmp_path / "a.jsonl").write_text(rows)
-    assert texts_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a", "", "", "", "b"]
+    assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a", "", "", "", "b"]
     (tmp_path / "a.parquet").write_bytes(parquet(["a", None, "", "b"]))
-    assert texts_of(assert_read_from_everywhere(Span(tmp_path / "a.parquet"))) == ["a", "", "", "b"]
+    assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.parquet"))) == ["a", "", "", "b"]
 
 
 def test_json_lines_may_end_with_crlf(tmp_path: Path) -> None:
     """Fault 9."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n')
-    assert texts_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a\nb", "c"]
+    assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a\nb", "c"]
 
 
 @pytest.mark.parametrize(
@@ -344,7 +334,7 @@ def test_bytes_in_json_that_are_not_utf8_give_their_offset(tmp_path: Path, mark:
         path.write_bytes(data)
         with pytest.raises(UserError, match=f"not UTF-8 at byte {data.index(0xFF)}: .*--encoding_errors replace"):
             read(path)
-        assert texts_of(read(path, errors="replace"))[-1] == "a\ufffdb"
+        assert documents_of(read(path, errors="replace"))[-1] == "a\ufffdb"
 
 
 def test_a_parquet_text_that_is_not_utf8_gives_its_row_and_offset(tmp_path: Path) -> None:
@@ -355,13 +345,13 @@ def test_a_parquet_text_that_is_not_utf8_gives_its_row_and_offset(tmp_path: Path
     with pytest.raises(UserError, match=r"a\.parquet row 1: not UTF-8 at byte 3 .*--encoding_errors replace"):
         read(path)
     pieces = assert_read_from_everywhere(Span(path), Format(errors="replace"))
-    assert texts_of(pieces) == ["fine", "é \ufffd.", "good"]
+    assert documents_of(pieces) == ["fine", "é \ufffd.", "good"]
 
 
 def test_lone_surrogates_become_replacement_characters_and_pairs_stay(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(r'{"text": "a\ud83d b\ude00 \ud83d\ude00"}' + "\n")
-    assert texts_of(read(path)) == ["a\ufffd b\ufffd 😀"]
+    assert documents_of(read(path)) == ["a\ufffd b\ufffd 😀"]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -387,7 +377,7 @@ def test_a_json_line_that_is_too_long_is_an_error_in_bounded_memory(
 def test_a_json_line_over_many_blocks_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(["é" * 5000, "b"]))
-    assert texts_of(read(path)) == ["é" * 5000, "b"]
+    assert documents_of(read(path)) == ["é" * 5000, "b"]
 
 
 COLUMNS = [
@@ -412,7 +402,7 @@ def test_the_text_column_is_found_or_the_columns_are_listed(
     else:
         pq.write_table(pa.Table.from_pylist([row]), path)
     if expected is not None:
-        assert texts_of(read(path, column=wanted)) == [expected]
+        assert documents_of(read(path, column=wanted)) == [expected]
         return
     with pytest.raises(UserError, match=r"--text_column.*: .*\(") as raised:
         read(path, column=wanted)
@@ -428,8 +418,8 @@ def test_the_first_record_decides_on_the_column_wherever_reading_begins(tmp_path
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines))
     pieces = assert_read_from_everywhere(Span(path), Format(column))
-    assert texts_of(pieces) == ["a" * 90, "b", "", ""]
-    assert texts_of(list(Format(column).read(Span(path, len(lines[0]))))) == ["b", "", ""]
+    assert documents_of(pieces) == ["a" * 90, "b", "", ""]
+    assert documents_of(list(Format(column).read(Span(path, len(lines[0]))))) == ["b", "", ""]
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------

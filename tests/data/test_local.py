@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from streams import documents_of
 
 from nanokimi.data import documents, formats, local
 from nanokimi.data.documents import START, Piece
@@ -49,16 +50,6 @@ def parts_of(path: str | Path) -> tuple[LocalDocuments, list[list[Piece]]]:
 
 def text_of(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
-
-
-def documents_of(pieces: list[Piece]) -> list[str]:
-    found = [""]
-    for piece in pieces:
-        found[-1] += piece.text
-        if piece.ends_document:
-            found.append("")
-    assert found.pop() == ""
-    return found
 
 
 def spans_of(found: LocalDocuments) -> list[tuple[int, Span]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from streams import LENGTH, corpus, loader, sequences, small_pieces, take, write_json_lines, write_text
+from streams import LENGTH, corpus, loader, plain, sequences, small_pieces, take, write_json_lines, write_text
 from torch import Tensor
 
 from nanokimi import checkpoint
@@ -346,15 +346,6 @@ def test_another_weight_is_another_mixture(folder: Path) -> None:
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """Tensors as lists, so that all of a checkpoint can be compared at once."""
-    if isinstance(value, Tensor):
-        return [str(value.dtype), value.tolist()]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def left_by(output: Path) -> Any:

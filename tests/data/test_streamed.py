@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streams import LENGTH, corpus, inputs, loader, small_pieces, write_json_lines, write_parquet, write_text
-from torch import Tensor
+from streams import LENGTH, corpus, inputs, loader, plain, small_pieces, write_json_lines, write_parquet, write_text
 
 from nanokimi import checkpoint
 from nanokimi.cli import main
@@ -85,15 +84,6 @@ def history(output: Path) -> dict[str, Any]:
 
 def final(output: Path) -> dict[str, Any]:
     return checkpoint.read(output / "checkpoints" / "final.pt")
-
-
-def plain(value: Any) -> Any:
-    """Tensors as lists, so that all of a checkpoint can be compared at once."""
-    if isinstance(value, Tensor):
-        return [str(value.dtype), value.tolist()]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
