@@ -38,6 +38,11 @@ class ModelConfig:
         n_expert_groups, n_limited_groups: group-limited routing; 1 and 1 switch it off.
         bias_update_rate: step of the auxiliary-loss-free balance bias (DeepSeek-V3, section 2.1.2).
         aux_loss_coeff: weight of the sequence-wise balance loss (same section); 0 switches it off.
+        rope_factor: how many times longer than ``original_seq_len``, the context in training, YaRN makes the
+            context (see ``model.rope``); 1 is off.
+        beta_fast, beta_slow: pairs that turn more often than ``beta_fast`` times within the original context stay as
+            they are, those that turn less often than ``beta_slow`` times are slowed down by ``rope_factor``.
+        mscale, mscale_all_dim: growth of attention logits with ``rope_factor``, in the rotary dimensions and in all.
 
     Raises:
         ConfigError: a value is impossible; the message names the field and what to change.
@@ -68,6 +73,12 @@ class ModelConfig:
     qk_rope_head_dim: int = 56
     v_head_dim: int = 112
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    original_seq_len: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
 
@@ -79,13 +90,19 @@ class ModelConfig:
         _require_at_least(0, self, "n_dense_layers", "n_shared_experts", "q_lora_rank", "qk_nope_head_dim")
         _require_at_least(0, self, "bias_update_rate", "aux_loss_coeff", "init_std")
         _require_at_least(2, self, "qk_rope_head_dim")
-        for name in ("route_scale", "rope_theta", "norm_eps"):
+        _require_at_least(0, self, "original_seq_len", "mscale", "mscale_all_dim")
+        _require_at_least(1, self, "rope_factor")
+        for name in ("route_scale", "rope_theta", "norm_eps", "beta_fast", "beta_slow"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, choose an even number")
         if self.n_dense_layers > self.n_layers:
             raise ConfigError(f"n_dense_layers ({self.n_dense_layers}) exceeds n_layers ({self.n_layers}): lower it")
+        if self.rope_factor > 1 and not self.original_seq_len:
+            raise ConfigError(
+                f"rope_factor is {self.rope_factor:g}: set original_seq_len to the context that the model has learned"
+            )
         self._check_routing()
 
     def _check_routing(self) -> None:
@@ -177,6 +194,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
         "rope_theta": 50000.0,
+        "rope_factor": 32.0,
+        "original_seq_len": 4096,
+        "beta_fast": 1.0,
     },
     "deepseek-v3": {
         "tokenizer_name": "deepseek-ai/DeepSeek-V3",
@@ -199,6 +219,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
+        "rope_factor": 40.0,
+        "original_seq_len": 4096,
     },
     "moonlight-16b": {
         "tokenizer_name": "moonshotai/Moonlight-16B-A3B",
@@ -233,6 +255,7 @@ class TrainConfig:
     """
 
     preset: str = _choice("nano-243m", "model shape", *PRESETS)
+    init_from: str = _choice("", "begin with the weights and the tokenizer of this checkpoint or Hugging Face folder")
     dataset: str = _choice(
         "local", "where the text comes from", "local", "hfstreaming", "fineweb", "localstreaming", "tokenbin"
     )
@@ -274,6 +297,7 @@ class TrainConfig:
     sample_prompt: str = _choice("def main(", "prompt of the printed samples")
     max_skipped_steps: int = _choice(10, "non-finite steps in a row before the run stops")
     output_dir: str = _choice(".", "folder for checkpoints/ and logs/")
+    log: str = _choice("", "report to tensorboard, wandb or trackio too; several with commas")
     device: str = _choice("auto", "auto, cpu, cuda, cuda:N or mps")
     mixed_precision: str = _choice("auto", "bf16 autocast (auto: on CUDA)", "auto", "on", "off")
     compile: str = _choice("auto", "torch.compile (auto: on CUDA)", "auto", "on", "off")

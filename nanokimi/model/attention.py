@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.kernels import causal_attention, largest_logits
-from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, apply_rope, at_least_fp32
+from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, at_least_fp32
 from nanokimi.model.roles import MATRIX, NORM, QUERY_KEY, Declaration
+from nanokimi.model.rope import apply_rope, softmax_scale
 
 
 class QKHeads(NamedTuple):
@@ -67,7 +68,7 @@ class MLA(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.scale = config.qk_head_dim**-0.5
+        self.scale = softmax_scale(config)
         heads = config.n_heads
         if config.q_lora_rank:
             self.wq_a = Linear(config.dim, config.q_lora_rank)

@@ -1,4 +1,4 @@
-"""The small parts every layer is made of: Linear, RMSNorm, SwiGLU, rotary positions.
+"""The small parts every layer is made of: Linear, RMSNorm, SwiGLU.
 
 Letters, the same in every file of the package: B batch, T sequence, S cached sequence, D model width,
 H heads, N position-free, P rotary and V value head width, R latent rank, Q query rank,
@@ -53,25 +53,6 @@ class SwiGLU(nn.Module):
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """``[..., D] -> [..., D]`` with ``w1``, ``w3`` ``[F, D]`` and ``w2`` ``[D, F]``."""
     return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
-
-
-def rotary_angles(length: int, width: int, theta: float) -> Tensor:
-    """Angles ``[length, width / 2]`` in fp32: position times ``theta ** (-2 i / width)`` (Su et al., 2021)."""
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the interleaved pairs (0, 1), (2, 3), ... of ``x``.
-
-    Args:
-        x: ``[B, T, heads, P]``.
-        cos, sin: ``[T, P / 2]`` in fp32, the positions of the T tokens.
-    """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).type_as(x)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

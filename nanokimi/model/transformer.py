@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.attention import MLA, LatentCache, QKHeads
-from nanokimi.model.layers import Linear, RMSNorm, SwiGLU, at_least_fp32, rotary_angles
+from nanokimi.model.layers import Linear, RMSNorm, SwiGLU, at_least_fp32
 from nanokimi.model.moe import MoE
 from nanokimi.model.roles import EMBEDDING, HEAD, MATRIX, NORM, Declaration
+from nanokimi.model.rope import rotary_tables
 
 
 class BlockStats(NamedTuple):
@@ -110,10 +111,9 @@ class Transformer(nn.Module):
 
     def reset_buffers(self) -> None:
         """Fills what no checkpoint holds: rotary tables and step statistics (after ``to_empty``, say)."""
-        config = self.config
-        angles = rotary_angles(config.max_seq_length, config.qk_rope_head_dim, config.rope_theta)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
+        cos, sin = rotary_tables(self.config)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
         self.reset_stats()
 
     def forward(self, tokens: Tensor, cache: LatentCache | None = None, *, last_only: bool = False) -> Tensor:
