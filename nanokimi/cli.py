@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanokimi.config import ModelConfig, TrainConfig, parse_value, suggest
+from nanokimi.console import say
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
 
@@ -19,6 +20,7 @@ DATA_FIELDS = {
     "preset", "dataset", "data_path", "mix", "val_path", "val_fraction", "val_tokens", "hf_repo_name", "hf_config",
     "hf_split", "text_column", "num_samples", "streaming", "shuffle_buffer", "encoding_errors", "num_workers", "seed",
 }  # fmt: skip
+EVAL_FIELDS = DATA_FIELDS - {"preset", "val_tokens", "shuffle_buffer", "num_workers", "seed"} | {"device"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_prepare(commands)
     add_tokenizer(commands)
     add_inspect(commands)
+    add_eval(commands)
+    add_export(commands)
+    add_import(commands)
     add_demo(commands)
     return parser
 
@@ -211,11 +216,6 @@ def prepare_tokens(args: argparse.Namespace) -> int:
     return 0
 
 
-def say(text: str) -> None:
-    """Tells the user something that is not the command's result."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def add_tokenizer(commands: Any) -> None:
     """``nanokimi tokenizer train``: a byte-level BPE of one's own."""
     parser = commands.add_parser("tokenizer", help="train a tokenizer")
@@ -262,6 +262,108 @@ def inspect_data(args: argparse.Namespace) -> int:
     from nanokimi.insight.inspect_data import run_inspect
 
     return run_inspect(train_values, model_values, sequences=args.sequences, show=args.show, output=Path(args.output))
+
+
+def add_eval(commands: Any) -> None:
+    """``nanokimi eval``: how good a model is."""
+    parser = commands.add_parser(
+        "eval", help="measure a model: bits per byte, multiple choice, tasks of lm-evaluation-harness",
+        description="Measures a model on a text, on questions of your own and on tasks of lm-evaluation-harness. "
+        "Without a text and without --tasks: on the held-out part of what it was trained on.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, such as checkpoints/final.pt")
+    add_settings(parser, EVAL_FIELDS)
+    parser.add_argument(
+        "--batch_size", "--batch-size", default=argparse.SUPPRESS, metavar="N",
+        help="windows per forward pass; no result depends on it (default: 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mixed_precision", "--mixed-precision", nargs="?", const="on", default=argparse.SUPPRESS, metavar="STR",
+        help="bf16 autocast {auto,on,off} (default: off)",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--part", default="", metavar="PART", help="score {all,held_out} of the text (default: all of a named one)")
+    add("--stride", type=int, default=0, metavar="N", help="tokens predicted per window (default: the whole context)")
+    add(*spellings("max_tokens"), type=int, default=0, metavar="N", help="score the first N of each text; 0 = all")
+    add("--tasks", default="", metavar="TASK,...", help="files of questions (.jsonl), names of tasks of the harness")
+    add(*spellings("include_path"), default="", metavar="FOLDER", help="YAML files of harness tasks of your own")
+    add(*spellings("num_fewshot"), type=int, metavar="N", help="solved examples before each question of the harness")
+    add("--limit", type=int, default=0, metavar="N", help="the first N questions of each task; 0 = all")
+    add("--output", default="", metavar="FILE.json", help="everything that was found, and how")
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """``nanokimi eval``."""
+    train_values, model_values = gather_settings(args)
+
+    from nanokimi.insight.eval_model import Request, run_eval
+
+    request = Request(
+        args.part.replace("-", "_"), args.stride, args.max_tokens,
+        tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        args.include_path, args.num_fewshot, args.limit, args.output,
+    )  # fmt: skip
+    return run_eval(args.model, train_values, model_values, request)
+
+
+def add_export(commands: Any) -> None:
+    """``nanokimi export``: a trained model for other programs."""
+    parser = commands.add_parser("export", help="write a model for other programs")
+    formats = parser.add_subparsers(title="formats", metavar="FORMAT", required=True, parser_class=Parser)
+    hf = formats.add_parser("hf", help="a folder for transformers and all that reads its format")
+    gguf = formats.add_parser("gguf", help="a file for llama.cpp")
+    for action, target, dtypes in ((hf, "FOLDER", "f32,f16,bf16"), (gguf, "FILE.gguf", "f32,f16,bf16,q8_0")):
+        action.add_argument("checkpoint", metavar="CHECKPOINT", help="such as checkpoints/final.pt")
+        action.add_argument("target", metavar=target, help="a new one")
+        about = f"type of the weights {{auto,{dtypes}}}; auto: as they are stored (default: %(default)s)"
+        action.add_argument("--dtype", default="auto", help=about)
+        about = "do not reload the result in an independent engine"
+        action.add_argument(*spellings("no_compare"), action="store_true", help=about)
+    hf.add_argument(
+        *spellings("max_shard_gb"), type=float, default=5.0, metavar="GB",
+        help="split weights that take more over several files (default: %(default)s)",
+    )  # fmt: skip
+    hf.add_argument("--push", default="", metavar="OWNER/NAME", help="then upload the folder to the Hugging Face hub")
+    hf.add_argument("--public", action="store_true", help="with --push: let everyone see a new repository")
+    hf.set_defaults(run=export_hf)
+    gguf.set_defaults(run=export_gguf)
+
+
+def export_hf(args: argparse.Namespace) -> int:
+    """``nanokimi export hf``."""
+    if not args.max_shard_gb > 0:
+        raise UserError(f"--max_shard_gb must be more than 0, got {args.max_shard_gb:g}")
+
+    from nanokimi.exchange import Export, export_hf
+
+    request = Export(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare)
+    return export_hf(request, shard_bytes=int(args.max_shard_gb * 1e9), push=args.push, public=args.public)
+
+
+def export_gguf(args: argparse.Namespace) -> int:
+    """``nanokimi export gguf``."""
+    from nanokimi.exchange import Export, export_gguf
+
+    return export_gguf(Export(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare))
+
+
+def add_import(commands: Any) -> None:
+    """``nanokimi import``: a checkpoint of a model that others trained."""
+    parser = commands.add_parser("import", help="make a checkpoint of a model from elsewhere")
+    formats = parser.add_subparsers(title="formats", metavar="FORMAT", required=True, parser_class=Parser)
+    hf = formats.add_parser("hf", help="a folder with the architecture of DeepSeek-V3, V2, Kimi K2 or Moonlight")
+    hf.add_argument("folder", metavar="FOLDER", help="with config.json, safetensors and tokenizer.json")
+    hf.add_argument("--output", default="checkpoints/imported.pt", metavar="FILE", help="(default: %(default)s)")
+    hf.add_argument("--tokenizer", default="", metavar="FILE", help="in the place of the folder's own tokenizer.json")
+    hf.set_defaults(run=import_hf)
+
+
+def import_hf(args: argparse.Namespace) -> int:
+    """``nanokimi import hf``."""
+    from nanokimi.exchange import import_hf
+
+    return import_hf(Path(args.folder), Path(args.output), tokenizer=args.tokenizer)
 
 
 def add_demo(commands: Any) -> None:

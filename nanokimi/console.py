@@ -1,8 +1,37 @@
-"""Text from a model on its way to a terminal."""
+"""Lines for the user: results on stdout, everything else on stderr, nothing that could harm a terminal."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import unicodedata
+
+
+def say(text: str) -> None:
+    """Tells the user something that is not the command's result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Prints a result, to a terminal that may lack a character or to a reader who may leave (``| head``)."""
+    tolerate_odd_characters()
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:
+        discard_stdout()
+
+
+def tolerate_odd_characters() -> None:
+    """Input that is not UTF-8, or a terminal that lacks a character, shows a replacement and ends nothing."""
+    for text_file in (sys.stdin, sys.stdout):
+        if isinstance(text_file, io.TextIOWrapper):
+            text_file.reconfigure(errors="replace")
+
+
+def discard_stdout() -> None:
+    """The reader has left: what is still buffered must not fail again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

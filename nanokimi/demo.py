@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.console import printable, say
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.engine import generate
-from nanokimi.inference.terminal import printable
 from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
 from nanokimi.training.evaluation import evaluate
-from nanokimi.training.run import Request, run_training, say
+from nanokimi.training.run import Request, run_training
 
 TEXT = Path("data/train.txt")
 PROMPT = "def main("

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from nanokimi.errors import UserError
 
 _STALE_SECONDS = 60
 
@@ -25,21 +30,92 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder is missing or not writable, or the disk is full.
     """
+    with atomic_path(path) as temporary, temporary.open("r+b") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """``atomic_write`` for what opens its file itself: yields the temporary name, at which an empty file lies."""
     path = Path(path)
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("x+b") as file:
+    with temporary.open("xb") as held:
         try:
             with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
+            os.fsync(held.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, that takes the name ``path`` once the block ends without an error.
+
+    Raises:
+        FileExistsError: there is something at ``path`` already, other than an empty folder.
+        BlockingIOError: another process is filling it.
+        OSError: the folder above is not writable, or the disk is full.
+    """
+    path = Path(path)
+    if not path.name or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, "exists already", str(path))
+    with partial_folder(path) as partial:
+        yield partial
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+        os.rename(partial, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def partial_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder ``.NAME.partial`` beside ``path``, to make in it what shall lie there; gone with the block.
+
+    One that a killed process left is emptied and used.
+
+    Raises:
+        BlockingIOError: another process is using it.
+        OSError: the folder above is not writable.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    held = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            for left in partial.iterdir():
+                left.unlink()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def move_into(folder: Path, *files: Path) -> None:
+    """Moves ``files``, each complete and flushed, into ``folder`` of the same disk, one after the other."""
+    for file in files:
+        os.replace(file, folder / file.name)
+    _sync(folder)
+
+
+def require_writable(output: Path, *, example: str) -> None:
+    """Raises UserError now, before the work, when the file named by ``--output`` could not be written."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory: name a file, such as {output / example}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}): choose another") from error
 
 
 def _remove_stale(path: Path) -> None:
@@ -51,8 +127,8 @@ def _remove_stale(path: Path) -> None:
                 left.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # not every file system can sync a folder
             os.fsync(descriptor)

@@ -1,36 +1,70 @@
-"""``load``: a model ready for use, from a checkpoint file alone."""
+"""``load``: a model ready for use, from a checkpoint or from a folder in Hugging Face format."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.errors import UserError
+from nanokimi.interop.hf_folder import read_folder
+from nanokimi.interop.model_card import training_figures
+from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
-    """The model of a checkpoint, in evaluation mode on ``device``, and its tokenizer.
+    """The model of a checkpoint or of a Hugging Face folder, in evaluation mode on ``device``, and its tokenizer.
+
+    Weights are fp32 in memory, whatever they are stored as.
 
     Raises:
-        CheckpointError: missing, damaged or foreign file; the message says which and why.
+        UserError: missing, damaged or foreign files, an architecture or a feature that nanokimi does not have;
+            the message says which and why.
+    """
+    stored = read_model(path)
+    return build(Path(path), stored.config, stored.weights, device), stored.tokenizer
+
+
+def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
+    """What lies at ``path``, not built yet; errors as for ``load``.
+
+    Args:
+        tokenizer: takes the place of a folder's own, see ``interop.hf_folder.read_folder``.
     """
     path = Path(path)
+    if path.is_dir() and ((path / "config.json").exists() or any(path.glob("*.safetensors"))):
+        return read_folder(path, tokenizer=tokenizer)
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: GGUF files are for other programs: name the checkpoint that it was made from")
     content = checkpoint.read(path)
     checkpoint.require(path, content, "model_config", "model", "tokenizer")
-    config = from_dict(ModelConfig, content["model_config"])
+    return StoredModel(
+        from_dict(ModelConfig, content["model_config"]),
+        checkpoint.plain_state(content["model"]),
+        Tokenizer.from_state(content["tokenizer"]),
+        training_figures(content),
+    )
+
+
+def build(
+    path: Path, config: ModelConfig, weights: Mapping[str, Tensor], device: str | torch.device = "cpu"
+) -> Transformer:
+    """A model with the ``weights`` read from ``path``, in evaluation mode; CheckpointError unless they fit."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to_empty(device=device)
-    load_weights(path, model, content["model"])
+    load_weights(path, model, weights)
     model.reset_buffers()
-    return model.eval(), Tokenizer.from_state(content["tokenizer"])
+    return model.eval()
 
 
-def load_weights(path: Path, model: Transformer, saved: dict[str, torch.Tensor]) -> None:
+def load_weights(path: Path, model: Transformer, saved: Mapping[str, Tensor]) -> None:
     """Copies saved weights into ``model``; CheckpointError, naming the misfits, unless all of them fit."""
     saved = checkpoint.plain_state(saved)
     checkpoint.check_fits(path, saved, model.state_dict())

@@ -30,6 +30,7 @@ class LoopbackHub:
     Attributes:
         repositories: name -> files; may be changed while it runs.
         gated: repositories whose files are refused with 403.
+        private: repositories that do not exist for those who send no token.
         requests: "METHOD path" of every request, in order.
         bytes_served: bytes of body sent, by "repository/file".
         cut_after_bytes: bodies of data files end after so many bytes and the connection is closed, ``cut_times`` times.
@@ -37,14 +38,17 @@ class LoopbackHub:
         faults_after_bytes: cuts and refusals begin once so many bytes of data files were served.
     """
 
-    def __init__(self, repositories: Mapping[str, Files] | None = None, *, gated: Iterable[str] = ()) -> None:
+    def __init__(
+        self, repositories: Mapping[str, Files] | None = None, *, gated: Iterable[str] = (),
+        handler: type[HubHandler] | None = None,
+    ) -> None:  # fmt: skip
         self.repositories: dict[str, Files] = dict(repositories or {})
-        self.gated = set(gated)
+        self.gated, self.private = set(gated), set[str]()
         self._commits: dict[tuple[str, str], Files] = {}
         self.lock = threading.Lock()
         self.calm()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        bound = type("Handler", (handler or HubHandler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -87,7 +91,9 @@ class LoopbackHub:
             return bool(left)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers one connection: looks up and serves repositories."""
+
     protocol_version = "HTTP/1.1"
     hub: LoopbackHub
 
@@ -100,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -109,39 +118,44 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.take("down"):
             self.close_connection = True
             return
-        path = unquote(urlsplit(self.path).path).removeprefix("/api").removeprefix("/datasets/")
+        self.route(unquote(urlsplit(self.path).path), sent)
+
+    def route(self, path: str, sent: bytes) -> None:
+        """Answers a request for ``path`` with the body ``sent``."""
+        path = path.removeprefix("/api").removeprefix("/datasets/")
         name = next((name for name in self.hub.repositories if path == name or path.startswith(name + "/")), None)
-        if name is None:
-            return self._refuse(401, "RepoNotFound")
+        if name is None or (name in self.hub.private and "Authorization" not in self.headers):
+            return self.refuse(401, "RepoNotFound")
         route, _, rest = path.removeprefix(name).lstrip("/").partition("/")
         revision, _, inside = rest.partition("/")
         files = self.hub.files(name, revision)
         if files is None:
-            return self._refuse(404, "RevisionNotFound")
+            return self.refuse(404, "RevisionNotFound")
         commit = self.hub.commit(name) if revision in ("main", "") else revision
         if route == "resolve":
             return self._file(name, inside, files, commit)
         if route == "tree":
             return self._tree(files, inside, recursive="true" in parse_qs(urlsplit(self.path).query)["recursive"])
         if route == "paths-info":
-            return self._json([_entry(files, path) for path in _wanted(sent) if _entry(files, path)])
+            return self.answer([_entry(files, path) for path in _wanted(sent) if _entry(files, path)])
         if route in ("revision", ""):
-            return self._json({"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]})
-        self._refuse(404, "EntryNotFound")
+            siblings = [{"rfilename": file} for file in files]
+            return self.answer({"id": name, "sha": commit, "private": name in self.hub.private, "siblings": siblings})
+        self.refuse(404, "EntryNotFound")
 
     def _file(self, name: str, path: str, files: Files, commit: str) -> None:
         if name in self.hub.gated:
-            return self._refuse(403, "GatedRepo")
+            return self.refuse(403, "GatedRepo")
         data = files.get(path)
         if data is None:
-            return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
+            return self.refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         start, end = 0, len(data)
         if asked := self.headers.get("Range"):
             first, last = asked.removeprefix("bytes=").split("-")
             start, end = int(first), min(end, int(last) + 1) if last else end
             if start >= len(data):
-                return self._refuse(416, "RangeNotSatisfiable")
+                return self.refuse(416, "RangeNotSatisfiable")
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         self._head(206 if asked else 200, headers | {"Content-Length": str(end - start)})
         if self.command != "HEAD":
@@ -164,17 +178,19 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"{folder}/" if folder else ""
         inside = [path.removeprefix(prefix) for path in files if path.startswith(prefix)]
         if not inside:
-            return self._refuse(404, "EntryNotFound")
+            return self.refuse(404, "EntryNotFound")
         names = {path for path in inside if recursive} | {path.split("/")[0] for path in inside}
-        self._json([_entry(files, prefix + name) for name in sorted(names)])
+        self.answer([_entry(files, prefix + name) for name in sorted(names)])
 
-    def _json(self, value: Any) -> None:
+    def answer(self, value: Any, status: int = 200) -> None:
+        """Sends ``value`` as JSON."""
         body = json.dumps(value).encode()
-        self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
+    def refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
+        """Sends an error under the hub's name for it."""
         self._head(status, {"X-Error-Code": code, "Content-Length": "0"} | dict(headers or {}))
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_text, ignore
 from nanokimi.data.formats import pick_text_column
+from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
 
 FINEWEB = "HuggingFaceFW/fineweb"
@@ -27,7 +28,6 @@ RETRIES = 6
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LISTED = 20
 _ROWS = 128  # at a time: enough that the cost of a batch does not show, few enough for documents of many megabytes
 # fsspec reads ahead by a block, 5 MiB unless told otherwise: that is the column next to the text.
@@ -68,7 +68,7 @@ class HubDocuments:
         self, repo: str, *, config: str = "", split: str = "train", text_column: str = "", limit: int = 0,
         revision: str = "", say: Callable[[str], None] = tell,
     ) -> None:  # fmt: skip
-        if not _NAME.fullmatch(repo) or ".." in repo:
+        if not is_hub_name(repo):
             problem = "not the name of a repository" if repo else "name a data set of the hub"
             raise UserError(f"--hf_repo_name {repo or '(empty)'}: {problem}: write owner/name, such as {FINEWEB}")
         _settle_libraries()

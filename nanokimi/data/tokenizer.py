@@ -125,7 +125,11 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes a ``tokenizer.json`` that ``load_tokenizer`` and other programs read; OSError if it cannot."""
         with atomic_write(path) as file:
-            file.write(self._inner.to_str(pretty=True).encode())
+            file.write(self.to_json().encode())
+
+    def to_json(self) -> str:
+        """The contents of its ``tokenizer.json``."""
+        return str(self._inner.to_str(pretty=True))
 
 
 class TextStream:
@@ -182,6 +186,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     return _from_hub(name)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` can be that of a Hugging Face repository: ``owner/name`` or ``name``, and no path."""
+    return bool(_HUB_NAME.fullmatch(name)) and ".." not in name
+
+
 def bpe_size(name: str) -> int | None:
     """N of the tokenizer name ``bpe:N``, None for every other name.
 
@@ -220,7 +229,7 @@ def _from_file(path: Path, name: str) -> Tokenizer:
 
 
 def _from_hub(name: str) -> Tokenizer:
-    if not _HUB_NAME.fullmatch(name) or ".." in name:
+    if not is_hub_name(name):
         raise UserError(f"tokenizer_name {name}: no such file, and not a repository name: use {_ALTERNATIVES}")
     try:
         path = _download(name)

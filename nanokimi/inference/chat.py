@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from nanokimi.console import printable
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.engine import encode_prompt, stream
 from nanokimi.inference.settings import Settings
-from nanokimi.inference.terminal import printable
 from nanokimi.model.transformer import Transformer
 
 WELCOME = "This is a base model: it continues your text, it does not answer questions. /help lists the commands."

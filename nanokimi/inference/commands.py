@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
 from typing import TYPE_CHECKING
 
+from nanokimi.console import discard_stdout, printable, tolerate_odd_characters
 from nanokimi.inference.settings import Settings
-from nanokimi.inference.terminal import printable
 
 if TYPE_CHECKING:
     from nanokimi.data.tokenizer import Tokenizer
@@ -59,13 +57,13 @@ def run_generate(args: argparse.Namespace) -> int:
     from nanokimi.loading import load
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
-    _tolerate_odd_characters()
+    tolerate_odd_characters()
     try:
         if args.interactive:
             return interactive(model, tokenizer, settings, opening=args.prompt)
         return _write_continuation(model, tokenizer, args.prompt, settings, live=args.stream)
     except BrokenPipeError:
-        _discard_stdout()
+        discard_stdout()
         return 0
 
 
@@ -93,15 +91,3 @@ def _write(text: str, *, flush: bool) -> None:
     sys.stdout.write(printable(text))
     if flush:
         sys.stdout.flush()
-
-
-def _tolerate_odd_characters() -> None:
-    """Input that is not UTF-8, or a terminal that lacks a character, shows a replacement and ends nothing."""
-    for text_file in (sys.stdin, sys.stdout):
-        if isinstance(text_file, io.TextIOWrapper):
-            text_file.reconfigure(errors="replace")
-
-
-def _discard_stdout() -> None:
-    """The reader (``| head``) has left: what is still buffered must not fail again when Python exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

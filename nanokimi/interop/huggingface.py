@@ -1,15 +1,13 @@
-"""Our names and transformers' names for one architecture: ``DeepseekV3ForCausalLM``. Renaming, no arithmetic."""
+"""Our weight names and transformers' for one architecture: DeepSeek-V3, and V2. Renaming, no arithmetic."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.errors import UserError
-from nanokimi.model.transformer import Transformer
 
 # Ours -> theirs, behind "layers.i." and "model.layers.i.".
 LAYER_NAMES = {
@@ -36,64 +34,47 @@ TOP_NAMES = {"embed": "model.embed_tokens.weight", "norm.weight": "model.norm.we
 EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def to_huggingface(model: Transformer) -> dict[str, Tensor]:
-    """The state of ``model`` under the names a ``DeepseekV3ForCausalLM`` folder has on disk, one tensor per expert."""
+def their_names(name: str, n_experts: int) -> list[str]:
+    """What our tensor ``name`` is called on disk; a stack of experts is one tensor per expert there."""
+    if name in TOP_NAMES:
+        return [TOP_NAMES[name]]
+    _, layer, inner = name.split(".", 2)
+    prefix = f"model.layers.{layer}."
+    if inner.startswith("mlp.experts."):
+        part = EXPERT_NAMES[inner.removeprefix("mlp.experts.")]
+        return [f"{prefix}mlp.experts.{expert}.{part}.weight" for expert in range(n_experts)]
+    return [prefix + LAYER_NAMES[inner]]
+
+
+def to_huggingface(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a model, by the names of its ``state_dict()``, as a Hugging Face folder has them.
+
+    Softmax-routed models become DeepSeek-V2's, which has no balance bias.
+    """
     renamed: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if layer is None:
-            renamed[TOP_NAMES[name]] = tensor
+    for name, tensor in weights.items():
+        if name.endswith(".balance_bias") and config.score_func == "softmax":
             continue
-        prefix, inner = f"model.layers.{layer[1]}.", layer[2]
-        if inner.startswith("mlp.experts."):
-            part = EXPERT_NAMES[inner.removeprefix("mlp.experts.")]
-            renamed |= {f"{prefix}mlp.experts.{e}.{part}.weight": expert for e, expert in enumerate(tensor)}
-        else:
-            renamed[prefix + LAYER_NAMES[inner]] = tensor
+        theirs = their_names(name, config.n_routed_experts)
+        renamed |= zip(theirs, tensor.unbind(), strict=True) if ".experts." in name else {theirs[0]: tensor}
     return renamed
 
 
-def huggingface_config(config: ModelConfig) -> dict[str, Any]:
-    """``config.json`` of the same model for ``DeepseekV3ForCausalLM``; every field other engines read is explicit.
+def from_huggingface(
+    weights: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The way back: a folder's tensors under the names of ``expected``, the ``state_dict()`` of such a model.
 
     Raises:
-        UserError: softmax scores, which that architecture does not have.
+        KeyError: a tensor is missing.
     """
-    if config.score_func != "sigmoid":
-        raise UserError("score_func softmax has no place in DeepseekV3ForCausalLM, which scores by sigmoid")
-    return {
-        "model_type": "deepseek_v3",
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads,
-        "max_position_embeddings": config.max_seq_length,
-        "first_k_dense_replace": config.n_dense_layers,
-        "intermediate_size": config.inter_dim,
-        "moe_intermediate_size": config.moe_inter_dim,
-        "n_routed_experts": config.n_routed_experts,
-        "num_experts_per_tok": config.n_activated_experts,
-        "n_shared_experts": config.n_shared_experts,
-        "n_group": config.n_expert_groups,
-        "topk_group": config.n_limited_groups,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": config.norm_topk_prob,
-        "routed_scaling_factor": config.route_scale,
-        "kv_lora_rank": config.kv_lora_rank,
-        "q_lora_rank": config.q_lora_rank or None,
-        "qk_nope_head_dim": config.qk_nope_head_dim,
-        "qk_rope_head_dim": config.qk_rope_head_dim,
-        "v_head_dim": config.v_head_dim,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_interleave": True,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
-    }
+    renamed: dict[str, Tensor] = {}
+    for name, like in expected.items():
+        theirs = their_names(name, config.n_routed_experts)
+        if name.endswith(".balance_bias") and config.score_func == "softmax":
+            renamed[name] = torch.zeros(like.shape)
+        else:
+            renamed[name] = (
+                torch.stack([weights[part] for part in theirs]) if ".experts." in name else weights[theirs[0]]
+            )
+    return renamed

@@ -16,7 +16,7 @@ from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat import Chat, interactive
 from nanokimi.inference.settings import Settings
-from nanokimi.inference.terminal import printable
+from nanokimi.console import printable
 
 
 def settings(max_tokens: int) -> Settings:
