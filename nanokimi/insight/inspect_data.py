@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanokimi import console
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference.terminal import printable
+from nanokimi.files import require_writable
 from nanokimi.insight.findings import LOOK_AROUND, Findings, Tokens, look_at
 
 BAR = 40  # characters of the longest bar
@@ -51,9 +47,8 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
         raise UserError(f"--show must be 0 or more, got {show}")
     config = from_dict(TrainConfig, train)
     model_config = ModelConfig.preset(config.preset, **model)
-    _require_writable(output)
-    say = partial(print, file=sys.stderr, flush=True)
-    corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, say=say)
+    require_writable(output, example="data_lengths.png")
+    corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, say=console.say)
     reading = Reading(
         model_config.max_seq_length, batch_size=1, seed=config.seed, num_workers=config.num_workers,
         shuffle_buffer=config.shuffle_buffer,
@@ -62,30 +57,8 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
 
     found = look_at(corpus, reading, sequences, keep=max(1, show))
     plot_lengths(found.documents, reading.length, output)
-    _print("\n".join([*report(found, corpus, reading, wanted=sequences, show=show), "", f"Picture: {output}"]))
+    console.show("\n".join([*report(found, corpus, reading, wanted=sequences, show=show), "", f"Picture: {output}"]))
     return 0
-
-
-def _require_writable(output: Path) -> None:
-    """Raises UserError now, before the work, when the picture could not be written."""
-    if output.is_dir():
-        raise UserError(f"--output {output} is a directory: name a file, such as {output / 'data_lengths.png'}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}): choose another") from error
-
-
-def _print(text: str) -> None:
-    """To a terminal that may lack a character, or to a reader who may leave (``| head``)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        print(printable(text), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left fails no more
 
 
 # ---- the report ---------------------------------------------------------------------------------

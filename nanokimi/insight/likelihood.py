@@ -1,0 +1,145 @@
+"""Log-probabilities of given tokens: the one measure behind bits per byte, multiple choice and the harness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanokimi.errors import RunError
+from nanokimi.model.layers import at_least_fp32
+from nanokimi.model.transformer import Transformer
+
+# B batch, T sequence, D model width, S scored positions of a batch
+
+SORTED_BATCHES = 32  # read ahead and sorted, so that a batch holds windows of about one length
+MOST_LOGITS = 1 << 25  # at a time: S is cut so that [S, vocab] stays below
+
+
+class Window(NamedTuple):
+    """Tokens that fit the model: inputs are all but the last, and the last ``scored`` of them are predicted."""
+
+    tokens: list[int]
+    scored: int
+
+
+class Score(NamedTuple):
+    """Log-probability in nats, and whether each token was the most likely one at its place."""
+
+    log_prob: float
+    greedy: bool
+
+
+class Scoring(NamedTuple):
+    """How windows are run through a model.
+
+    Attributes:
+        batch_size: B, windows of a forward pass; no score depends on it but for rounding.
+        precision: an autocast context for the forward passes.
+    """
+
+    batch_size: int = 8
+    precision: AbstractContextManager[object] | None = None
+
+
+def windows(
+    chunks: Iterable[tuple[Sequence[int], bool]], prefix: Sequence[int], *, context: int, stride: int = 0
+) -> Iterator[Window]:
+    """Cuts rows of tokens of any length so that every token is predicted exactly once, in bounded memory.
+
+    Windows do not overlap but for the last one of a row, which looks back so that it is full: what
+    ``lm_eval.utils.get_rolling_token_windows`` does with a ``context_len`` of 1.
+
+    Args:
+        chunks: stretches of tokens in their order, and for each whether it ends a row.
+        prefix: what stands in front of every row, not scored; one that is too long is cut at its left.
+        context: most inputs of a window.
+        stride: tokens predicted by every window of a row but the first, 1 to ``context``: a smaller one sees more
+            of what came before (their ``context_len`` is ``context - stride + 1``); 0 takes ``context``.
+    """
+    row, at, room = list(prefix), len(prefix), context
+    for tokens, ends_row in chunks:
+        row += tokens
+        while len(row) - at >= room or (ends_row and at < len(row)):
+            end = min(at + room, len(row))
+            yield Window(row[max(0, end - 1 - context) : end], end - at)
+            at, room = end, stride or context
+        done = max(0, at - context)
+        del row[:done]
+        at -= done
+        if ends_row:
+            row, at, room = list(prefix), len(prefix), context
+
+
+def score(model: Transformer, cut: Iterable[Window], scoring: Scoring) -> Iterator[Score]:
+    """The score of each window, in their order.
+
+    Args:
+        model: in evaluation mode.
+
+    Raises:
+        RunError: the model's logits are not finite.
+    """
+    assert not model.training
+    waiting = iter(cut)
+    while group := list(islice(waiting, scoring.batch_size * SORTED_BATCHES)):
+        # The longest first: if memory is too small for a batch, this shows at once.
+        order = sorted(range(len(group)), key=lambda number: -len(group[number].tokens))
+        scores: dict[int, Score] = {}
+        for start in range(0, len(order), scoring.batch_size):
+            chosen = order[start : start + scoring.batch_size]
+            with scoring.precision or nullcontext():
+                scores.update(zip(chosen, _score_batch(model, [group[number] for number in chosen]), strict=True))
+        yield from (scores[number] for number in range(len(group)))
+
+
+def score_rows(
+    model: Transformer, rows: Iterable[tuple[Sequence[int], Sequence[int]]], scoring: Scoring
+) -> Iterator[Score]:
+    """The score of each row, a prefix and the tokens behind it, in their order; no tokens score 0.
+
+    Tokens that do not fit the context behind their prefix are scored in several windows.
+    """
+    context = model.config.max_seq_length
+    cut = [list(windows([(tokens, True)], prefix, context=context)) for prefix, tokens in rows]
+    scores = score(model, chain.from_iterable(cut), scoring)
+    for row in cut:
+        parts = list(islice(scores, len(row)))
+        yield Score(sum(part.log_prob for part in parts), all(part.greedy for part in parts))
+
+
+@torch.inference_mode()
+def _score_batch(model: Transformer, batch: Sequence[Window]) -> list[Score]:
+    """Scores some windows together, padded at their right, which no earlier position sees."""
+    length = max(len(window.tokens) for window in batch)
+    rows = torch.tensor([window.tokens + [0] * (length - len(window.tokens)) for window in batch])
+    ends = torch.tensor([[len(window.tokens) - 1] for window in batch])
+    starts = ends - torch.tensor([[window.scored] for window in batch])
+    places = torch.arange(length - 1)
+    rows, chosen = rows.to(model.embed.device), ((places >= starts) & (places < ends)).to(model.embed.device)  # [B, T]
+    hidden, _ = model.hidden(rows[:, :-1])
+    log_probs, hits = _read_off(model, hidden[chosen], rows[:, 1:][chosen])
+    counts = [window.scored for window in batch]
+    sums = [float(part.sum()) for part in log_probs.split(counts)]
+    if not all(map(math.isfinite, sums)):
+        raise RunError("the model's logits are not finite: its weights are damaged, try an earlier checkpoint")
+    return [Score(total, bool(hit.all())) for total, hit in zip(sums, hits.split(counts), strict=True)]
+
+
+def _read_off(model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability, in fp64, of ``labels`` ``[S]`` behind ``hidden`` ``[S, D]``, and whether they are the likeliest.
+
+    Both are on the CPU.
+    """
+    log_probs, hits = [], []
+    size = max(1, MOST_LOGITS // model.config.vocab_size)
+    for part, label in zip(hidden.split(size), labels.split(size), strict=True):
+        logits = at_least_fp32(model.head(part))
+        log_probs.append(logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(dim=1))
+        hits.append(logits.argmax(dim=1) == label)
+    return torch.cat(log_probs).cpu().double(), torch.cat(hits).cpu()
