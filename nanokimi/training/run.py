@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import fcntl
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.console import say
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
+from nanokimi.loading import load, load_weights
+from nanokimi.training.log_services import Reported
+from nanokimi.training.loggers import check_loggers, open_loggers
 from nanokimi.training.trainer import Trainer
 
 # What a resume may change without being asked twice: none of it alters what a step computes,
@@ -24,7 +29,16 @@ from nanokimi.training.trainer import Trainer
 FREE_TO_CHANGE = frozenset(
     {
         "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
-        "device", "num_workers", "output_dir",
+        "device", "num_workers", "output_dir", "log",
+    }
+)  # fmt: skip
+
+# Fields of ModelConfig that decide the shape of weights.
+SHAPE_FIELDS = frozenset(
+    {
+        "vocab_size", "dim", "n_heads", "n_layers", "n_dense_layers", "inter_dim", "n_routed_experts",
+        "n_shared_experts", "moe_inter_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+        "v_head_dim",
     }
 )  # fmt: skip
 
@@ -60,29 +74,68 @@ def run_training(request: Request) -> int:
         return _train_resumed(request, output) if request.resume else _train_fresh(request, output)
 
 
+class Origin(NamedTuple):
+    """What a fresh run begins with; the tokenizer is None where the text decides, the weights where chance does."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None = None
+    weights: dict[str, torch.Tensor] | None = None
+
+
 def _train_fresh(request: Request, output: Path) -> int:
     config = from_dict(TrainConfig, request.train)
-    model_config = ModelConfig.preset(config.preset, **request.model)
+    check_loggers(config.log)
+    if config.init_from:
+        origin = _origin_from_weights(config.init_from, request)
+    else:
+        origin = Origin(ModelConfig.preset(config.preset, **request.model))
     with _own_folder(output):
-        corpus = _open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in request.model)
-        if corpus.revision:
-            config = replace(config, hf_revision=corpus.revision)  # what a resume has to read again
-        if "vocab_size" not in request.model:
-            model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-        if model_config.vocab_size < corpus.tokenizer.vocab_size:
-            raise UserError(
-                f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
-                "raise it, or leave it out to follow the tokenizer"
-            )
-        trainer = Trainer(config, model_config, corpus, resolve_device(config.device))
+        trainer = _fresh_trainer(config, origin, request)
+        del origin  # not two copies of the weights while it trains
         _put_aside(output / "checkpoints")
-        return _train(trainer)
+        return _train(trainer, continues=False)
+
+
+def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request) -> Trainer:
+    model_config, tokenizer = origin.config, origin.tokenizer
+    named = "tokenizer_name" in request.model
+    corpus = _open_corpus(config, model_config.tokenizer_name, tokenizer=tokenizer, named=named)
+    if corpus.revision:
+        config = replace(config, hf_revision=corpus.revision)  # what a resume has to read again
+    if tokenizer is None and "vocab_size" not in request.model:
+        model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+    if model_config.vocab_size < corpus.tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
+            "raise it, or leave it out to follow the tokenizer"
+        )
+    trainer = Trainer(config, model_config, corpus, resolve_device(config.device))
+    if origin.weights is not None:
+        load_weights(Path(config.init_from), trainer.model, origin.weights)
+        say(f"beginning with the {trainer.model.num_parameters():,} parameters of {config.init_from}")
+    return trainer
+
+
+def _origin_from_weights(path: str, request: Request) -> Origin:
+    """``--init_from``: shape, weights and tokenizer of a trained model; the request changes what needs no others."""
+    if "preset" in request.train:
+        raise UserError("--preset: the shape of the model comes with --init_from: leave one of them out")
+    if "tokenizer_name" in request.model:
+        raise UserError("tokenizer_name: the tokenizer comes with --init_from: leave one of them out")
+    model, tokenizer = load(path)
+    for name, value in request.model.items():
+        if name in SHAPE_FIELDS and value != (own := getattr(model.config, name)):
+            raise UserError(f"{name} {value}: the weights of --init_from {path} are made for {own}: leave it out")
+    return Origin(replace(model.config, **request.model), tokenizer, model.state_dict())
 
 
 def _train_resumed(request: Request, output: Path) -> int:
     path, content = find_checkpoint(output, request.checkpoint_path)
-    checkpoint.require(path, content, "train_config", "model_config", "tokenizer", "history", "model")
+    checkpoint.require(path, content, "model_config", "tokenizer", "model")
+    if "train_config" not in content or "history" not in content:
+        raise UserError(f"{path} holds a model and no run to go on with: begin one with --init_from {path}")
     config, model_config = _resumed_configs(request, path, content)
+    check_loggers(config.log)
     with _own_folder(output):
         tokenizer = Tokenizer.from_state(content["tokenizer"])
         corpus = _open_corpus(config, model_config.tokenizer_name, tokenizer=tokenizer)
@@ -90,14 +143,22 @@ def _train_resumed(request: Request, output: Path) -> int:
         trainer = Trainer(config, model_config, corpus, device, history=content["history"])
         trainer.restore(path, content, override=request.override)
         newest = _checkpoints(output)[:1]
-        if request.checkpoint_path and newest and not newest[0].samefile(path):
+        elsewhere = bool(request.checkpoint_path and newest and not newest[0].samefile(path))
+        if elsewhere:
             _put_aside(output / "checkpoints")  # another run's, or later ones of this run
         say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
-        return _train(trainer)
+        return _train(trainer, continues=not elsewhere)
 
 
-def _train(trainer: Trainer) -> int:
-    code = trainer.train()
+def _train(trainer: Trainer, *, continues: bool) -> int:
+    """Trains, unless the run is over: then it is left as it is."""
+    if trainer.finished():
+        return 0
+    config = trainer.config
+    fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
+    run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, say)
+    with open_loggers(config.log, run) as loggers:
+        code = trainer.train(loggers)
     for oddity, count in trainer.batches.oddities.items():
         say(f"note: {count:,} {oddity}")
     return code
@@ -109,11 +170,6 @@ def _open_corpus(
     corpus = open_corpus(config, tokenizer_name, tokenizer=tokenizer, named=named, say=say)
     say(corpus.summary)
     return corpus
-
-
-def say(text: str) -> None:
-    """Tells the user something that is not the command's result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def find_checkpoint(output: Path, named: str) -> tuple[Path, dict[str, Any]]:
@@ -140,18 +196,21 @@ def _checkpoints(output: Path) -> list[Path]:
 
 def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> tuple[TrainConfig, ModelConfig]:
     """The checkpoint's configs with the request on top; lists and refuses differences that change the training."""
-    saved_train, saved_model = content["train_config"], content["model_config"]
-    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))} - {"preset"}
+    saved_train = from_dict(TrainConfig, content["train_config"])
+    saved_model = from_dict(ModelConfig, content["model_config"])
+    if request.train.get("init_from", "") not in ("", saved_train.init_from):
+        raise UserError(f"--init_from: --resume goes on with the weights of {path}: leave one of the two out")
+    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))} - {"preset", "init_from"}
     if unknown := sorted(request.override - known):
         raise UserError(f"--override {', '.join(unknown)}: no such field, or none that a resume can change")
     output = {"output_dir": request.train.get("output_dir", TrainConfig.output_dir)}
-    config = from_dict(TrainConfig, {**saved_train, **request.train, **output})
-    model_config = from_dict(ModelConfig, {**saved_model, **request.model})
+    config = replace(saved_train, **{**request.train, **output})
+    model_config = replace(saved_model, **request.model)
     differences = [
-        f"{name} (saved {saved[name]!r}, now {value!r})"
+        f"{name} (saved {earlier!r}, now {value!r})"
         for saved, asked in ((saved_train, request.train), (saved_model, request.model))
         for name, value in asked.items()
-        if saved.get(name) != value and name not in FREE_TO_CHANGE | request.override
+        if (earlier := getattr(saved, name)) != value and name not in FREE_TO_CHANGE | request.override
     ]
     if differences:
         raise UserError(

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.console import printable
 from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.packing import PackedSequences
 from nanokimi.device import compiles_well, has_fast_bf16
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.engine import generate
-from nanokimi.inference.terminal import printable
 from nanokimi.loading import load_weights
 from nanokimi.model.transformer import Losses, Transformer, document_numbers
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.training.evaluation import evaluate
+from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.progress import ProgressDisplay
 from nanokimi.training.signals import StopSignals
@@ -112,31 +113,30 @@ class Trainer:
 
     # ---- the loop -------------------------------------------------------------------------------
 
-    def train(self) -> int:
+    def train(self, loggers: Loggers | None = None) -> int:
         """Trains to the end of the schedule or until a signal; returns the exit code (0, 130 or 143).
 
-        A run that is over already is left as it is.
+        Args:
+            loggers: hear of every step too.
 
         Raises:
             RunError: the loss stayed non-finite, or the disk is full.
         """
         config, counters = self.config, self.counters
-        if self._finished():
-            return 0
         began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
         with StopSignals() as signals, self._display() as display:
-            while not self._finished() and signals.stop is None:
+            while not self.finished() and signals.stop is None:
                 sampled = int(self._progress() * config.samples)
                 values = self._train_step(batches)
                 self.metrics.record(counters.step, values)
                 counters.seconds = time.monotonic() - began
-                if self._validates() and counters.step % config.eval_interval == 0 and not self._finished():
-                    values["val_bits_per_byte"] = self._validate()
-                display.step(counters.step, values)
+                if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
+                    values |= self._validate()
+                self._show(values, display, loggers)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
                     self._give_up()
-                if self._finished() or signals.stop is not None:
+                if self.finished() or signals.stop is not None:
                     continue
                 if int(self._progress() * config.samples) > sampled:
                     display.say(self._sample())
@@ -144,8 +144,8 @@ class Trainer:
                     signals.save = False
                     self.save()
             if self._validates() and signals.stop is None:
-                display.step(counters.step, {"val_bits_per_byte": self._validate()})
-            self.save(final=self._finished())
+                self._show(self._validate(), display, loggers)
+            self.save(final=self.finished())
         self.metrics.close()
         return 0 if signals.stop is None else 128 + signals.stop
 
@@ -228,8 +228,8 @@ class Trainer:
             + (" (--override learning_rate,adam_lr)" if saved else "")
         )
 
-    def _validate(self) -> float:
-        """Evaluates, records, keeps the best checkpoint; returns the bits per byte."""
+    def _validate(self) -> dict[str, Any]:
+        """Evaluates, records, keeps the best checkpoint; returns what it measured."""
         assert self.held_out is not None
         measured = evaluate(
             self.model, self.held_out, self.corpus.tokenizer, batch_size=self.config.batch_size,
@@ -239,7 +239,12 @@ class Trainer:
         if measured.loss < self.counters.best_loss:
             self.counters.best_loss = measured.loss
             self.save("best.pt")
-        return measured.bits_per_byte
+        return {"val_loss": measured.loss, "val_bits_per_byte": measured.bits_per_byte}
+
+    def _show(self, values: dict[str, Any], display: ProgressDisplay, loggers: Loggers | None) -> None:
+        display.step(self.counters.step, values)
+        if loggers is not None:
+            loggers.log(self.counters.step, values)
 
     # ---- helpers --------------------------------------------------------------------------------
 
@@ -252,7 +257,8 @@ class Trainer:
     def _validates(self) -> bool:
         return self.held_out is not None and self.config.eval_interval > 0
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Whether the schedule is over."""
         return self._progress() >= 1.0
 
     def _display(self) -> ProgressDisplay:
@@ -313,7 +319,7 @@ class Trainer:
 
         history = self.metrics.write_json()
         path = Path(self.config.output_dir) / "logs" / "training_metrics.png"
-        plot_training(history, path, tau=self.config.qk_clip_tau, title=self.config.preset)
+        plot_training(history, path, tau=self.config.qk_clip_tau, title=self.config.init_from or self.config.preset)
 
     def state(self) -> dict[str, Any]:
         """The run as plain data; ``restore`` takes it back."""
