@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.inference.engine import generate_tokens
-from nanokimi.interop.huggingface import huggingface_config
+from nanokimi.interop.hf_config import huggingface_config
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MuonClip, parameters_by_role
 
@@ -45,7 +45,7 @@ def main() -> None:
     tokens = torch.randint(config.vocab_size, (args.batch_size, min(256, config.max_seq_length)))
     prompt = tokens[:1, : min(CONTEXT, config.max_seq_length - NEW_TOKENS)]
     ours = Transformer(config)
-    shape = transformers.DeepseekV3Config(**huggingface_config(config), initializer_range=config.init_std)
+    shape = transformers.DeepseekV3Config(**huggingface_config(config))
     theirs = transformers.DeepseekV3ForCausalLM(shape)
     seconds = {
         "forward and backward": time_passes(ours, theirs, tokens, args.repeats),

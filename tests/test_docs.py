@@ -102,6 +102,8 @@ def folder(tmp_path: Path, small_text: str, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.txt").write_text(small_text, encoding="utf-8")
     (tmp_path / "data" / "mine.txt").write_text(small_text, encoding="utf-8")
+    question = {"question": "import json\njson.", "choices": ["loads", "walks", "sings"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question), encoding="utf-8")
     monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["debug"], "tokenizer_name": "bpe:512"})
     library = SimpleNamespace(get_path=lambda _: Path(json.__file__).parent)
     monkeypatch.setattr("nanokimi.data.stdlib.sysconfig", library)
