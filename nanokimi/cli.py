@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -271,7 +272,7 @@ def add_eval(commands: Any) -> None:
         description="Measures a model on a text, on questions of your own and on tasks of lm-evaluation-harness. "
         "Without a text and without --tasks: on the held-out part of what it was trained on.",
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint, such as checkpoints/final.pt")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, or a folder in Hugging Face format")
     add_settings(parser, EVAL_FIELDS)
     parser.add_argument(
         "--batch_size", "--batch-size", default=argparse.SUPPRESS, metavar="N",
@@ -332,8 +333,10 @@ def add_export(commands: Any) -> None:
 
 def export_hf(args: argparse.Namespace) -> int:
     """``nanokimi export hf``."""
-    if not args.max_shard_gb > 0:
-        raise UserError(f"--max_shard_gb must be more than 0, got {args.max_shard_gb:g}")
+    if not 0 < args.max_shard_gb < math.inf:
+        raise UserError(f"--max_shard_gb must be positive and finite, got {args.max_shard_gb:g}")
+    if args.public and not args.push:
+        raise UserError("--public says who may see an upload: add --push OWNER/NAME, or leave it out")
 
     from nanokimi.exchange import Export, export_hf
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nanokimi import checkpoint
+from nanokimi.console import say
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import RunError, UserError
 from nanokimi.files import move_into, new_folder, partial_folder, require_writable
@@ -22,7 +22,7 @@ from nanokimi.interop import gguf_file, hf_folder
 from nanokimi.interop.llamacpp import compare_llamacpp
 from nanokimi.interop.push import push_folder, require_pushable
 from nanokimi.interop.receipt import RECEIPT, Comparison, NotCompared, write_receipt
-from nanokimi.interop.stored import StoredModel
+from nanokimi.interop.stored import StoredModel, with_shared_expert
 from nanokimi.interop.transformers_engine import compare_transformers
 from nanokimi.loading import build, read_model
 from nanokimi.model.transformer import Transformer
@@ -97,7 +97,7 @@ def export_gguf(request: Export) -> int:
             written.
         RunError: the disk is full, or the engine computes something else.
     """
-    stored, target = read_model(request.source), request.target
+    stored, target = with_shared_expert(read_model(request.source)), request.target
     dtype = hf_folder.dtype_of(stored) if request.dtype == AUTO else request.dtype
     if os.path.exists(target):
         raise UserError(f"{target}: exists already: choose another name, or remove it")
@@ -192,8 +192,3 @@ def _target_explained(target: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL_DISK):
             reason = "the disk is full: free space"
         raise RunError(f"{target} cannot be written: {reason}") from error
-
-
-def say(text: str) -> None:
-    """Tells the user something that is not the command's result."""
-    print(text, file=sys.stderr, flush=True)

@@ -34,6 +34,7 @@ from nanokimi.interop import hf_folder
 from nanokimi.interop.hf_folder import OWN
 from nanokimi.interop.receipt import RECEIPT, TEXT, Comparison, sha256_of, verify_receipt
 from nanokimi.interop.shards import INDEX
+from nanokimi.interop.stored import with_shared_expert
 from nanokimi.loading import load, read_model
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
@@ -108,8 +109,27 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     assert {WEIGHTS, "config.json", "tokenizer.json", "README.md", OWN, RECEIPT} < set(contents(first))
     assert "transformers" in json.loads((first / RECEIPT).read_text())["comparison"]["engine"]
     back = read_model(imported)
-    assert back.config == stored.config
+    assert back.config == with_shared_expert(stored).config
     assert (back.tokenizer.fingerprint, back.tokenizer.eot_id) == (tokenizer.fingerprint, tokenizer.eot_id)
+
+
+@torch.no_grad()
+def test_a_model_without_shared_experts_is_exported_with_one_that_adds_nothing(tmp_path: Path) -> None:
+    source = saved(stored_model(n_shared_experts=0), tmp_path / "m.pt")
+    run("export", "hf", source, tmp_path / "hf", "--no_compare")
+    (one, _), (other, _) = load(source), load(tmp_path / "hf")
+    assert (one.config.n_shared_experts, other.config.n_shared_experts) == (0, 1)
+    tokens = torch.randint(257, (2, 50))
+    assert torch.equal(one(tokens), other(tokens))
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf"])
+def test_a_limit_of_shards_is_a_size(limit: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line_of(capsys, ["export", "hf", "m.pt", tmp_path / "hf", f"--max_shard_gb={limit}"], "--max_shard_gb", "positive")
+
+
+def test_who_may_see_an_upload_is_no_question_without_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line_of(capsys, ["export", "hf", "m.pt", tmp_path / "hf", "--public"], "--public", "--push")
 
 
 def test_a_folder_loads_to_the_same_model_bit_for_bit(source: Path, exported: Path) -> None:

@@ -99,11 +99,17 @@ def _topk_method(config: ModelConfig) -> str:
 
 def _rope(config: ModelConfig) -> dict[str, Any]:
     """Positions in the old spelling and in the new one: each engine reads but one of them."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_factor == 1:
-        return {"rope_theta": config.rope_theta, "rope_parameters": rope}
+    spelled: dict[str, Any] = {
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
     yarn = {"rope_type": "yarn", **{theirs: getattr(config, ours) for ours, theirs in YARN_FIELDS.items()}}
-    return {"rope_theta": config.rope_theta, "rope_parameters": rope | yarn, "rope_scaling": {"type": "yarn", **yarn}}
+    if config.rope_factor > 1:
+        spelled["rope_parameters"] |= yarn
+        spelled["rope_scaling"] = {"type": "yarn", **yarn}
+    elif config.score_func == "softmax":  # mlx-lm cannot do without it in a deepseek_v2: stretched by 1
+        spelled["rope_scaling"] = {"type": "yarn", **yarn, "original_max_position_embeddings": config.max_seq_length}
+    return spelled
 
 
 # ---- theirs to ours -------------------------------------------------------------------------------------
@@ -175,13 +181,13 @@ def _rope_values(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     parts = [said.get(name, {}) for name in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(part, dict) for part in parts):
         return {}, ["rope_scaling is no JSON object"]
-    given = parts[0] | parts[1]
+    given = parts[1] | parts[0]  # transformers prefers the old spelling
     rope = {name: value for name, value in given.items() if value is not None}
     theta = rope.get("rope_theta", said.get("rope_theta"))
     if theta is None:
         return {}, ["lacks rope_theta"]
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind == "default" or (kind == "yarn" and rope.get("factor") == 1):
         return {"rope_theta": theta, "rope_factor": 1.0}, []
     if kind != "yarn":
         return {}, [f"rope_scaling is of type {kind!r}, not 'yarn'"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,7 +19,7 @@ from nanokimi.interop.huggingface import from_huggingface, to_huggingface
 from nanokimi.interop.model_card import model_card
 from nanokimi.interop.receipt import RECEIPT, verify_receipt
 from nanokimi.interop.shards import INDEX, WEIGHTS, Shards, read_json
-from nanokimi.interop.stored import StoredModel
+from nanokimi.interop.stored import StoredModel, with_shared_expert
 from nanokimi.model.transformer import Transformer
 
 OWN = "nanokimi.json"
@@ -46,6 +45,7 @@ def write_folder(folder: Path, model: StoredModel, *, shard_bytes: int = SHARD_B
         OSError: the disk is full.
     """
     require_expressible(model)
+    model = with_shared_expert(model)
     dtype = str(DTYPES[dtype_of(model)]).removeprefix("torch.")
     eot = model.tokenizer.eot_id
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
@@ -115,6 +115,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that its generate() refuses
     }
     return {
         "tokenizer.json": tokenizer.to_json(),
@@ -130,7 +131,7 @@ def _without_folders(tokenizer_name: str) -> str:
 
 
 def _write_weights(folder: Path, model: StoredModel, shard_bytes: int) -> list[Path]:
-    renamed = to_huggingface(model.weights, model.config) | _no_shared_experts(model.config)
+    renamed = to_huggingface(model.weights, model.config)
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in renamed.items():
@@ -153,18 +154,6 @@ def _write_weights(folder: Path, model: StoredModel, shard_bytes: int) -> list[P
         (folder / INDEX).write_text(_json({"metadata": {"total_size": total}, "weight_map": home}), encoding="utf-8")
         files.append(folder / INDEX)
     return files
-
-
-def _no_shared_experts(config: ModelConfig) -> dict[str, Tensor]:
-    """Matrices without rows or columns, which transformers misses where there are no shared experts."""
-    if config.n_shared_experts:
-        return {}
-    shapes = {"gate_proj": (0, config.dim), "up_proj": (0, config.dim), "down_proj": (config.dim, 0)}
-    return {
-        f"model.layers.{layer}.mlp.shared_experts.{part}.weight": torch.empty(shape)
-        for layer in range(config.n_dense_layers, config.n_layers)
-        for part, shape in shapes.items()
-    }
 
 
 def _json(content: Mapping[str, Any]) -> str:

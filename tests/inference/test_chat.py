@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from scripted import InterruptedModel, ScriptedModel
 
+from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat import Chat, interactive
 from nanokimi.inference.settings import Settings
-from nanokimi.console import printable
 
 
 def settings(max_tokens: int) -> Settings:

@@ -270,6 +270,11 @@ def test_weights_beyond_the_limit_are_split_and_indexed(sharded: Path) -> None:
     assert same_weights(dict(read_folder(sharded).weights), dict(stored_model().weights))
 
 
+def test_files_are_as_readable_as_the_user_wants(sharded: Path) -> None:
+    (ordinary := sharded / "ordinary").touch()
+    assert {file.stat().st_mode for file in sharded.iterdir()} == {ordinary.stat().st_mode}
+
+
 def test_a_tensor_larger_than_the_limit_has_a_file_of_its_own(tmp_path: Path) -> None:
     write_folder(tmp_path, stored_model(), shard_bytes=1)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(json.loads((tmp_path / INDEX).read_text())["weight_map"])
