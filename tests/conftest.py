@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +50,11 @@ def lively(model: Transformer, std: float = 0.2) -> Transformer:
     for moe in model.moe_layers():
         moe.router.balance_bias.copy_(0.3 * torch.randn(moe.router.balance_bias.shape, generator=generator))
     return model.eval()
+
+
+def locked_folder(tmp_path: Path) -> Path:
+    """A folder in which nobody can write, not even root, whom no mode keeps out."""
+    if os.geteuid() == 0:
+        return Path("/proc/self")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    return tmp_path / "locked"

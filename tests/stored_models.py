@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,33 @@ def contents(folder: Path) -> dict[str, bytes]:
 def nothing_at(target: Path) -> bool:
     """Whether the folder in which ``target`` was to lie is empty: not even a temporary is left."""
     return os.listdir(target.parent) == []
+
+
+# ---- fixtures, for tests that import them -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a debug model."""
+    return saved(stored_model(), tmp_path_factory.mktemp("source") / "model.pt")
+
+
+@pytest.fixture(scope="module")
+def exported(source: Path) -> Path:
+    """Its export, compared with transformers, with a receipt. Not to be changed."""
+    run("export", "hf", source, source.with_name("hf"))
+    return source.with_name("hf")
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the export, to be damaged."""
+    shutil.copytree(exported, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A place for a result in a folder of its own, where a fault must leave nothing."""
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results" / "result"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,15 @@ from stored_models import (
     contents,
     edit_json,
     edit_tensors,
+    exported,
+    folder,
     line_of,
     nothing_at,
     run,
     saved,
+    source,
     stored_model,
+    target,
 )
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -39,33 +42,6 @@ from nanokimi.loading import load, read_model
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a debug model."""
-    return saved(stored_model(), tmp_path_factory.mktemp("source") / "model.pt")
-
-
-@pytest.fixture(scope="module")
-def exported(source: Path) -> Path:
-    """Its export, compared with transformers, with a receipt. Not to be changed."""
-    run("export", "hf", source, source.with_name("hf"))
-    return source.with_name("hf")
-
-
-@pytest.fixture
-def folder(exported: Path, tmp_path: Path) -> Path:
-    """A copy of the export, to be damaged."""
-    shutil.copytree(exported, tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    """A place for a result in a folder of its own, where a fault must leave nothing."""
-    (tmp_path / "results").mkdir()
-    return tmp_path / "results" / "result"
 
 
 # ---- there and back --------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import locked_folder
 from safetensors import SafetensorError
 from stored_models import (
     OUT,
@@ -18,11 +18,15 @@ from stored_models import (
     contents,
     edit_json,
     edit_tensors,
+    exported,
+    folder,
     line_of,
     nothing_at,
     run,
     saved,
+    source,
     stored_model,
+    target,
 )
 
 from nanokimi import checkpoint, exchange, loading
@@ -35,33 +39,6 @@ from nanokimi.interop.shards import INDEX
 from nanokimi.loading import load
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a debug model."""
-    return saved(stored_model(), tmp_path_factory.mktemp("source") / "model.pt")
-
-
-@pytest.fixture(scope="module")
-def exported(source: Path) -> Path:
-    """Its export, compared with transformers, with a receipt. Not to be changed."""
-    run("export", "hf", source, source.with_name("hf"))
-    return source.with_name("hf")
-
-
-@pytest.fixture
-def folder(exported: Path, tmp_path: Path) -> Path:
-    """A copy of the export, to be damaged."""
-    shutil.copytree(exported, tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    """A place for a result in a folder of its own, where a fault must leave nothing."""
-    (tmp_path / "results").mkdir()
-    return tmp_path / "results" / "result"
 
 
 # ---- faults of the source --------------------------------------------------------------------------------
@@ -247,13 +224,10 @@ def test_a_place_that_cannot_be_written_is_one_line(
     command: str, source: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o555)
-    if os.geteuid() == 0:  # whom no mode keeps out
-        locked = Path("/proc/self")
+    locked = locked_folder(tmp_path)
     too_long = [tmp_path / ("x" * 300)] if command != "import" else []
-    for target in (locked / "new", locked / "below" / "new", tmp_path / "file" / "new", *too_long):
-        line_of(capsys, COMMANDS[command](source, exported, target), str(target), "cannot be written", "choose another")
+    for place in (locked / "new", locked / "below" / "new", tmp_path / "file" / "new", *too_long):
+        line_of(capsys, COMMANDS[command](source, exported, place), str(place), "cannot be written", "choose another")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nanokimi.config import ModelConfig
 from nanokimi.interop.hf_config import ARCHITECTURES
 from nanokimi.interop.receipt import RECEIPT
 from nanokimi.interop.stored import StoredModel
@@ -50,20 +51,7 @@ def _last_parts(paths: str) -> str:
 
 def model_card(model: StoredModel, dtype: str) -> str:
     """``README.md`` of the exported folder, with the front matter that the hub reads."""
-    config, (model_type, architecture) = model.config, ARCHITECTURES[model.config.score_func]
-    with torch.device("meta"):
-        network = Transformer(config)
-    rows = {
-        "parameters": f"{network.num_parameters():,}",
-        "active per token": f"{network.num_parameters(active=True):,}",
-        "layers (dense)": f"{config.n_layers} ({config.n_dense_layers})",
-        "width, heads": f"{config.dim}, {config.n_heads}",
-        "experts: routed / active / shared": f"{config.n_routed_experts} / {config.n_activated_experts} / "
-        f"{config.n_shared_experts}",
-        "context": f"{config.max_seq_length:,} tokens",
-        "vocabulary": f"{config.vocab_size:,}",
-        "weights": dtype,
-    }
+    model_type, architecture = ARCHITECTURES[model.config.score_func]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -79,7 +67,7 @@ tags:
 A base language model, trained to continue text. Its architecture is `{architecture}`: Multi-head Latent
 Attention and a sparse Mixture of Experts.
 
-{_table(rows)}
+{_table(_shape(model.config, dtype))}
 
 ## Training
 
@@ -99,6 +87,22 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50, do_sample=Tru
 With nanokimi: `nanokimi generate FOLDER --prompt "Once upon a time"`. `{RECEIPT}` holds the checksums of the files
 and what an independent engine computed from them.
 """
+
+
+def _shape(config: ModelConfig, dtype: str) -> dict[str, str]:
+    with torch.device("meta"):
+        network = Transformer(config)
+    return {
+        "parameters": f"{network.num_parameters():,}",
+        "active per token": f"{network.num_parameters(active=True):,}",
+        "layers (dense)": f"{config.n_layers} ({config.n_dense_layers})",
+        "width, heads": f"{config.dim}, {config.n_heads}",
+        "experts: routed / active / shared": f"{config.n_routed_experts} / {config.n_activated_experts} / "
+        f"{config.n_shared_experts}",
+        "context": f"{config.max_seq_length:,} tokens",
+        "vocabulary": f"{config.vocab_size:,}",
+        "weights": dtype,
+    }
 
 
 def _training(figures: Mapping[str, Any]) -> str:

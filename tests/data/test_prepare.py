@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import locked_folder
 from streams import write_json_lines, write_parquet, write_text
 
 from nanokimi import checkpoint
@@ -352,10 +352,7 @@ def test_an_output_that_cannot_be_a_folder_is_one_line(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o555)
-    if os.geteuid() == 0:  # whom no mode keeps out
-        locked = Path("/proc/self")
+    locked = locked_folder(tmp_path)
     for output in (tmp_path / "file", tmp_path / "file" / "below", locked, locked / "below"):
         assert f"--output {output}: cannot be written" in refused(capsys, flags(text, output))
     assert (tmp_path / "file").read_text() == "in the way"
