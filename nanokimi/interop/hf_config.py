@@ -144,7 +144,8 @@ def model_values(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
     try:
         ModelConfig(**values)
     except ConfigError as error:
-        raise UserError(f"{where}: {error}") from error
+        ours, _, problem = str(error).partition(" ")
+        raise UserError(f"{where}: {FIELDS.get(ours, ours)} {problem}") from error
     return values, _notes(said)
 
 

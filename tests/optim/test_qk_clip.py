@@ -10,7 +10,7 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.model.attention import MLA
 from nanokimi.model.kernels import causal_attention, largest_logits, reference_attention
-from nanokimi.model.layers import rotary_angles
+from nanokimi.model.rope import frequencies
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.optim.qk_clip import clip_factors, qk_clip_
@@ -37,7 +37,7 @@ def layer_inputs(model: Transformer, tokens: Tensor) -> list[Tensor]:
 def brute_force_logits(attention: MLA, x: Tensor) -> Tensor:
     """Largest scaled causal logit per head ``[H]``, straight from the definition in the papers."""
     c = attention.config
-    angles = rotary_angles(x.shape[1], c.qk_rope_head_dim, c.rope_theta)
+    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), frequencies(c))
     q_nope, q_rope = attention.queries(x, (angles.cos(), angles.sin()))
     latent, k_rope = attention.latents(x, (angles.cos(), angles.sin()))
     best = torch.full((c.n_heads,), -torch.inf)
