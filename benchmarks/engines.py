@@ -2,6 +2,7 @@
 
     python benchmarks/engines.py runs/demo/checkpoints/final.pt        # writes benchmarks/results/interop-DATE.json
     python benchmarks/engines.py --random nano-243m --engines mlx-lm,mistralrs
+    python benchmarks/engines.py --random tiny,score_func=softmax,norm_topk_prob=false
 
 Every engine but the transformers of our own environment gets one of its own under --work, made with pip the first
 time. The model is exported once, in fp32. Then a small script inside each environment opens that folder, reads the
@@ -28,6 +29,7 @@ import torch
 from step import ROOT, about
 
 from nanokimi import ModelConfig, Transformer, checkpoint, generate_tokens, load
+from nanokimi.config import parse_value
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.interop.receipt import TEXT, fixed_tokens
@@ -177,7 +179,9 @@ class Finding:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="checkpoints")
-    parser.add_argument("--random", action="append", default=[], metavar="PRESET", help="a model with random weights")
+    parser.add_argument(
+        "--random", action="append", default=[], metavar="PRESET,FIELD=VALUE,...", help="random weights"
+    )
     parser.add_argument("--engines", default=",".join(ENGINES), help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, default=ROOT / ".engines", help="environments and exported models")
     args = parser.parse_args()
@@ -187,7 +191,7 @@ def main() -> None:
     if not args.models and not args.random:
         parser.error("name a checkpoint, or --random nano-243m")
     pythons = {name: prepared_environment(args.work.absolute() / "environments" / name, name) for name in names}
-    models = [*args.models, *(random_checkpoint(args.work / f"random-{preset}.pt", preset) for preset in args.random)]
+    models = [*args.models, *(random_checkpoint(args.work, shape) for shape in args.random)]
     results = {}
     for model in models:
         results["/".join(model.parts[-3:])] = compare(model, pythons, args.work)
@@ -215,17 +219,22 @@ def prepared_environment(folder: Path, name: str) -> Path:
     return folder / "bin/python"
 
 
-def random_checkpoint(path: Path, preset: str) -> Path:
+def random_checkpoint(work: Path, shape: str) -> Path:
     """A model whose every part matters to its logits, with a small tokenizer of the standard library's text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"random-{shape}.pt"
+    preset, *changes = shape.split(",")
+    pairs = (change.partition("=") for change in changes)
+    fields = {name: parse_value(ModelConfig, name, text) for name, _, text in pairs}
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.preset(preset, tokenizer_name="bpe:2048"))
+    model = Transformer(ModelConfig.preset(preset, tokenizer_name="bpe:2048", **fields))
     with torch.no_grad():
         for role, parameter in model.declare():
             noise = torch.randn(parameter.shape)
             parameter.copy_(1 + 0.2 * noise if role == "norm" else 2 * parameter)
         for moe in model.moe_layers():
-            moe.router.balance_bias.normal_(std=0.1)
+            if model.config.score_func == "sigmoid":  # DeepSeek-V2 has no such bias
+                moe.router.balance_bias.normal_(std=0.1)
     text = path.with_suffix(".txt")
     prepare_stdlib(text)
     with text.open(encoding="utf-8") as file:
