@@ -166,7 +166,7 @@ NOT_OURS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "fewer key heads": ({"num_key_value_heads": 1}, ["num_key_value_heads is 1", "2"]),
     "no theta": ({"rope_theta": OUT, "rope_parameters": OUT}, ["lacks rope_theta"]),
     "fields that are missing": ({"n_group": OUT, "kv_lora_rank": None}, ["lacks n_group", "lacks kv_lora_rank"]),
-    "a word for a number": ({"hidden_size": "32"}, ["dim", "'32'"]),
+    "a word for a number": ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
     "an impossible shape": ({"n_group": 3}, ["n_expert_groups"]),
     "several at once": (
         {"attention_bias": True, "hidden_act": "relu", "moe_layer_freq": 3, "n_group": OUT},
