@@ -7,7 +7,6 @@ flipped byte is noticed here.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import pickle
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import atomic_write
+from nanokimi.files import atomic_write, is_full_disk
 
 FORMAT = "nanokimi-checkpoint"
 VERSION = 1
@@ -54,7 +53,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             if _digest(Path(file.name)) != digest:
                 raise RunError(f"{path}: what was read back differs from what was written: check the disk")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(error):
             raise RunError(f"{path}: cannot be written: {error.strerror}") from error
         raise RunError(f"{path}: the disk is full; the earlier checkpoint is intact: free space and resume") from error
 

@@ -17,7 +17,7 @@ from nanokimi import checkpoint
 from nanokimi.console import say
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import move_into, new_folder, partial_folder, require_writable
+from nanokimi.files import is_full_disk, move_into, new_folder, partial_folder, require_writable
 from nanokimi.interop import gguf_file, hf_folder
 from nanokimi.interop.llamacpp import compare_llamacpp
 from nanokimi.interop.push import push_folder, require_pushable
@@ -33,7 +33,6 @@ AUTO = "auto"  # the type in which the weights are stored
 LARGEST_DIFFERENCE = 1e-3
 LARGEST_LOSS_DIFFERENCE = 0.05
 NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-FULL_DISK = ("No space left", "requested and")  # as safetensors and numpy word it, who tell no number
 
 
 class Export(NamedTuple):
@@ -189,6 +188,6 @@ def _target_explained(target: Path) -> Iterator[None]:
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
         if number in NO_PLACE:
             raise UserError(f"{target}: cannot be written ({reason}): choose another place") from error
-        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL_DISK):
+        if is_full_disk(error):
             reason = "the disk is full: free space"
         raise RunError(f"{target} cannot be written: {reason}") from error

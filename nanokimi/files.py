@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from nanokimi.errors import UserError
+from nanokimi.errors import RunError, UserError
 
 _STALE_SECONDS = 60
 
@@ -116,6 +116,22 @@ def require_writable(output: Path, *, example: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}): choose another") from error
+
+
+@contextmanager
+def disk_errors_explained(what: str, path: Path) -> Iterator[None]:
+    """Turns errors of the file system into a RunError that names the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full: free space" if is_full_disk(error) else error.strerror or error
+        raise RunError(f"the {what} {path} cannot be written: {reason}") from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether there is no room, also where safetensors or numpy say so in words and without a number."""
+    told = any(words in str(error) for words in ("No space left", "requested and"))
+    return told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _remove_stale(path: Path) -> None:

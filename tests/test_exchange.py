@@ -35,6 +35,7 @@ from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError
 from nanokimi.interop import hf_folder
 from nanokimi.interop.hf_folder import OWN
+from nanokimi.interop.model_card import training_figures
 from nanokimi.interop.receipt import RECEIPT, TEXT, Comparison, sha256_of, verify_receipt
 from nanokimi.interop.shards import INDEX
 from nanokimi.interop.stored import with_shared_expert
@@ -298,6 +299,14 @@ def test_the_card_holds_the_figures_of_the_run(trained: Path) -> None:
         assert f"| {last[name]:.4g} |" in card
     for row in ("| steps | 4 |", "| learning rate | 0.0125 |", "| seed | 77 |", "`diary.txt`", "`wsd`", "32 tokens"):
         assert row in card, row
+
+
+def test_a_figure_is_the_last_that_was_a_number() -> None:
+    lines = [{"step": 1, "train_ce_loss": 2.5}, {"val_step": 1, "val_loss": 3.0}, {"step": 2, "train_ce_loss": None}]
+    history = "".join(json.dumps(line) + "\n" for line in lines)
+    figures = training_figures({"train_config": {}, "history": history})
+    assert (figures["train_ce_loss"], figures["val_loss"]) == (2.5, 3.0)
+    assert "val_bits_per_byte" not in figures
 
 
 def test_no_path_of_this_machine_leaves_it(trained: Path) -> None:

@@ -11,10 +11,11 @@ from typing import IO, Any
 
 from nanokimi.data.documents import Cursor
 from nanokimi.data.hub import HubDocuments
-from nanokimi.data.prepared import cache_home, disk_errors_explained
+from nanokimi.data.prepared import cache_home
 from nanokimi.data.progress import reading
 from nanokimi.data.text import short_hash
 from nanokimi.errors import UserError
+from nanokimi.files import disk_errors_explained
 
 
 def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments]) -> Path:

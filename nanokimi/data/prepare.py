@@ -13,13 +13,14 @@ from typing import Any
 
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.prepared import PreparedText, corpus_of, disk_errors_explained
+from nanokimi.data.prepared import PreparedText, corpus_of
 from nanokimi.data.sources import Source, choose_tokenizer, text_of, with_sample
 from nanokimi.data.streamed import StreamedText
 from nanokimi.data.token_bin import TokenFile, TokenFileError
 from nanokimi.data.token_set import MANIFEST, Manifest, TokenSet, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
+from nanokimi.files import disk_errors_explained
 
 TOKENIZER = "tokenizer.json"
 

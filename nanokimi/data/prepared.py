@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from nanokimi.data.corpus import Corpus, Finite
@@ -17,7 +16,8 @@ from nanokimi.data.text import Text, short_hash
 from nanokimi.data.token_bin import TokenFile, TokenFileError
 from nanokimi.data.token_set import TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from nanokimi.errors import RunError, UserError
+from nanokimi.errors import UserError
+from nanokimi.files import disk_errors_explained
 
 Say = Callable[[str], None]
 
@@ -135,14 +135,3 @@ def _remove_outdated(folder: Path, state: str) -> None:
     for path in folder.glob(f"{state.split('-')[0]}-*"):
         if not path.name.startswith(state):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors_explained(what: str, path: Path) -> Iterator[None]:
-    """Turns errors of the file system into a RunError that names the remedy."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full: free space" if full else error.strerror or error
-        raise RunError(f"the {what} {path} cannot be written: {reason}") from error

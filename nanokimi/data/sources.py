@@ -15,12 +15,13 @@ from nanokimi.data.hub import FINEWEB, FINEWEB_CONFIG, HubDocuments
 from nanokimi.data.hub_sample import fetch_sample
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.packing import TokenRow
-from nanokimi.data.prepared import PreparedText, disk_errors_explained
+from nanokimi.data.prepared import PreparedText
 from nanokimi.data.streamed import BPE_CHARACTERS, StreamedText
 from nanokimi.data.text import Text
 from nanokimi.data.token_source import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
+from nanokimi.files import disk_errors_explained
 
 DATASETS = ("local", "localstreaming", "hfstreaming", "fineweb", "tokenbin")
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanokimi.console import show
-from nanokimi.data.prepared import disk_errors_explained
-from nanokimi.files import atomic_write, require_writable
+from nanokimi.files import atomic_write, disk_errors_explained, require_writable
 
 HEADER = ("of", "figure", "value", "stderr", "over")
 

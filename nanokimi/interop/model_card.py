@@ -26,23 +26,30 @@ def training_figures(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint tells about its training, in plain values; of paths only the last part, they are private."""
     if "train_config" not in content:
         return dict(content.get("training", {}))
-    config, counters = content["train_config"], content.get("counters", {})
-    records = [json.loads(line) for line in content.get("history", "").splitlines()]
-    last: dict[str, Any] = {}
-    for record in records:
-        last |= {name: value for name, value in record.items() if value is not None}
+    config, counters, history = content["train_config"], content.get("counters", {}), content.get("history", "")
     kept = {name: config[name] for name in SETTINGS if config.get(name) not in ("", None)}
     if config.get("init_from"):
         kept["init_from"] = Path(config["init_from"]).name
     if config.get("dataset") in ("local", "localstreaming", "tokenbin"):
         kept["data"] = "a mixture" if config.get("mix") else _last_parts(config["data_path"])
-    measured = ("train_ce_loss", "val_loss", "val_bits_per_byte")
+    measured = {name: _last(history, name) for name in ("train_ce_loss", "val_loss", "val_bits_per_byte")}
     return {
         "steps": counters.get("step"),
         "tokens": counters.get("tokens"),
-        **{name: last[name] for name in measured if name in last},
+        **{name: value for name, value in measured.items() if value is not None},
         **kept,
     }
+
+
+def _last(history: str, name: str) -> float | None:
+    """The last number called ``name`` in the lines of a history, which may be long: only its end is read."""
+    end = len(history)
+    while (at := history.rfind(f'"{name}":', 0, end)) >= 0:
+        end = history.rfind("\n", 0, at) + 1
+        value: float | None = json.loads(history[end : history.index("\n", at)])[name]
+        if value is not None:
+            return value
+    return None
 
 
 def _last_parts(paths: str) -> str:

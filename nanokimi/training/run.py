@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
@@ -19,7 +19,7 @@ from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
-from nanokimi.loading import load, load_weights
+from nanokimi.loading import load_weights, read_model
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
 from nanokimi.training.trainer import Trainer
@@ -79,7 +79,7 @@ class Origin(NamedTuple):
 
     config: ModelConfig
     tokenizer: Tokenizer | None = None
-    weights: dict[str, torch.Tensor] | None = None
+    weights: Mapping[str, Tensor] | None = None
 
 
 def _train_fresh(request: Request, output: Path) -> int:
@@ -122,11 +122,11 @@ def _origin_from_weights(path: str, request: Request) -> Origin:
         raise UserError("--preset: the shape of the model comes with --init_from: leave one of them out")
     if "tokenizer_name" in request.model:
         raise UserError("tokenizer_name: the tokenizer comes with --init_from: leave one of them out")
-    model, tokenizer = load(path)
+    stored = read_model(path)
     for name, value in request.model.items():
-        if name in SHAPE_FIELDS and value != (own := getattr(model.config, name)):
+        if name in SHAPE_FIELDS and value != (own := getattr(stored.config, name)):
             raise UserError(f"{name} {value}: the weights of --init_from {path} are made for {own}: leave it out")
-    return Origin(replace(model.config, **request.model), tokenizer, model.state_dict())
+    return Origin(replace(stored.config, **request.model), stored.tokenizer, stored.weights)
 
 
 def _train_resumed(request: Request, output: Path) -> int:

@@ -116,7 +116,7 @@ def test_loss_and_greedy_tokens_equal_ours_also_within_characters(tmp_path: Path
         assert engine.loss(tokens) == pytest.approx(loss_of(model, tokens), abs=1e-5)
         ours = generate_tokens(model, tokens, max_tokens=40, temperature=0.0)
         assert len(set(ours)) > 3
-        assert engine.greedy(tokens, 40) == ours[: ours.index(256) + 1] if 256 in ours else ours
+        assert engine.greedy(tokens, 40) == (ours[: ours.index(256) + 1] if 256 in ours else ours)
 
 
 def test_nothing_is_printed(tmp_path: Path, debug_model: Transformer, capfd: pytest.CaptureFixture[str]) -> None:
