@@ -26,4 +26,5 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/nanokimi bench --preset nano-243m
+	$(BIN)/nanokimi bench --preset tiny

@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import ROOT, about
 from torch import Tensor
 
+from nanokimi.bench.about import ROOT, about
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.corpus import Reading
 from nanokimi.data.prepare import prepare_tokens

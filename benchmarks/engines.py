@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from step import ROOT, about
 
 from nanokimi import ModelConfig, Transformer, checkpoint, generate_tokens, load
+from nanokimi.bench.about import ROOT, about
 from nanokimi.config import parse_value
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import train_bpe

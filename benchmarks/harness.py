@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from engines import NANOKIMI
-from step import ROOT, about
+
+from nanokimi.bench.about import ROOT, about
 
 MODULES = ("calendar", "configparser", "csv", "fractions", "shelve", "textwrap")
 QUESTIONS, BEFORE = 150, 12  # lines in front of each question

@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanokimi.config import ModelConfig, TrainConfig
+    from nanokimi.inference.batch import generate_batch
     from nanokimi.inference.engine import generate, generate_tokens
     from nanokimi.loading import load
     from nanokimi.model.transformer import Transformer
     from nanokimi.optim.muonclip import MuonClip
 
 __version__ = "0.1.0"
-__all__ = ["ModelConfig", "MuonClip", "TrainConfig", "Transformer", "generate", "generate_tokens", "load"]
+__all__ = [
+    "ModelConfig",
+    "MuonClip",
+    "TrainConfig",
+    "Transformer",
+    "generate",
+    "generate_batch",
+    "generate_tokens",
+    "load",
+]
 
 _HOMES = {
     "ModelConfig": "nanokimi.config",
@@ -21,6 +31,7 @@ _HOMES = {
     "TrainConfig": "nanokimi.config",
     "Transformer": "nanokimi.model.transformer",
     "generate": "nanokimi.inference.engine",
+    "generate_batch": "nanokimi.inference.batch",
     "generate_tokens": "nanokimi.inference.engine",
     "load": "nanokimi.loading",
 }

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from nanokimi.errors import ConfigError
 
 MAX_SEED = 2**63 - 1
+AUTO = "auto"
 
 Config = TypeVar("Config", "ModelConfig", "TrainConfig")
 
@@ -274,7 +275,7 @@ class TrainConfig:
     shuffle_buffer: int = _choice(1024, "sequences of a stream among which the next is drawn; 1 keeps their order")
     encoding_errors: str = _choice("strict", "bytes that are not UTF-8", "strict", "replace")
     mask_documents: bool = _choice(False, "attend within a document only")
-    batch_size: int = _choice(2, "sequences per forward pass")
+    batch_size: int = _choice(2, "sequences per forward pass; auto: as many of a step's as the memory holds")
     gradient_accumulation: int = _choice(2, "forward passes per optimizer step")
     max_steps: int = _choice(1000, "optimizer steps")
     max_seconds: float = _choice(0.0, "end after this much training time, schedule included; 0 = no limit")
@@ -300,7 +301,8 @@ class TrainConfig:
     log: str = _choice("", "report to tensorboard, wandb or trackio too; several with commas")
     device: str = _choice("auto", "auto, cpu, cuda, cuda:N or mps")
     mixed_precision: str = _choice("auto", "bf16 autocast (auto: on CUDA)", "auto", "on", "off")
-    compile: str = _choice("auto", "torch.compile (auto: on CUDA)", "auto", "on", "off")
+    compile: str = _choice("auto", "torch.compile (auto: on CUDA, in long runs on a CPU)", "auto", "on", "off")
+    activation_checkpointing: bool = _choice(False, "compute blocks twice to keep less in memory; same results")
     num_workers: int = _choice(0, "background processes that load data")
     seed: int = _choice(1337, "initial weights and data order")
     deterministic: bool = _choice(False, "refuse operations that are not reproducible")
@@ -345,6 +347,8 @@ def suggest(name: str, known: set[str]) -> str:
 def parse_value(cls: type[ModelConfig] | type[TrainConfig], name: str, text: str) -> Any:
     """Reads ``text`` (as given to ``--set``) as a value for field ``name`` of ``cls``."""
     kind = {f.name: f.type for f in dataclasses.fields(cls)}[name]
+    if (name, text) == ("batch_size", AUTO):
+        return AUTO  # for whoever starts a run to make a number of
     if kind == "bool":
         words = {
             "true": True,

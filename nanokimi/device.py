@@ -29,8 +29,9 @@ def out_of_memory_explained() -> Iterator[None]:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "Storage size" in text:
             raise RunError(
-                "out of memory: lower --batch_size (in training raise --gradient_accumulation), "
-                "--set max_seq_length=... or choose a smaller --preset; saved checkpoints are intact"
+                "out of memory: lower --batch_size (in training raise --gradient_accumulation, or add "
+                "--activation_checkpointing), --set max_seq_length=... or choose a smaller --preset; "
+                "saved checkpoints are intact"
             ) from error
         raise
 

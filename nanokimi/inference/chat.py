@@ -11,6 +11,7 @@ from typing import TextIO
 from nanokimi.console import printable
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
+from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.engine import encode_prompt, stream
 from nanokimi.inference.settings import Settings
 from nanokimi.model.transformer import Transformer
@@ -33,17 +34,19 @@ def interactive(
     opening: str = "",
     source: TextIO | None = None,
     output: TextIO | None = None,
+    decoder: Decoder | None = None,
 ) -> int:
     """Talks until Ctrl-D, end of input or ``/quit``.
 
     Args:
         opening: text to continue before the first line is read.
         source, output: a terminal or a pipe (default: standard input and output).
+        decoder: one made for ``model`` (default: what ``new_decoder`` takes).
 
     Returns:
         The exit code, 0.
     """
-    chat = Chat(model, tokenizer, settings, output or sys.stdout)
+    chat = Chat(model, tokenizer, settings, output or sys.stdout, decoder)
     read_line = _line_reader(source or sys.stdin)
     chat.say(WELCOME)
     if opening:
@@ -65,8 +68,16 @@ def interactive(
 class Chat:
     """The text so far as ``turns``: each your text with the model's continuation of it."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, settings: Settings, output: TextIO) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        output: TextIO,
+        decoder: Decoder | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.decoder = decoder or new_decoder(model)
         self.settings = settings
         self.output = output
         self.turns: list[str] = []
@@ -109,7 +120,7 @@ class Chat:
             UserError: ``text`` alone fills the context.
         """
         turns = self.fit([*self.turns, text] if text or not self.turns else self.turns)
-        pieces = stream(self.model, self.tokenizer, _joined(turns), self.settings)
+        pieces = stream(self.model, self.tokenizer, _joined(turns), self.settings, decoder=self.decoder)
         self.turns = turns
         with contextlib.suppress(KeyboardInterrupt):
             for piece in pieces:

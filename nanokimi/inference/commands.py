@@ -7,10 +7,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from nanokimi.console import discard_stdout, printable, tolerate_odd_characters
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.settings import DECODERS, WEIGHT_FORMATS, Settings
 
 if TYPE_CHECKING:
     from nanokimi.data.tokenizer import Tokenizer
+    from nanokimi.inference.decoder import Decoder
     from nanokimi.model.transformer import Transformer
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -30,6 +31,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=default.seed, help="repeatable draws (default: new ones each time)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    add(
+        "--weights",
+        choices=WEIGHT_FORMATS,
+        default="fp32",
+        help="what weights are rounded to and kept in (%(default)s)",
+    )
+    add("--decoder", choices=DECODERS, default="auto", help="PyTorch, compiled kernels or CUDA graphs (%(default)s)")
     add("--stream", action="store_true", help="show the text while it is written")
     add("--interactive", action="store_true", help="talk: history, /set, /reset, /help; Ctrl-C stops a reply")
 
@@ -42,6 +50,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: a flag out of range, a model that cannot be loaded, a prompt longer than the context.
+        RunError: ``--decoder native`` and its kernels cannot be built.
     """
     settings = Settings(
         temperature=args.temperature,
@@ -54,25 +63,28 @@ def run_generate(args: argparse.Namespace) -> int:
     )
     from nanokimi.device import resolve_device
     from nanokimi.inference.chat import interactive
+    from nanokimi.inference.decoder import new_decoder, use_weights_
     from nanokimi.loading import load
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
+    use_weights_(model, args.weights)
+    decoder = new_decoder(model, kind=args.decoder, weights=args.weights)
     tolerate_odd_characters()
     try:
         if args.interactive:
-            return interactive(model, tokenizer, settings, opening=args.prompt)
-        return _write_continuation(model, tokenizer, args.prompt, settings, live=args.stream)
+            return interactive(model, tokenizer, settings, opening=args.prompt, decoder=decoder)
+        return _write_continuation(model, tokenizer, args.prompt, settings, decoder, live=args.stream)
     except BrokenPipeError:
         discard_stdout()
         return 0
 
 
 def _write_continuation(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, *, live: bool
+    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, decoder: Decoder, *, live: bool
 ) -> int:
     from nanokimi.inference.engine import stream
 
-    pieces = stream(model, tokenizer, prompt, settings)
+    pieces = stream(model, tokenizer, prompt, settings, decoder=decoder)
     written = ""
     _write(prompt, flush=live)
     try:

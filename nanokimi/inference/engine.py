@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from nanokimi.data.tokenizer import TextStream, Tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.sampling import new_generator, sample
+from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.sampling import new_generator, sample_each
 from nanokimi.inference.settings import Settings
-from nanokimi.model.attention import LatentCache
 from nanokimi.model.transformer import Transformer
 
 Piece = TypeVar("Piece")
@@ -79,11 +80,12 @@ def generate(
     min_p: float = 0.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    decoder: Decoder | None = None,
 ) -> str:
     """The continuation of ``prompt``, without it; an empty prompt starts a new document.
 
-    See ``Settings`` for the choices. Ends at end of text, at a stop string (which is left out), after
-    ``max_tokens``, or where the context is full.
+    See ``Settings`` for the choices, ``stream_tokens`` for ``decoder``. Ends at end of text, at a stop string
+    (which is left out), after ``max_tokens``, or where the context is full.
 
     Raises:
         UserError: a choice is out of range, or the prompt is longer than the context.
@@ -92,7 +94,7 @@ def generate(
     settings = Settings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens, stop=stops
     )
-    return "".join(stream(model, tokenizer, prompt, settings))
+    return "".join(stream(model, tokenizer, prompt, settings, decoder=decoder))
 
 
 def generate_tokens(
@@ -106,8 +108,9 @@ def generate_tokens(
     min_p: float = 0.0,
     seed: int | None = None,
     stop_tokens: Collection[int] = (),
+    decoder: Decoder | None = None,
 ) -> list[int]:
-    """The ids that follow ``prompt_ids``; a stop token ends them and is left out.
+    """The ids that follow ``prompt_ids``; a stop token ends them and is left out. See ``stream_tokens``.
 
     Raises:
         UserError: a choice is out of range, or the prompt is empty, longer than the context or not in the vocabulary.
@@ -115,17 +118,21 @@ def generate_tokens(
     settings = Settings(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
-    return list(stream_tokens(model, prompt_ids, settings, stop_tokens=stop_tokens))
+    return list(stream_tokens(model, prompt_ids, settings, stop_tokens=stop_tokens, decoder=decoder))
 
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings) -> Generation[str]:
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, *, decoder: Decoder | None = None
+) -> Generation[str]:
     """The continuation in pieces: whole characters, and never a part of a stop string.
 
     Raises:
         UserError: the prompt is longer than the context, or not Unicode text.
     """
     ids = encode_prompt(tokenizer, prompt)
-    tokens = stream_tokens(model, ids, settings, stop_tokens=(tokenizer.eot_id,), vocab_size=tokenizer.vocab_size)
+    tokens = stream_tokens(
+        model, ids, settings, stop_tokens=(tokenizer.eot_id,), vocab_size=tokenizer.vocab_size, decoder=decoder
+    )
     return Generation(_text(tokens, tokenizer, settings.stop), tokens.result)
 
 
@@ -136,28 +143,42 @@ def stream_tokens(
     *,
     stop_tokens: Collection[int] = (),
     vocab_size: int | None = None,
+    decoder: Decoder | None = None,
 ) -> Generation[int]:
     """The ids that follow ``prompt_ids``, one at a time; ``settings.stop`` is text and belongs to ``stream``.
 
     Args:
         vocab_size: ids from here on are padding and never drawn (default: the model's vocabulary).
+        decoder: one made for ``model``, whose first slot is used anew. Whoever generates more than once saves by
+            this what ``new_decoder`` does, which is called otherwise.
 
     Raises:
         UserError: the prompt is empty, longer than the context or not in the vocabulary.
     """
-    config = model.config
+    check_prompt(model, prompt_ids, context_of(model, decoder))
+    result = Result(prompt_tokens=len(prompt_ids))
+    pieces = _tokens(model, list(prompt_ids), settings, stop_tokens, vocab_size, result, decoder)
+    return Generation(pieces, result)
+
+
+def context_of(model: Transformer, decoder: Decoder | None) -> int:
+    """Most tokens of a sequence."""
+    return model.config.max_seq_length if decoder is None else decoder.max_length
+
+
+def check_prompt(model: Transformer, prompt_ids: Sequence[int], context: int) -> None:
+    """UserError if the prompt is empty, longer than ``context`` or not in the vocabulary."""
     if not prompt_ids:
         raise UserError("the prompt has no tokens: begin with the end-of-text token to start a new document")
-    if len(prompt_ids) > config.max_seq_length:
+    if len(prompt_ids) > context:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and the model's context holds {config.max_seq_length}: "
-            "shorten --prompt"
+            f"the prompt has {len(prompt_ids)} tokens and the model's context holds {context}: shorten --prompt"
         )
     for token in prompt_ids:
-        if not 0 <= token < config.vocab_size:
-            raise UserError(f"the prompt holds token {token}, outside the model's vocabulary of {config.vocab_size}")
-    result = Result(prompt_tokens=len(prompt_ids))
-    return Generation(_tokens(model, list(prompt_ids), settings, stop_tokens, vocab_size, result), result)
+        if not 0 <= token < model.config.vocab_size:
+            raise UserError(
+                f"the prompt holds token {token}, outside the model's vocabulary of {model.config.vocab_size}"
+            )
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -179,50 +200,51 @@ def _tokens(
     stop_tokens: Collection[int],
     vocab_size: int | None,
     result: Result,
+    decoder: Decoder | None,
 ) -> Generator[int, None, None]:
     """Prefill in one piece, then a token at a time; prompt and continuation together fit the context."""
-    weight = next(model.parameters())
-    length = min(len(prompt) + settings.max_tokens, model.config.max_seq_length)
-    cache = LatentCache(model.config, 1, length, device=weight.device, dtype=weight.dtype)
-    generator = new_generator(settings.seed, weight.device)
-    pending = prompt
-    with _evaluating(model):
+    wanted = len(prompt) + settings.max_tokens
+    decoder = decoder or new_decoder(model, max_length=wanted)
+    decoder.reset(0)
+    length = min(wanted, decoder.max_length)
+    generator = new_generator(settings.seed, next(model.parameters()).device)
+    token = None
+    with evaluating(model):
         while len(prompt) + result.tokens < length:
             started = time.perf_counter()
-            token = _next_token(model, cache, pending, settings, generator, vocab_size)
+            logits = decoder.prefill(0, prompt)[None] if token is None else decoder.step([0], [token])
+            drawn = draw(logits, settings, [generator], vocab_size)[0]
             elapsed = time.perf_counter() - started
-            if pending is prompt:
+            if token is None:
                 result.prefill_seconds = elapsed
             else:
                 result.decode_seconds += elapsed
+            token = drawn
             if token in stop_tokens:
                 result.finish_reason = "stop"
                 return
             result.tokens += 1
             yield token
-            pending = [token]
     result.finish_reason = "length"
 
 
 @torch.inference_mode()
-def _next_token(
-    model: Transformer,
-    cache: LatentCache,
-    pending: list[int],
-    settings: Settings,
-    generator: torch.Generator,
-    vocab_size: int | None,
-) -> int:
-    """Reads ``pending`` into the cache and draws the id behind it."""
-    tokens = torch.tensor([pending], device=generator.device)
-    logits = model(tokens, cache=cache, last_only=True)[0, -1]
+def draw(
+    logits: Tensor, settings: Settings, generators: Sequence[torch.Generator], vocab_size: int | None = None
+) -> list[int]:
+    """One id for each of the n rows of ``logits`` ``[n, vocab]``, each drawn with its own generator.
+
+    Raises:
+        RunError: the logits are not finite.
+    """
     if not logits.isfinite().all():
         raise RunError("the model's logits are not finite: its weights are damaged, try an earlier checkpoint")
-    return int(sample(logits, settings, generator, vocab_size=vocab_size))
+    return [int(token) for token in sample_each(logits, settings, generators, vocab_size=vocab_size).tolist()]
 
 
 @contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
+def evaluating(model: Transformer) -> Iterator[None]:
+    """Evaluation mode for a while."""
     was_training = model.training
     model.eval()
     try:

@@ -11,6 +11,9 @@ from typing import Any
 from nanokimi.config import MAX_SEED, suggest
 from nanokimi.errors import UserError
 
+DECODERS = ("auto", "eager", "native", "graph")  # see inference.decoder
+WEIGHT_FORMATS = ("fp32", "bf16", "fp16", "int8")  # see inference.weights
+
 
 @dataclass(frozen=True)
 class SamplingParams:

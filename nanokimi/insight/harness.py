@@ -14,6 +14,7 @@ Needs the package `lm_eval`, which nothing else of nanokimi imports.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from nanokimi.config import suggest
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
+from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.engine import stream_tokens
 from nanokimi.inference.settings import Settings
 from nanokimi.insight.likelihood import Score, Scoring, score_rows
@@ -136,6 +138,11 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
 
     # ---- generation -------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """One for all requests."""
+        return new_decoder(self.model)
+
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, which is left out, or an end of text; greedy unless a task says more."""
         texts = []
@@ -151,7 +158,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         tokens = stream_tokens(
             self.model, prompt, settings,
-            stop_tokens=(self.eot_token_id,), vocab_size=self.text_tokenizer.vocab_size,
+            stop_tokens=(self.eot_token_id,), vocab_size=self.text_tokenizer.vocab_size, decoder=self.decoder,
         )  # fmt: skip
         ids, text = [], ""
         with contextlib.closing(tokens):

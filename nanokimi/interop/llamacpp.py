@@ -80,20 +80,23 @@ class LlamaCpp:
         path: the GGUF file.
         context: tokens of context, for which memory is taken at once; 0 takes the model's own.
         threads: of the CPU; 0 takes as many as PyTorch uses.
+        defaults: cache and attention as llama.cpp has them by itself, for speed.
 
     Raises:
         NotCompared: xllamacpp is not installed.
         RunError: llama.cpp does not read the file.
     """
 
-    def __init__(self, path: Path, *, context: int = 0, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, context: int = 0, threads: int = 0, defaults: bool = False) -> None:
         try:
             import xllamacpp
         except ImportError as error:
             raise NotCompared("not compared with llama.cpp, which is not here: pip install xllamacpp") from error
         self.path = path
         self._key = secrets.token_hex()  # it listens on this machine's loopback: only we may ask
-        parameters = _strict_parameters(xllamacpp, path)
+        parameters = _quiet_parameters(xllamacpp, path)
+        if not defaults:
+            _make_strict(xllamacpp, parameters)
         parameters.n_ctx = context
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or torch.get_num_threads()
         parameters.api_keys = [self._key]
@@ -170,15 +173,19 @@ class LlamaCpp:
         return answer
 
 
-def _strict_parameters(xllamacpp: Any, path: Path) -> Any:
-    """Settings under which llama.cpp rounds no more than it has to, prints nothing and does not look around."""
+def _quiet_parameters(xllamacpp: Any, path: Path) -> Any:
+    """Settings under which llama.cpp prints nothing and does not look around."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.verbosity = -1
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.n_gpu_layers = 0
     parameters.n_parallel = 1
     parameters.warmup = parameters.fit_params = parameters.ui = parameters.endpoint_slots = False
     parameters.cache_ram_mib = parameters.n_ctx_checkpoints = 0
     return parameters
+
+
+def _make_strict(xllamacpp: Any, parameters: Any) -> None:
+    """Rounds no more than it has to."""
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

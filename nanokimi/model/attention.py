@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention (DeepSeek-V2, section 2.1): training form, absorbed decoding form, latent cache.
+"""Multi-head Latent Attention (DeepSeek-V2, section 2.1): training form and absorbed decoding form.
 
 One latent of rank R per token stands in for all keys and values. Training expands it into per-head
 keys and values and runs a fused kernel. Decoding never does: ``wkv_b`` is absorbed into the query
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
+from nanokimi.model.cache import Place
 from nanokimi.model.kernels import causal_attention, largest_logits
 from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, at_least_fp32
 from nanokimi.model.roles import MATRIX, NORM, QUERY_KEY, Declaration
 from nanokimi.model.rope import apply_rope, softmax_scale
+
+QUERIES_AT_ONCE = 256  # of a long text behind a cache: bounds the memory of the scores
 
 
 class QKHeads(NamedTuple):
@@ -26,40 +29,6 @@ class QKHeads(NamedTuple):
     q_nope: Tensor
     q_rope: Tensor
     k_nope: Tensor
-
-
-class LatentCache:
-    """What decoding remembers: per layer and token the normalised latent and the rotated shared key.
-
-    Attributes:
-        entries: ``[L, B, max_length, R + P]``.
-        length: tokens held, the same for every layer.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int = 1,
-        max_length: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.max_length = config.max_seq_length if max_length is None else max_length
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.entries = torch.zeros(config.n_layers, batch_size, self.max_length, width, device=device, dtype=dtype)
-        self.length = 0
-
-    def append(self, layer: int, new: Tensor) -> Tensor:
-        """Stores ``new`` ``[B, T, R + P]`` behind what ``layer`` holds; returns all of it, ``[B, S, R + P]``.
-
-        The model moves ``length`` on once all layers have stored theirs.
-        """
-        end = self.length + new.shape[1]
-        if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
-        self.entries[layer, :, self.length : end] = new
-        return self.entries[layer, :, :end]
 
 
 class MLA(nn.Module):
@@ -85,10 +54,11 @@ class MLA(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: LatentCache | None = None,
+        place: Place | None = None,
         *,
         documents: Tensor | None = None,
         exact: bool = False,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, T, D] -> [B, T, D]`` and the largest attention logit of each head, ``[H]``.
 
@@ -96,14 +66,18 @@ class MLA(nn.Module):
         None when the tokens attend through the cache, which nothing trains on.
 
         Args:
+            place: where in a cache the tokens go.
             documents: ``[B, T]``; tokens attend to those with their own number only.
+            last_only: output of the last position only, ``[B, 1, D]``; wants a ``place``.
         """
-        q_nope, q_rope = self.queries(x, rope)
         latent, k_rope = self.latents(x, rope)
-        if cache is not None:
-            past = cache.append(self.layer, torch.cat((latent, k_rope), dim=-1))
+        if last_only:
+            x, rope = x[:, -1:], (rope[0][..., -1:, :], rope[1][..., -1:, :])
+        q_nope, q_rope = self.queries(x, rope)
+        if place is not None:
+            past = place.append(self.layer, torch.cat((latent, k_rope), dim=-1))
             if past.shape[1] > x.shape[1]:
-                return self.wo(self.attend_absorbed(q_nope, q_rope, past)), None
+                return self.wo(self.attend_absorbed(q_nope, q_rope, past, place.hidden)), None
         out, logits = self.attend_expanded(q_nope, q_rope, latent, k_rope, documents, exact=exact)
         return self.wo(out), logits
 
@@ -132,18 +106,28 @@ class MLA(nn.Module):
         logits = largest_logits(q, k, self.scale, documents) if exact else lse.detach().amax(dim=(0, 2))
         return out.transpose(1, 2).flatten(2), logits
 
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor) -> Tensor:
-        """Decoding form: T new queries against S cached entries ``[B, S, R + P]``; returns ``[B, T, H V]``."""
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, hidden: Tensor | None) -> Tensor:
+        """Decoding form: T new queries against S cached entries ``[B, S, R + P]``; returns ``[B, T, H V]``.
+
+        ``hidden`` is that of ``Place``; its last T rows count.
+        """
         w_k, w_v = self.wkv_b_heads()
         q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, w_k), q_rope), dim=-1)
+        parts = q.split(QUERIES_AT_ONCE, dim=1)
+        if hidden is None:
+            mixed = [self.mix(part, past, None) for part in parts]
+        else:
+            masks = hidden[..., -q.shape[1] :, :].split(QUERIES_AT_ONCE, dim=-2)
+            mixed = [self.mix(part, past, mask) for part, mask in zip(parts, masks, strict=True)]
+        return torch.einsum("bthr,hvr->bthv", torch.cat(mixed, dim=1), w_v).flatten(2)
+
+    def mix(self, q: Tensor, past: Tensor, hidden: Tensor | None) -> Tensor:
+        """Queries ``[B, T, H, R + P]`` in latent space -> the latents that they attend to, mixed, ``[B, T, H, R]``."""
         scores = at_least_fp32(torch.einsum("bthc,bsc->bhts", q, past) * self.scale)
-        length, total = q.shape[1], past.shape[1]
-        if length > 1:
-            hidden = torch.ones(length, total, dtype=torch.bool, device=q.device).triu(total - length + 1)
+        if hidden is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
         weights = scores.softmax(dim=-1).type_as(past)
-        mixed = torch.einsum("bhts,bsr->bthr", weights, past[..., : self.config.kv_lora_rank])
-        return torch.einsum("bthr,hvr->bthv", mixed, w_v).flatten(2)
+        return torch.einsum("bhts,bsr->bthr", weights, past[..., : self.config.kv_lora_rank])
 
     def wkv_b_heads(self) -> tuple[Tensor, Tensor]:
         """Views of ``wkv_b``: what makes the keys ``[H, N, R]``, what makes the values ``[H, V, R]``."""

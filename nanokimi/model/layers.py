@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanokimi.products import linear
+
 LATENT_EPS = 1e-6  # of the norms inside attention: every engine that reads these weights hard-wires it
 
 
@@ -22,7 +24,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +54,7 @@ class SwiGLU(nn.Module):
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """``[..., D] -> [..., D]`` with ``w1``, ``w3`` ``[F, D]`` and ``w2`` ``[D, F]``."""
-    return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
+    return linear(F.silu(linear(x, w1)) * linear(x, w3), w2)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.layers import SwiGLU, at_least_fp32, swiglu
+from nanokimi.model.layers import SwiGLU, at_least_fp32
 from nanokimi.model.roles import EXPERTS, MATRIX, Declaration
+from nanokimi.products import grouped_linear
 
 
 class Routing(NamedTuple):
@@ -77,22 +80,43 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n, dim, width))
         self.w3 = nn.Parameter(torch.empty(n, width, dim))
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
-        """``[tokens, D] -> [tokens, D]``: each token's experts, weighted and summed.
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """``[tokens, D] -> [tokens, D]``: each token's experts, weighted and summed; and the tokens of each, ``[E]``.
 
         Tokens are sorted by expert, so that every expert multiplies one dense block and nothing is padded.
 
         Args:
             x: ``[tokens, D]``.
             weights, experts: ``[tokens, K]``, from the router.
-            counts: ``[E]``, tokens of each expert.
         """
-        order = experts.flatten().argsort(stable=True)
-        blocks = x.index_select(0, order // experts.shape[1]).split(counts.tolist())
-        stacks = zip(blocks, self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True)
-        sorted_out = torch.cat([swiglu(block, w1, w2, w3) for block, w1, w2, w3 in stacks])
-        out: Tensor = sorted_out.index_select(0, order.argsort()).unflatten(0, experts.shape)
-        return (out * weights.unsqueeze(-1).type_as(out)).sum(dim=1)
+        tokens, chosen = experts.shape
+        by_expert, order = experts.flatten().sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        ends = torch.searchsorted(by_expert, torch.arange(len(self.w1), device=x.device), right=True, out_int32=True)
+        copies = x.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1)
+        blocks = permute(copies, order, place)
+        hidden = F.silu(grouped_linear(blocks, self.w1, ends)) * grouped_linear(blocks, self.w3, ends)
+        out = permute(grouped_linear(hidden, self.w2, ends), place, order).unflatten(0, (tokens, chosen))
+        return (out * weights.unsqueeze(-1).type_as(out)).sum(dim=1), ends.diff(prepend=ends.new_zeros(1))
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``x[order]`` of rows, whose gradient is gathered by ``inverse``: nothing is filled with zeros and added to."""
+    out: Tensor = _Permutation.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Permutation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 class MoE(nn.Module):
@@ -110,8 +134,7 @@ class MoE(nn.Module):
         """``[B, T, D]`` -> output ``[B, T, D]``, tokens per expert ``[E]``, balance loss (a scalar)."""
         flat = x.flatten(0, 1)
         routing = self.router(flat)
-        counts = torch.bincount(routing.experts.flatten(), minlength=self.config.n_routed_experts)
-        out = self.experts(flat, routing.weights, routing.experts, counts)
+        out, counts = self.experts(flat, routing.weights, routing.experts)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x), counts, self.balance_loss(routing, x.shape[0])

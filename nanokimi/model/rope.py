@@ -63,9 +63,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: ``[B, T, heads, P]``.
-        cos, sin: ``[T, P / 2]`` in fp32, the positions of the T tokens.
+        cos, sin: ``[T, P / 2]`` in fp32, the positions of the T tokens; ``[B, T, P / 2]``: of each row's own.
     """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).type_as(x)

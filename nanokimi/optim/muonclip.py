@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nanokimi.optim.newton_schulz import best_dtype, orthogonalise
+from nanokimi.optim.adamw import AdamW, Lists, adamw_
+from nanokimi.optim.newton_schulz import batched, orthogonalise
 from nanokimi.optim.qk_clip import QKViews, qk_clip_
 
 MUON_ROLES = frozenset({"query_key", "matrix", "experts"})
 ADAMW_ROLES = frozenset({"embedding", "head", "norm"})
+STATE = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}  # tensors like the parameter
 
 
 class Declares(Protocol):
@@ -27,6 +29,18 @@ class Declares(Protocol):
     def declare(self) -> Sequence[tuple[str, nn.Parameter]]: ...
 
     def qk_heads(self) -> Sequence[QKViews]: ...
+
+
+class Together(NamedTuple):
+    """Parameters that are updated by the same calls, and their optimizer state by name."""
+
+    parameters: list[Tensor]
+    state: dict[str, list[Tensor]]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The present gradients."""
+        return [p.grad for p in self.parameters if p.grad is not None]
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -74,6 +88,7 @@ class MuonClip(torch.optim.Optimizer):
             kind = muon if role in MUON_ROLES else adamw
             decay = 0.0 if role == "norm" else weight_decay
             groups.append({**kind, "params": parameters, "weight_decay": decay, "is_qk": role == "query_key"})
+        self._arrangements: dict[int, tuple[list[int], list[Together]]] = {}  # by the number of a group
         super().__init__(groups, {})
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -90,56 +105,52 @@ class MuonClip(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self._muon if group["kind"] == "muon" else self._adamw)(group, parameters)
-        if self.tau:
-            qk_clip_(self._model.qk_heads(), self._model.max_logits, self.tau)
+        for number, group in enumerate(self.param_groups):
+            for together in self._arranged(number, group):
+                (self._muon if group["kind"] == "muon" else self._adamw)(group, together)
+        if self.tau and (heads := self._model.qk_heads()):
+            qk_clip_(heads, self._model.max_logits, self.tau)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes ``state_dict()`` back; ValueError unless it fits this model's parameters."""
         super().load_state_dict(state_dict)
+        self._arrangements.clear()  # they hold the state that there was
         for group in self.param_groups:
-            names = {"momentum_buffer"} if group["kind"] == "muon" else {"exp_avg", "exp_avg_sq"}
+            names = STATE[group["kind"]]
             for parameter in group["params"]:
                 shapes = {name: tensor.shape for name, tensor in self.state.get(parameter, {}).items()}
                 if self.state and shapes != dict.fromkeys(names, parameter.shape):
                     raise ValueError(f"the state of a {list(parameter.shape)} parameter is {shapes or 'missing'}")
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Momentum, orthogonalisation, decay and update; matrices of one shape go together."""
-        grads = [_gradient(p) for p in parameters]
-        buffers = [self._state(p, "momentum_buffer") for p in parameters]
+    def _arranged(self, number: int, group: dict[str, Any]) -> list[Together]:
+        """The parameters of a group that have a gradient, arranged; anew only where others have one than before."""
+        parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        places = [p.data_ptr() for p in parameters]
+        if self._arrangements.get(number, ([], []))[0] != places:
+            batches = _batches(parameters) if group["kind"] == "muon" else [parameters]
+            names = STATE[group["kind"]]
+            arranged = [Together(b, {name: [self._state(p, name) for p in b] for name in names}) for b in batches]
+            self._arrangements[number] = (places, arranged)
+        return self._arrangements[number][1] if parameters else []
+
+    def _muon(self, group: dict[str, Any], together: Together) -> None:
+        """Momentum, orthogonalisation, decay and update of matrices that share a batch."""
+        parameters, grads, buffers = together.parameters, together.grads, together.state["momentum_buffer"]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        by_shape = defaultdict(list)
-        for parameter, update in zip(parameters, updates, strict=True):
-            by_shape[parameter.shape[-2:]].append((parameter, update))
+        updates = orthogonalise(updates, dtype=self.ns_dtype)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for (rows, cols), pairs in by_shape.items():
-            lr = group["lr"] * update_scale(group["adjust_lr_fn"], rows, cols)
-            weights, matrices = zip(*pairs, strict=True)
-            dtype = self.ns_dtype or best_dtype(weights[0].device)
-            orthogonal = orthogonalise(matrices, dtype=dtype)
-            torch._foreach_add_(weights, [o.to(w.dtype) for o, w in zip(orthogonal, weights, strict=True)], alpha=-lr)
+        for shape in dict.fromkeys(p.shape[-2:] for p in parameters):  # one, or the same transposed
+            pairs = [pair for pair in zip(parameters, updates, strict=True) if pair[0].shape[-2:] == shape]
+            lr = group["lr"] * update_scale(group["adjust_lr_fn"], *shape)
+            torch._foreach_add_([p for p, _ in pairs], [update for _, update in pairs], alpha=-lr)
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """AdamW (Loshchilov and Hutter, 2019), in the order of operations of ``torch.optim.AdamW``."""
-        beta1, beta2 = group["betas"]
-        group["step"] = step = group.get("step", 0) + 1
-        grads = [_gradient(p) for p in parameters]
-        means = [self._state(p, "exp_avg") for p in parameters]
-        squares = [self._state(p, "exp_avg_sq") for p in parameters]
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, denominators, -group["lr"] / (1 - beta1**step))
+    def _adamw(self, group: dict[str, Any], together: Together) -> None:
+        group["step"] = group.get("step", 0) + 1
+        by = AdamW(group["step"], group["lr"], group["weight_decay"], group["betas"], group["eps"])
+        state = together.state
+        adamw_(Lists(together.parameters, together.grads, state["exp_avg"], state["exp_avg_sq"]), by)
 
     def _state(self, parameter: Tensor, name: str) -> Tensor:
         """The optimizer state of ``parameter``, zero before the first step."""
@@ -147,6 +158,15 @@ class MuonClip(torch.optim.Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return state[name]
+
+
+def _batches(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters whose matrices are orthogonalised in one batch: of one shape, transposed or not."""
+    batches: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        key = tuple(sorted(parameter.shape[-2:])) if batched(parameter) else id(parameter)
+        batches[key].append(parameter)
+    return list(batches.values())
 
 
 def update_scale(adjust_lr_fn: str, rows: int, cols: int) -> float:
@@ -172,8 +192,3 @@ def parameters_by_role(model: Declares) -> dict[str, list[nn.Parameter]]:
     if missing:
         raise ValueError(f"parameters without a role: {', '.join(missing)}")
     return roles
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

@@ -7,12 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanokimi.products import product
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 # On a CPU a batch gains for small matrices, where the calls cost more than the products, and loses
 # for large ones, which it only copies. Measured: 1.8 times at 48 x 56 x 256, nothing at 896 x 1024.
 CPU_BATCHED_NUMEL = 64 * 1024
+
+# Rows of a symmetric product that are computed at once, up to the diagonal: the rest is mirrored.
+# Measured at 896 x 960 to 896 x 3968: a tenth to a quarter less time, in fp32 and bf16.
+ROWS = 224
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -22,6 +28,11 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def batched(matrix: Tensor) -> bool:
+    """Whether matrices of this size gain by being multiplied in one batch, on this device."""
+    return matrix.device.type != "cpu" or matrix.shape[-2] * matrix.shape[-1] <= CPU_BATCHED_NUMEL
 
 
 def newton_schulz(g: Tensor, *, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:
@@ -35,29 +46,69 @@ def newton_schulz(g: Tensor, *, steps: int = STEPS, dtype: torch.dtype | None = 
     Returns:
         a tensor like ``g`` in ``dtype``; a zero matrix stays zero.
     """
-    dtype = dtype or best_dtype(g.device)
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.reshape(-1, *g.shape[-2:])
-    x = x.mT if tall else x
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
-    x = (x / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(dtype)
+    return orthogonalise([g], steps=steps, dtype=dtype)[0]
+
+
+def orthogonalise(matrices: Sequence[Tensor], *, steps: int = STEPS, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """``newton_schulz`` of many matrices or stacks ``[..., rows, cols]`` of one shape, transposed or not.
+
+    One batched product for all of them on an accelerator; on a CPU only where they are small.
+    """
+    wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in matrices]
+    stacks = [m.reshape(-1, *m.shape[-2:]) for m in wide]
+    x = _of_unit_norm(torch.cat(stacks), dtype or best_dtype(wide[0].device))
+    if batched(wide[0]):
+        x = _quintic(x, steps)
+    else:
+        for matrix in x:
+            matrix.copy_(_quintic_by_mirror(matrix, steps))
+    done = [part.view(m.shape) for m, part in zip(wide, x.split([len(s) for s in stacks]), strict=True)]
+    return [d.mT if m.shape != d.shape else d for m, d in zip(matrices, done, strict=True)]
+
+
+def _of_unit_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each matrix of ``x`` divided by its norm; ``x`` itself may be overwritten."""
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    return torch.div(x, norm.clamp_min_(torch.finfo(norm.dtype).tiny), out=out)
+
+
+def _quintic(x: Tensor, steps: int) -> Tensor:
+    """``x <- a x + b (x xᵀ) x + c (x xᵀ)² x`` on a batch ``[n, rows, cols]``."""
     a, b, c = QUINTIC
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).reshape(g.shape)
+    return x
 
 
-def orthogonalise(matrices: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """``newton_schulz`` of many matrices or stacks of one shape ``[..., rows, cols]``.
+def _quintic_by_mirror(x: Tensor, steps: int) -> Tensor:
+    """``_quintic`` of one matrix ``[rows, cols]`` on a CPU, in three quarters of the multiplications."""
+    a, b, c = QUINTIC
+    for _ in range(steps):
+        gram = symmetric_square(x)
+        polynomial = symmetric_square(gram, plus=gram, beta=b, alpha=c)
+        x = _product_plus(x, polynomial, x, beta=a)
+    return x
 
-    One batched product for all of them on an accelerator; on a CPU only where they are small.
-    """
-    rows, cols = matrices[0].shape[-2:]
-    flat = [m.reshape(-1, rows, cols) for m in matrices]
-    if matrices[0].device.type != "cpu" or rows * cols <= CPU_BATCHED_NUMEL:
-        done = newton_schulz(torch.cat(flat), dtype=dtype).split([len(f) for f in flat])
-    else:
-        done = tuple(torch.stack([newton_schulz(matrix, dtype=dtype) for matrix in stack]) for stack in flat)
-    return [d.view(m.shape) for d, m in zip(done, matrices, strict=True)]
+
+def symmetric_square(x: Tensor, *, plus: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """``alpha x xᵀ + beta plus``, with ``x`` ``[rows, cols]`` and ``plus`` symmetric: one side mirrors the other."""
+    out = x.new_empty(len(x), len(x))
+    for start in range(0, len(x), ROWS):
+        rows, end = slice(start, start + ROWS), start + ROWS
+        added = None if plus is None else plus[rows, :end]
+        out[rows, :end] = _product_plus(added, x[rows], x[:end].mT, beta=beta, alpha=alpha)
+        out[:start, rows] = out[rows, :start].mT
+    return out
+
+
+def _product_plus(plus: Tensor | None, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+    """``alpha a b + beta plus``: rounded once in half precision, by the fastest library in fp32."""
+    if plus is None:
+        return product(a, b)
+    if a.dtype != torch.float32:
+        return torch.addmm(plus, a, b, beta=beta, alpha=alpha)
+    out = product(a, b)
+    return (out if alpha == 1 else out.mul_(alpha)).add_(plus, alpha=beta)

@@ -34,9 +34,8 @@ def qk_clip_(layers: Sequence[QKViews], max_logits: Tensor, tau: float) -> None:
         max_logits: ``[L, H]``, the largest scaled logits of the step.
         tau: the limit, positive.
     """
-    factors = clip_factors(max_logits, tau)
-    for (q_nope, q_rope, k_nope), gamma in zip(layers, factors, strict=True):
-        gamma = gamma.view(-1, 1, 1).to(q_nope.dtype)
-        q_nope.mul_(gamma**ALPHA)
-        q_rope.mul_(gamma)
-        k_nope.mul_(gamma ** (1 - ALPHA))
+    gamma = clip_factors(max_logits, tau)[:, :, None, None]
+    powers = (gamma**ALPHA, gamma, gamma ** (1 - ALPHA))
+    for part, factors in enumerate(powers):
+        views = [layer[part] for layer in layers]
+        torch._foreach_mul_(views, [factor.type_as(view) for factor, view in zip(factors, views, strict=True)])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nanokimi import checkpoint
-from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.config import AUTO, ModelConfig, TrainConfig, from_dict
 from nanokimi.console import say
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
@@ -20,6 +20,8 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
 from nanokimi.loading import load_weights, read_model
+from nanokimi.training.allocator import keep_freed_memory
+from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
 from nanokimi.training.trainer import Trainer
@@ -29,7 +31,7 @@ from nanokimi.training.trainer import Trainer
 FREE_TO_CHANGE = frozenset(
     {
         "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
-        "device", "num_workers", "output_dir", "log",
+        "device", "num_workers", "output_dir", "log", "activation_checkpointing",
     }
 )  # fmt: skip
 
@@ -48,7 +50,7 @@ class Request:
     """What the user asked for, by flags and files; fields that were not named are absent.
 
     Attributes:
-        train, model: values by field name.
+        train, model: values by field name; ``batch_size`` may be ``auto``.
         resume: go on from a checkpoint: the newest, or ``checkpoint_path``.
         override: fields that may differ from the checkpoint's.
     """
@@ -69,9 +71,11 @@ def run_training(request: Request) -> int:
     """
     if request.checkpoint_path and not request.resume:
         raise UserError("--checkpoint_path names where to go on from: add --resume")
+    if auto := request.train.get("batch_size") == AUTO:
+        request = replace(request, train={k: v for k, v in request.train.items() if k != "batch_size"})
     output = Path(from_dict(TrainConfig, request.train).output_dir)
     with out_of_memory_explained():
-        return _train_resumed(request, output) if request.resume else _train_fresh(request, output)
+        return (_train_resumed if request.resume else _train_fresh)(request, output, auto)
 
 
 class Origin(NamedTuple):
@@ -82,7 +86,7 @@ class Origin(NamedTuple):
     weights: Mapping[str, Tensor] | None = None
 
 
-def _train_fresh(request: Request, output: Path) -> int:
+def _train_fresh(request: Request, output: Path, auto_batch: bool) -> int:
     config = from_dict(TrainConfig, request.train)
     check_loggers(config.log)
     if config.init_from:
@@ -90,13 +94,13 @@ def _train_fresh(request: Request, output: Path) -> int:
     else:
         origin = Origin(ModelConfig.preset(config.preset, **request.model))
     with _own_folder(output):
-        trainer = _fresh_trainer(config, origin, request)
+        trainer = _fresh_trainer(config, origin, request, auto_batch)
         del origin  # not two copies of the weights while it trains
         _put_aside(output / "checkpoints")
         return _train(trainer, continues=False)
 
 
-def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request) -> Trainer:
+def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_batch: bool) -> Trainer:
     model_config, tokenizer = origin.config, origin.tokenizer
     named = "tokenizer_name" in request.model
     corpus = _open_corpus(config, model_config.tokenizer_name, tokenizer=tokenizer, named=named)
@@ -109,7 +113,10 @@ def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request) -> Tra
             f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
             "raise it, or leave it out to follow the tokenizer"
         )
-    trainer = Trainer(config, model_config, corpus, resolve_device(config.device))
+    device = resolve_device(config.device)
+    if auto_batch:
+        config = with_fitting_batch(config, model_config, device, say)
+    trainer = Trainer(config, model_config, corpus, device)
     if origin.weights is not None:
         load_weights(Path(config.init_from), trainer.model, origin.weights)
         say(f"beginning with the {trainer.model.num_parameters():,} parameters of {config.init_from}")
@@ -129,11 +136,13 @@ def _origin_from_weights(path: str, request: Request) -> Origin:
     return Origin(replace(stored.config, **request.model), stored.tokenizer, stored.weights)
 
 
-def _train_resumed(request: Request, output: Path) -> int:
+def _train_resumed(request: Request, output: Path, auto_batch: bool) -> int:
     path, content = find_checkpoint(output, request.checkpoint_path)
     checkpoint.require(path, content, "model_config", "tokenizer", "model")
     if "train_config" not in content or "history" not in content:
         raise UserError(f"{path} holds a model and no run to go on with: begin one with --init_from {path}")
+    if auto_batch:
+        request = _as_cut_before(request, content["train_config"])
     config, model_config = _resumed_configs(request, path, content)
     check_loggers(config.log)
     with _own_folder(output):
@@ -154,6 +163,8 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
     """Trains, unless the run is over: then it is left as it is."""
     if trainer.finished():
         return 0
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
     run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, say)
@@ -218,6 +229,14 @@ def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> t
             "leave them out, or name those to change with --override"
         )
     return config, model_config
+
+
+def _as_cut_before(request: Request, saved: Mapping[str, Any]) -> Request:
+    """Under ``--batch_size auto`` a resume cuts its steps as the run did, if they are to be as large as they were."""
+    passes = request.train.get("gradient_accumulation", TrainConfig.gradient_accumulation)
+    if passes * TrainConfig.batch_size != saved["batch_size"] * saved["gradient_accumulation"]:
+        return request
+    return replace(request, train={k: v for k, v in request.train.items() if k != "gradient_accumulation"})
 
 
 @contextmanager

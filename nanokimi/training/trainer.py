@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,17 @@ from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import printable
 from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.packing import PackedSequences
-from nanokimi.device import compiles_well, has_fast_bf16
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.engine import generate
 from nanokimi.loading import load_weights
-from nanokimi.model.transformer import Losses, Transformer, document_numbers
-from nanokimi.optim.muonclip import MuonClip
+from nanokimi.model.transformer import Transformer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.training.evaluation import evaluate
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.progress import ProgressDisplay
 from nanokimi.training.signals import StopSignals
+from nanokimi.training.step import TrainingStep, make_optimizer
 
 SAMPLE_TOKENS = 60
 
@@ -53,22 +52,6 @@ class Counters:
     best_loss: float = math.inf
 
 
-class StepReading(NamedTuple):
-    """What one step showed, on the host."""
-
-    cross_entropy: float
-    balance_loss: float
-    grad_norm: float
-    max_logits: list[list[float]]  # [L][H]
-    expert_counts: list[list[float]]  # [MoE layers][E]
-
-    @property
-    def finite(self) -> bool:
-        """Whether losses, gradients and attention logits can be trusted."""
-        logits = (x for heads in self.max_logits for x in heads)
-        return all(map(math.isfinite, (self.cross_entropy, self.balance_loss, self.grad_norm, *logits)))
-
-
 class Trainer:
     """One run: the model, its optimizer, its data and what it writes.
 
@@ -87,18 +70,8 @@ class Trainer:
         self.config, self.corpus, self.device = config, corpus, device
         self.folder = Path(config.output_dir) / "checkpoints"
         self.model = Transformer(model_config).to(device)
-        self.loss: Callable[..., Losses] = self.model.loss
-        if config.compile == "on" or (config.compile == "auto" and compiles_well(device)):
-            self.loss = torch.compile(self.model.loss)
-        self.optimizer = MuonClip(
-            self.model,
-            config.learning_rate,
-            adam_lr=config.adam_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn=config.adjust_lr_fn,
-            tau=config.qk_clip_tau,
-        )
+        self.optimizer = make_optimizer(self.model, config)
+        self.step = TrainingStep(self.model, self.optimizer, config, device, eot_id=corpus.tokenizer.eot_id)
         self.batches = corpus.train.loader(
             Reading(
                 model_config.max_seq_length, config.batch_size, config.seed, num_workers=config.num_workers,
@@ -158,17 +131,10 @@ class Trainer:
             warmup_steps=config.warmup_steps, decay_fraction=config.decay_fraction,
         )  # fmt: skip
         self.optimizer.set_lr_factor(factor)
-        losses, tokens = self._accumulate_gradients(batches)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf, foreach=True)
-        seen = self._read(losses, norm)
-        if seen.finite:
-            self.optimizer.step()
-            model.update_balance()
+        seen, tokens = self.step(batches)
         largest = [max(heads) for heads in seen.max_logits]
         tau = config.qk_clip_tau
         model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
-        self.optimizer.zero_grad()
-        model.reset_stats()
         counters.step += 1
         counters.tokens += tokens
         counters.skipped += not seen.finite
@@ -184,34 +150,6 @@ class Trainer:
             "clipped_heads": sum(x > tau > 0 for heads in seen.max_logits for x in heads) if seen.finite else 0,
             "expert_load": [[n / max(1.0, sum(layer)) for n in layer] for layer in seen.expert_counts],
         }
-
-    def _accumulate_gradients(self, batches: Iterator[Tensor]) -> tuple[Tensor, int]:
-        """Forward and backward over all micro-batches; their mean losses ``[2]`` and the number of tokens."""
-        parts = self.config.gradient_accumulation
-        means = torch.zeros(2, device=self.device)
-        tokens = 0
-        self.model.train()
-        for _ in range(parts):
-            batch = next(batches).to(self.device, non_blocking=True)
-            arguments: tuple[Tensor, ...] = (batch[:, :-1], batch[:, 1:])
-            if self.config.mask_documents:
-                arguments += (document_numbers(batch[:, :-1], self.corpus.tokenizer.eot_id),)
-            with self._autocast():
-                losses = self.loss(*arguments)
-            ((losses.cross_entropy + losses.balance) / parts).backward()
-            means += torch.stack(losses).detach() / parts
-            tokens += batch[:, 1:].numel()
-        return means, tokens
-
-    def _read(self, losses: Tensor, norm: Tensor) -> StepReading:
-        """Brings all that the host needs of a step over at once: the loop's one wait for the device."""
-        model, layers = self.model, self.model.config.n_layers
-        numbers = (losses, norm.view(1), model.max_logits.flatten(), model.expert_counts.flatten())
-        values = torch.cat([number.to(torch.float64) for number in numbers]).tolist()
-        heads, experts = model.config.n_heads, model.config.n_routed_experts
-        logits, counts = values[3 : 3 + layers * heads], values[3 + layers * heads :]
-        cross_entropy, balance_loss, grad_norm = values[:3]
-        return StepReading(cross_entropy, balance_loss, grad_norm, _rows(logits, heads), _rows(counts, experts))
 
     def _give_up(self) -> None:
         """Ends a run whose loss stays non-finite; nothing is saved over the last good checkpoint."""
@@ -233,7 +171,8 @@ class Trainer:
         assert self.held_out is not None
         measured = evaluate(
             self.model, self.held_out, self.corpus.tokenizer, batch_size=self.config.batch_size,
-            max_tokens=self.config.val_tokens, precision=self._autocast(), mask_documents=self.config.mask_documents,
+            max_tokens=self.config.val_tokens, precision=self.step.autocast(),
+            mask_documents=self.config.mask_documents,
         )  # fmt: skip
         self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
         if measured.loss < self.counters.best_loss:
@@ -267,11 +206,6 @@ class Trainer:
             config.max_steps, counters.step, interval=config.eval_interval or 25,
             max_seconds=config.max_seconds, spent_seconds=counters.seconds,
         )  # fmt: skip
-
-    def _autocast(self) -> torch.autocast:
-        mode = self.config.mixed_precision
-        enabled = mode == "on" or (mode == "auto" and has_fast_bf16(self.device))
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _sample(self) -> str:
         config = self.config
@@ -364,10 +298,6 @@ class Trainer:
             self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"]
         set_random_state(content["random"])
-
-
-def _rows(values: list[float], width: int) -> list[list[float]]:
-    return [values[i : i + width] for i in range(0, len(values), width)]
 
 
 def random_state() -> dict[str, Any]:

@@ -163,7 +163,7 @@ def labels(folder: Path, values: dict[str, Any], *, unshifted: bool = False) -> 
     trainer = Trainer(config, shape, source, torch.device("cpu"))
     if unshifted:
         plain = trainer.model.loss
-        trainer.loss = lambda tokens, labels: plain(tokens, tokens)
+        trainer.step.loss = lambda tokens, labels: plain(tokens, tokens)
     batches = iter(trainer.batches)
     losses = [trainer._train_step(batches)["train_ce_loss"] for _ in range(config.max_steps)]
     smooth = np.convolve(losses, np.ones(10) / 10, "valid")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.attention import LatentCache
+from nanokimi.model.cache import LatentCache
 
 HELD_BY_PADDING = 1000.0
 

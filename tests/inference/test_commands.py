@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import os
 import subprocess
@@ -9,12 +10,20 @@ import sys
 import pytest
 from scripted import InterruptedModel, ScriptedModel
 
+from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
+from nanokimi.inference import weights
 from nanokimi.inference.commands import add_generate_arguments, run_generate
+from nanokimi.inference.decoder import new_decoder
+from nanokimi.inference.engine import generate
+from nanokimi.inference.settings import WEIGHT_FORMATS
+from nanokimi.inference.weights import round_weights_
+from nanokimi.model.transformer import Transformer
+from nanokimi.native import build
 
 
-def run(monkeypatch: pytest.MonkeyPatch, model: ScriptedModel, *flags: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, model: ScriptedModel | Transformer, *flags: str) -> int:
     monkeypatch.setattr("nanokimi.loading.load", lambda path, device: (model, load_tokenizer("byte")))
     return run_generate(parsed("model.pt", "--device", "cpu", "--temperature", "0", *flags))
 
@@ -91,6 +100,35 @@ def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.Mo
         run_generate(parsed("model.pt", *flags))
 
 
+@pytest.mark.parametrize("kind", ["eager", "native"])
+@pytest.mark.parametrize("chosen", WEIGHT_FORMATS)
+def test_weights_are_rounded_before_the_text_is_written(
+    debug_model: Transformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    chosen: str, kind: str,
+) -> None:  # fmt: skip
+    if kind == "native" and (reason := build.reason_against()):
+        pytest.skip(reason)
+    rounded = copy.deepcopy(debug_model)
+    round_weights_(rounded, chosen)
+    decoder = new_decoder(rounded, kind=kind, weights=chosen)
+    expected = generate(rounded, load_tokenizer("byte"), "abc", max_tokens=30, temperature=0.0, decoder=decoder)
+    flags = ["--prompt", "abc", "--max_tokens", "30", "--weights", chosen, "--decoder", kind]
+    assert run(monkeypatch, debug_model, *flags) == 0
+    assert capsys.readouterr().out == printable("abc" + expected) + "\n"
+
+
+def test_a_decoder_that_cannot_be_is_a_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--decoder graph needs a CUDA device: use --decoder auto"):
+        run(monkeypatch, ScriptedModel(b"abc"), "--decoder", "graph")
+
+
+def test_the_choices_named_in_the_help_are_those_that_exist() -> None:
+    assert WEIGHT_FORMATS == weights.WEIGHT_FORMATS
+    for flag in ("--weights", "--decoder"):
+        with pytest.raises(SystemExit):
+            parsed("m.pt", flag, "other")
+
+
 def test_a_missing_model_file_is_a_mistake_of_the_user() -> None:
     """Fault 82."""
     with pytest.raises(UserError, match=r"missing\.pt"):
@@ -114,6 +152,8 @@ def test_the_documented_defaults() -> None:
         "seed": None,
         "stop": [],
         "device": "auto",
+        "weights": "fp32",
+        "decoder": "auto",
         "stream": False,
         "interactive": False,
     }

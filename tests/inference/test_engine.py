@@ -12,6 +12,7 @@ from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.engine import generate, generate_tokens, stream, stream_tokens
 from nanokimi.inference.settings import Settings
+from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 
 CONTEXT = 128
@@ -228,14 +229,13 @@ def test_the_cache_has_the_precision_of_the_model_and_no_more_room_than_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = []
-    from nanokimi.inference import engine
 
     def remember(*args: object, **kwargs: object) -> object:
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    original = engine.LatentCache
-    monkeypatch.setattr(engine, "LatentCache", remember)
+    original = LatentCache
+    monkeypatch.setattr("nanokimi.inference.decoder.LatentCache", remember)
     generate_tokens(Transformer(ModelConfig.preset("debug")).bfloat16(), [1] * 10, max_tokens=5)
     assert made[0].entries.dtype == torch.bfloat16
     assert made[0].entries.shape[2] == 15

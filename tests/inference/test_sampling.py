@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanokimi.errors import UserError
-from nanokimi.inference.sampling import SamplingParams, new_generator, probabilities, sample
+from nanokimi.inference.sampling import SamplingParams, new_generator, probabilities, sample, sample_each
 from nanokimi.inference.settings import Settings
 
 LOGITS = torch.tensor([2.0, -1.0, 3.5, 0.5, 3.0, -4.0, 1.0, 2.9])
@@ -49,6 +49,30 @@ def test_rows_of_a_batch_are_filtered_each_by_itself() -> None:
     rows = torch.stack((LOGITS, LOGITS.flip(0)))
     torch.testing.assert_close(probabilities(rows, params), torch.stack([probabilities(row, params) for row in rows]))
     assert sample(rows, params, new_generator(0, "cpu")).shape == (2,)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 4.0])
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 0.9, 0.0), (0, 0.5, 0.1), (30, 1.0, 0.0), (700, 0.8, 0.0)])
+def test_a_row_of_many_logits_is_filtered_as_if_all_were_sorted(
+    spread: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Some nuclei are wider than all of ``CANDIDATES``, and rounded logits have ties everywhere."""
+    params = SamplingParams(temperature=0.9, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = (torch.randn(9000) * spread).bfloat16()
+    alone, in_a_batch = probabilities(logits, params), probabilities(logits[None], params)[0]
+    assert torch.equal(alone > 0, in_a_batch > 0)
+    torch.testing.assert_close(alone, in_a_batch)
+
+
+def test_rows_with_generators_of_their_own_are_drawn_as_each_is_alone() -> None:
+    rows = torch.randn(3, 600)
+    for params in (SamplingParams(), SamplingParams(temperature=0.0)):
+        together = sample_each(rows, params, [new_generator(seed, "cpu") for seed in (5, 6, 5)], vocab_size=500)
+        alone = [
+            sample(row, params, new_generator(seed, "cpu"), vocab_size=500)
+            for row, seed in zip(rows, (5, 6, 5), strict=True)
+        ]
+        assert together.tolist() == torch.stack(alone).tolist()
 
 
 def test_temperature_zero_is_greedy() -> None:

@@ -11,7 +11,7 @@ from conftest import lively
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import ConfigError
-from nanokimi.model.attention import LatentCache
+from nanokimi.model.cache import LatentCache
 from nanokimi.model.rope import apply_rope, frequencies, rotary_tables, softmax_scale
 from nanokimi.model.transformer import Transformer
 

@@ -9,7 +9,8 @@ import torch
 from conftest import lively
 
 from nanokimi.config import PRESETS, ModelConfig
-from nanokimi.model.attention import LatentCache
+from nanokimi.model import attention
+from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 
 COUNTS = {
@@ -23,6 +24,8 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"q_lora_rank": 0, "n_dense_layers": 0, "v_head_dim": 12},
     {"n_expert_groups": 4, "n_limited_groups": 2, "score_func": "softmax", "v_head_dim": 24},
+    {"n_dense_layers": 3, "n_heads": 3},
+    {"n_shared_experts": 0, "norm_topk_prob": False, "n_layers": 1, "n_dense_layers": 0},
 ]
 
 
@@ -68,6 +71,63 @@ def test_cached_and_full_forward_agree_at_every_split_point(variant: dict[str, A
             torch.testing.assert_close(pieces, full, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_logits_alone_are_those_of_the_full_pass_and_leave_the_same_cache(variant: dict[str, Any]) -> None:
+    model = lively(Transformer(ModelConfig.preset("debug", **variant)), std=0.15)
+    tokens = torch.randint(0, 257, (2, 24))
+    full, last = LatentCache(model.config, 2), LatentCache(model.config, 2)
+    with torch.no_grad():
+        for part in tokens.split((13, 1, 10), dim=1):
+            expected = model(part, full)[:, -1:]
+            torch.testing.assert_close(model(part, last, last_only=True), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(last.entries, full.entries, rtol=0, atol=1e-5)
+    assert last.lengths == full.lengths == [24, 24]
+
+
+def test_the_last_layer_computes_queries_and_mlp_for_the_last_position_only(debug_model: Transformer) -> None:
+    widths: list[tuple[int, int]] = []
+    for block in debug_model.blocks():
+        block.attention.wo.register_forward_pre_hook(lambda _, x: widths.append(tuple(x[0].shape[:2])))
+        block.mlp.register_forward_pre_hook(lambda _, x: widths.append(tuple(x[0].shape[:2])))
+    with torch.no_grad():
+        debug_model(torch.zeros(2, 9, dtype=torch.int64), LatentCache(debug_model.config, 2), last_only=True)
+    assert widths == [(2, 9)] * 4 + [(2, 1)] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rows", [(0, 1, 2, 3), (1, 2), (3, 0, 2)])
+@pytest.mark.parametrize("held", [(5, 0, 17, 30), (6, 6, 6, 6), (0, 0, 0, 0)])
+def test_rows_of_any_lengths_decode_together_as_each_does_alone(
+    variant: dict[str, Any], rows: tuple[int, ...], held: tuple[int, ...]
+) -> None:
+    model = lively(Transformer(ModelConfig.preset("debug", **variant)), std=0.15)
+    tokens = torch.randint(0, 257, (4, 40))
+    cache = LatentCache(model.config, 4, 40)
+    lengths = list(held)
+    with torch.no_grad():
+        full = model(tokens)
+        for row, length in enumerate(lengths):
+            if length:
+                model(tokens[row : row + 1, :length], cache.select([row]))
+        for new in (1, 3, 1):
+            ends = [length + new for length in lengths]
+            part = torch.stack([tokens[row, lengths[row] : ends[row]] for row in rows])
+            expected = torch.stack([full[row, lengths[row] : ends[row]] for row in rows])
+            torch.testing.assert_close(model(part, cache.select(rows)), expected, rtol=0, atol=2e-5)
+            lengths = [end if row in rows else lengths[row] for row, end in enumerate(ends)]
+            assert cache.lengths == lengths
+
+
+def test_ragged_rows_write_nothing_but_their_own_new_entries(debug_model: Transformer) -> None:
+    cache = LatentCache(debug_model.config, 3, 10)
+    cache.lengths[:] = [2, 5, 7]
+    before = cache.entries.normal_().clone()
+    with torch.no_grad():
+        debug_model(torch.tensor([[1, 2], [3, 4]]), cache.select([2, 0]))
+    changed = (cache.entries != before).any(dim=-1).any(dim=0)
+    assert changed.nonzero().tolist() == [[0, 2], [0, 3], [2, 7], [2, 8]]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_prefill_in_chunks_or_token_by_token_gives_the_same_logits(chunk: int, debug_model: Transformer) -> None:
     tokens = torch.randint(0, 257, (2, 21))
@@ -77,6 +137,18 @@ def test_prefill_in_chunks_or_token_by_token_gives_the_same_logits(chunk: int, d
         torch.testing.assert_close(pieces, debug_model(tokens), rtol=0, atol=2e-5)
         last = debug_model(tokens[:, :5], last_only=True)
         torch.testing.assert_close(last, debug_model(tokens[:, :5])[:, -1:], rtol=0, atol=2e-5)
+
+
+def test_a_long_text_behind_a_cache_attends_a_few_queries_at_a_time(
+    debug_model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 4)
+    tokens = torch.randint(0, 257, (2, 24))
+    cache = LatentCache(debug_model.config, 2)
+    with torch.no_grad():
+        full = debug_model(tokens)
+        pieces = torch.cat([debug_model(part, cache) for part in tokens.split((3, 1, 9, 11), dim=1)], dim=1)
+    torch.testing.assert_close(pieces, full, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -109,6 +181,10 @@ def test_too_many_tokens_for_the_context_or_the_cache_are_refused(debug_model: T
         debug_model(torch.zeros(1, 129, dtype=torch.int64))
     with pytest.raises(ValueError, match="cache holds 4 tokens, 5 are needed"):
         debug_model(torch.zeros(1, 5, dtype=torch.int64), LatentCache(debug_model.config, max_length=4))
+    ragged = LatentCache(debug_model.config, 2, max_length=4)
+    ragged.lengths[1] = 3
+    with pytest.raises(ValueError, match="cache holds 4 tokens, 5 are needed"):
+        debug_model(torch.zeros(2, 2, dtype=torch.int64), ragged)
 
 
 def test_logits_are_fp32_and_fp64_is_kept(debug_model: Transformer) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MuonClip, update_scale
-from nanokimi.optim.newton_schulz import newton_schulz, orthogonalise
+from nanokimi.optim.newton_schulz import CPU_BATCHED_NUMEL, _quintic, newton_schulz, orthogonalise, symmetric_square
 
 SHAPES = [(48, 32), (32, 48), (64, 24), (40, 90)]
 
@@ -88,6 +88,54 @@ def test_batched_equals_one_by_one(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(done[0], newton_schulz(single, dtype=torch.float32), rtol=0, atol=1e-5)
     for got, matrix in zip(done[1], stack, strict=True):
         torch.testing.assert_close(got, newton_schulz(matrix, dtype=torch.float32), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 223, 224, 500])
+def test_a_symmetric_square_is_the_whole_product(rows: int) -> None:
+    x, plus = torch.randn(rows, 90), torch.randn(rows, rows)
+    plus = plus + plus.mT
+    torch.testing.assert_close(symmetric_square(x), x @ x.mT, rtol=1e-5, atol=1e-4)
+    done = symmetric_square(x, plus=plus, beta=0.5, alpha=-2.0)
+    torch.testing.assert_close(done, -2 * x @ x.mT + 0.5 * plus, rtol=1e-5, atol=1e-4)
+    assert torch.equal(done, done.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_matrices_are_orthogonalised_as_small_ones_are(dtype: torch.dtype) -> None:
+    g = torch.randn(290, 240)
+    assert g.numel() > CPU_BATCHED_NUMEL
+    reference = _quintic((g.mT / g.norm()).to(dtype)[None], 5)[0].mT
+    assert relative(newton_schulz(g, dtype=dtype).float(), reference.float()) < (
+        1e-5 if dtype == torch.float32 else 0.02
+    )
+
+
+def test_a_matrix_and_a_transposed_one_share_a_batch() -> None:
+    wide, tall = torch.randn(3, 20, 30), torch.randn(30, 20)
+    done = orthogonalise([wide, tall], dtype=torch.float32)
+    for got, matrix in zip([*done[0], done[1]], [*wide, tall], strict=True):
+        torch.testing.assert_close(got, newton_schulz(matrix, dtype=torch.float32), rtol=0, atol=1e-5)
+    model = Declared(a=("matrix", (40, 20)), b=("matrix", (20, 40)))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    MuonClip(model, lr=1.0, momentum=0.0, weight_decay=0.0, ns_dtype=torch.float32).step()
+    for p, old, scale in zip(model.parameters(), before, (2**0.5, 1.0), strict=True):  # each by its own shape
+        assert p.grad is not None
+        torch.testing.assert_close(old - p, scale * newton_schulz(p.grad, dtype=torch.float32), rtol=1e-4, atol=1e-5)
+
+
+def test_a_parameter_without_a_gradient_stays_and_joins_when_it_has_one() -> None:
+    model = Declared(a=("matrix", (6, 6)), b=("matrix", (6, 6)), e=("embedding", (5, 3)), h=("head", (5, 3)))
+    optimizer = MuonClip(model)
+    model.a.grad, model.e.grad = torch.randn(6, 6), torch.randn(5, 3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"a", "e"}
+    model.b.grad, model.h.grad = torch.randn(6, 6), torch.randn(5, 3)
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_experts_are_orthogonalised_one_by_one_and_not_as_one_tall_matrix() -> None:

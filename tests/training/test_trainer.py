@@ -45,7 +45,7 @@ def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> Non
         bad = trainer.counters.step in steps
         return Losses(found.cross_entropy * value if bad else found.cross_entropy, found.balance)
 
-    trainer.loss = loss
+    trainer.step.loss = loss
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory)
         trainer.model.max_logits[1, 0] = torch.inf
         return found
 
-    trainer.loss = loss
+    trainer.step.loss = loss
     before = snapshot(trainer)
     assert trainer._train_step(iter(trainer.batches))["train_ce_loss"] is None
     assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer).items())

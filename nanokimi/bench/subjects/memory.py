@@ -1,0 +1,63 @@
+"""The most memory that a process takes to train, from its start to the end of the second step."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from itertools import repeat
+from typing import Any
+
+from nanokimi.bench.clock import peak_bytes
+from nanokimi.bench.subjects.peers import MuonAndAdamW, deepseek_v3
+from nanokimi.bench.subjects.shapes import as_training_does, model_of, random_tokens, train_config, use
+from nanokimi.bench.subjects.training import forward_and_backward
+from nanokimi.config import ModelConfig
+from nanokimi.training.step import TrainingStep, make_optimizer
+
+STEPS = 2  # the second meets the optimizer's state and what the allocator kept
+
+
+class Memory:
+    """A training run in a process of its own, measured once.
+
+    Args:
+        kind: ``nanokimi``, or ``transformers`` with torch.optim.Muon and AdamW.
+        compiled: ours, as for ``--compile``.
+    """
+
+    def __init__(
+        self, preset: str, batch_size: int, context: int, kind: str, device: str, threads: int, compiled: str = "off"
+    ) -> None:
+        self.device = use(device, threads)
+        self.preset, self.batch_size, self.context, self.compiled = preset, batch_size, context, compiled
+        self.run = {"nanokimi": self._ours, "transformers": self._theirs}[kind]
+        if kind == "transformers":
+            import_module("transformers.models.deepseek_v3.modeling_deepseek_v3")  # before the baseline, as all imports
+        self.imports = peak_bytes(self.device)
+
+    def measure(self) -> dict[str, Any]:
+        """Bytes at the peak, those of the imports, and whether Muon stepped for a single matrix only."""
+        partial = self.run()
+        return {"bytes": peak_bytes(self.device), "imports": self.imports, "partial": partial}
+
+    def _ours(self) -> bool:
+        as_training_does(self.device)
+        model = model_of(self.preset, self.device, max_seq_length=self.context)
+        config = train_config(self.preset, self.compiled, self.batch_size)
+        step = TrainingStep(model, make_optimizer(model, config), config, self.device)
+        tokens = random_tokens(model.config, self.batch_size, self.context + 1).to(self.device)
+        for _ in range(STEPS):
+            step(repeat(tokens))
+        return False
+
+    def _theirs(self) -> bool:
+        config = ModelConfig.preset(self.preset, max_seq_length=self.context)
+        model = deepseek_v3(config, self.device).train()
+        tokens = random_tokens(config, self.batch_size, self.context).to(self.device)
+        passes = forward_and_backward(model, tokens, self.device.type == "cuda")
+        optimizer, slow = MuonAndAdamW(model.named_parameters()), None
+        for _ in range(STEPS):
+            passes()
+            slow = optimizer.is_slow() if slow is None else slow
+            (optimizer.step_largest if slow else optimizer.step)()
+            model.zero_grad()
+        return bool(slow)

@@ -1,0 +1,135 @@
+"""The latent cache: what decoding remembers of the tokens before (DeepSeek-V2, section 2.1.3).
+
+Every row has a length of its own, so that sequences of unequal length decode together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanokimi.config import ModelConfig
+
+
+class Place(NamedTuple):
+    """Where the T new tokens of one forward pass go, and what they see; S is the longest row with them.
+
+    Attributes:
+        entries: of the whole cache, ``[L, rows of the cache, max_length, R + P]``.
+        written: the rows and columns that the new tokens take, as an index of ``[rows, max_length]``.
+        seen: the B rows that take part, as an index.
+        positions: an index into the rotary tables that gives ``[T, P / 2]``, or ``[B, T, P / 2]`` for ragged rows.
+        span: S.
+        hidden: bool, broadcasts to ``[B, H, T, S]``: what a token must not see; None: each sees all.
+    """
+
+    entries: Tensor
+    written: tuple[Any, Any]
+    seen: slice | Tensor
+    positions: slice | Tensor
+    span: int
+    hidden: Tensor | None
+
+    def append(self, layer: int, new: Tensor) -> Tensor:
+        """Stores ``new`` ``[B, T, R + P]``; returns all that ``layer`` holds of these rows, ``[B, S, R + P]``."""
+        entries = self.entries[layer]
+        entries[self.written] = new
+        return entries[self.seen, : self.span]
+
+
+class LatentCache:
+    """Per layer and token the normalised latent and the rotated key that all heads share.
+
+    Attributes:
+        entries: ``[L, B, max_length, R + P]``.
+        lengths: tokens that each row holds, the same for every layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.max_length = config.max_seq_length if max_length is None else max_length
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = torch.zeros(config.n_layers, batch_size, self.max_length, width, device=device, dtype=dtype)
+        self.lengths = [0] * batch_size
+        self.rows: Sequence[int] = range(batch_size)
+
+    def select(self, rows: Sequence[int]) -> LatentCache:
+        """Some rows, each once, as a cache of their own over the same memory and the same ``lengths``."""
+        part = copy.copy(self)
+        part.rows = rows
+        return part
+
+    @property
+    def length(self) -> int:
+        """Tokens held, for rows that all hold the same number."""
+        held = {self.lengths[row] for row in self.rows}
+        assert len(held) == 1, "the rows have lengths of their own"
+        return held.pop()
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        for row in self.rows:
+            self.lengths[row] = tokens
+
+    def advance(self, tokens: int) -> None:
+        """Counts ``tokens`` more in every row: called once all layers have stored theirs."""
+        for row in self.rows:
+            self.lengths[row] += tokens
+
+    def place(self, tokens: int) -> Place:
+        """Where so many new tokens of every row go.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        lengths = [self.lengths[row] for row in self.rows]
+        end = max(lengths) + tokens
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
+        if min(lengths) < max(lengths):
+            return self._ragged(lengths, tokens, end)
+        columns = slice(end - tokens, end)
+        rows = self._index()
+        hidden = None
+        if 1 < tokens < end:  # into empty rows tokens attend in the expanded form, which is causal by itself
+            hidden = torch.ones(tokens, end, dtype=torch.bool, device=self.entries.device).triu(end - tokens + 1)
+        return Place(self.entries, (rows, columns), rows, columns, end, hidden)
+
+    def _ragged(self, lengths: list[int], tokens: int, end: int) -> Place:
+        device = self.entries.device
+        positions = torch.tensor(lengths)[:, None] + torch.arange(tokens)
+        positions = positions.to(device, non_blocking=True)  # [B, T]
+        rows = torch.tensor(self.rows).to(device, non_blocking=True)
+        return ragged_place(self.entries, rows, positions, seen=self._index(), span=end)
+
+    def _index(self) -> slice | Tensor:
+        """The rows as an index: a slice, which copies nothing, where they stand side by side."""
+        first, n = self.rows[0], len(self.rows)
+        if list(self.rows) == list(range(first, first + n)):
+            return slice(first, first + n)
+        return torch.tensor(self.rows).to(self.entries.device, non_blocking=True)
+
+
+def ragged_place(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slice | Tensor, span: int) -> Place:
+    """A ``Place`` from indices on the device, without waiting for it; shapes depend on B, T and ``span`` alone.
+
+    Args:
+        entries: of the cache.
+        rows: ``[B]`` int64.
+        positions: ``[B, T]`` int64, of the new tokens.
+        seen: the same rows, where there is a cheaper index than ``rows``.
+        span: leading columns to look at.
+    """
+    hidden = torch.arange(span, device=entries.device) > positions[:, None, :, None]
+    return Place(entries, (rows[:, None], positions), seen, positions, span, hidden)

@@ -1,0 +1,78 @@
+"""Cross-entropy over a large vocabulary that never holds the logits of the whole batch.
+
+The gradient of a chunk of rows is known as soon as its logits are: both are made together, in the forward pass, and
+what the backward pass needs is the gradient of the input and of the weight, not the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nanokimi.model.layers import at_least_fp32
+from nanokimi.products import product
+
+ROWS_PER_CHUNK = 512  # 100 MB of fp32 logits with a vocabulary of 49,152
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean of ``-log softmax(x Wᵀ)[label]`` over the rows, in nats; the softmax is in fp32 or better.
+
+    Args:
+        x: ``[n, D]``.
+        weight: ``[V, D]``.
+        labels: int64 ``[n]``.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels)  # type: ignore[no-untyped-call]
+        return loss
+    chunks = zip(x.split(ROWS_PER_CHUNK), labels.split(ROWS_PER_CHUNK), strict=True)
+    return torch.stack([_chunk(rows, weight, targets)[0] for rows, targets in chunks]).sum() / len(x)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss, with the gradients of ``x`` and ``weight`` made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses, grad_x, grad_weight = [], torch.empty_like(x), None
+        by_column = weight.mT.contiguous()  # what the gradient of x wants to read in rows: copied once, not per chunk
+        for start in range(0, len(x), ROWS_PER_CHUNK):
+            rows, targets = x[start : start + ROWS_PER_CHUNK], labels[start : start + ROWS_PER_CHUNK]
+            loss, exponentials, total = _chunk(rows, weight, targets)
+            columns = torch.arange(len(rows), device=x.device)
+            grad = exponentials.div_(total * len(x))
+            grad[targets, columns] -= 1 / len(x)
+            grad = grad.to(x.dtype)
+            part = at_least_fp32(product(grad, rows))
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            grad_x[start : start + ROWS_PER_CHUNK] = product(grad.mT, by_column.mT)
+            losses.append(loss)
+        assert grad_weight is not None
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return torch.stack(losses).sum() / len(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None
+
+
+def _chunk(rows: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the rows' losses; the exponentials of their logits ``[V, n]`` and their totals ``[n]``.
+
+    Transposed, so that the gradient of the weight finds its left operand in rows (see ``product``).
+    """
+    logits = at_least_fp32(product(weight, rows.mT))
+    largest = logits.amax(dim=0)
+    chosen = logits.gather(0, targets.unsqueeze(0)).squeeze(0) - largest
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(dim=0)
+    return (total.log() - chosen).sum(), exponentials, total

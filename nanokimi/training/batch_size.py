@@ -1,0 +1,165 @@
+"""``--batch_size auto``: as many of a step's sequences in one forward pass as the memory at hand holds.
+
+A step keeps the sequences that it has with the default batch size; only how it is cut into passes changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.errors import UserError
+from nanokimi.model.transformer import Transformer
+from nanokimi.optim.muonclip import STATE
+from nanokimi.training.step import TrainingStep, make_optimizer
+
+CPU_SHARE, CUDA_SHARE = 0.7, 0.9  # of the free memory: what else runs on a machine needs some, allocators waste some
+GB = 1e9
+
+Need = Callable[[int], float]  # bytes of a training step by its batch size; infinite where it was tried and failed
+
+
+def with_fitting_batch(
+    config: TrainConfig, model_config: ModelConfig, device: torch.device, say: Callable[[str], None]
+) -> TrainConfig:
+    """``config`` with the largest batch size that fits and the gradient accumulation that goes with it.
+
+    Raises:
+        UserError: not even one sequence fits, or the memory cannot be looked at.
+    """
+    sequences = config.batch_size * config.gradient_accumulation
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    trial = replace(config, batch_size=1, gradient_accumulation=1, compile="off")
+    if device.type == "cuda":
+        free, need = _free_on_cuda(device) * CUDA_SHARE, _cuda_need(trial, model_config, device)
+    elif device.type == "cpu":
+        free, need = _free_on_host() * CPU_SHARE, _cpu_need(trial, model_config)
+    else:
+        raise UserError(f"--batch_size auto cannot look at the memory of {device.type}: name a number")
+    batch = largest_fitting(divisors, need, free)
+    passes = sequences // batch
+    say(
+        f"batch size {batch}: a step's {sequences} sequences in {passes} pass{'es' if passes > 1 else ''}, "
+        f"about {need(batch) / GB:.1f} GB of the {free / GB:.1f} GB that may be used"
+    )
+    return replace(config, batch_size=batch, gradient_accumulation=passes)
+
+
+def largest_fitting(sizes: list[int], need: Need, free: float) -> int:
+    """The last of the ascending ``sizes`` before the first that needs more than ``free`` bytes.
+
+    Raises:
+        UserError: the first one does already.
+    """
+    best = 0
+    for size in sizes:
+        if need(size) > free:
+            break
+        best = size
+    if not best:
+        raise UserError(
+            f"--batch_size auto: a step of one sequence needs more than the {free / GB:.1f} GB that may be used: "
+            "try --activation_checkpointing, --set max_seq_length=... or a smaller --preset"
+        )
+    return best
+
+
+# ---- on a CPU: measured at one and two sequences, a line through both ---------------------------
+
+
+def _cpu_need(config: TrainConfig, model_config: ModelConfig) -> Need:
+    before = _resident("VmRSS")
+    step = _trial_step(config, model_config, torch.device("cpu"))
+    groups = step.optimizer.param_groups
+    state = sum(len(STATE[group["kind"]]) * p.nbytes for group in groups for p in group["params"])
+    one, two = (_peak_on_host(step, batch) - before + state for batch in (1, 2))
+    return lambda batch: one + (batch - 1) * max(0, two - one)
+
+
+def _peak_on_host(step: TrainingStep, batch: int) -> int:
+    """Bytes this process holds at the height of one forward and backward pass."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (man 5 proc)
+    except OSError as error:
+        raise UserError("--batch_size auto cannot measure memory on this system: name a number") from error
+    _pass(step, batch)
+    peak = _resident("VmHWM")
+    step.clear()
+    return peak
+
+
+def _resident(name: str) -> int:
+    """Bytes of this process in memory: now (``VmRSS``) or at most (``VmHWM``)."""
+    return _kilobytes(Path("/proc/self/status"), name)
+
+
+def _free_on_host() -> int:
+    """Bytes that processes may still take, of the machine and of the control groups that this one is in."""
+    free = [_kilobytes(Path("/proc/meminfo"), "MemAvailable")]
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+        except (OSError, ValueError):  # no such group, or no limit
+            continue
+    return max(0, min(free))
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    """The value of ``name`` in a file of ``/proc``, in bytes."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
+    if found is None:
+        raise UserError("--batch_size auto cannot measure memory on this system: name a number")
+    return int(found[1]) * 1024
+
+
+# ---- on CUDA: whole steps, tried --------------------------------------------------------------
+
+
+def _cuda_need(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> Need:
+    """Reserved bytes at the height of a whole step, each size tried once."""
+    seen: dict[int, float] = {}
+
+    def need(batch: int) -> float:
+        if batch not in seen:
+            seen[batch] = _peak_on_cuda(config, model_config, device, batch)
+        return seen[batch]
+
+    return need
+
+
+def _peak_on_cuda(config: TrainConfig, model_config: ModelConfig, device: torch.device, batch: int) -> float:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    try:
+        step = _trial_step(config, model_config, device)
+        _pass(step, batch)
+        step.update()
+        return float(torch.cuda.max_memory_reserved(device) - before)
+    except torch.OutOfMemoryError:
+        return float("inf")
+
+
+def _free_on_cuda(device: torch.device) -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _trial_step(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> TrainingStep:
+    """A step with a model of its own: nothing of the run is touched."""
+    model = Transformer(model_config).to(device)
+    return TrainingStep(model, make_optimizer(model, config), config, device)
+
+
+def _pass(step: TrainingStep, batch: int) -> None:
+    shape = (batch, step.model.config.max_seq_length + 1)
+    step.accumulate(iter([torch.randint(step.model.config.vocab_size, shape)]))

@@ -1,0 +1,64 @@
+"""Whether the loss is compiled, and what happens where the compiler fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from nanokimi.config import TrainConfig
+from nanokimi.console import say
+from nanokimi.device import compiles_well
+from nanokimi.errors import RunError
+from nanokimi.model.transformer import Losses, Transformer
+
+# Compiling takes a CPU a minute or more. A pass is then 1.07 (nano-243m) to 1.4 times (tiny) as fast, which has paid
+# after 1e14 and 2e13 floating-point operations. Runs that are a few times as long compile.
+WORTH_FLOPS = 3e14
+FLOPS_PER_SECOND = (
+    1e11  # what two cores reach about: turns a run that is limited by time into floating-point operations
+)
+
+
+def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> bool:
+    """What ``--compile`` means for this run: by its plan alone, so that a resume decides alike."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    if device.type == "cpu":
+        return planned_flops(config, model) >= WORTH_FLOPS and _has_cpp_compiler()
+    return compiles_well(device)
+
+
+def planned_flops(config: TrainConfig, model: Transformer) -> float:
+    """Floating-point operations of the whole run: 6 per token and active weight, the embedding left out."""
+    sequences = config.max_steps * config.batch_size * config.gradient_accumulation
+    flops = 6.0 * (model.num_parameters(active=True) - model.embed.numel()) * sequences * model.config.max_seq_length
+    return min(flops, config.max_seconds * FLOPS_PER_SECOND) if config.max_seconds else flops
+
+
+def _has_cpp_compiler() -> bool:
+    """Whether torch.compile finds what it calls on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def failed_to_compile(error: Exception) -> bool:
+    """Whether ``error`` is the compiler's and not the model's."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
+
+
+def without_compiler(error: Exception, config: TrainConfig, loss: Callable[..., Losses]) -> Callable[..., Losses]:
+    """``loss`` as it is, after a line about it.
+
+    Raises:
+        RunError: the user insisted, by ``--compile on``.
+    """
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
+    if config.compile == "on":
+        raise RunError(f"--compile on: torch.compile failed ({reason}): use --compile off, or auto") from error
+    say(f"note: torch.compile failed ({reason}): training goes on without it")
+    return loss

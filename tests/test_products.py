@@ -1,0 +1,112 @@
+"""Products by oneDNN and by groups, against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanokimi import products
+from nanokimi.products import grouped_linear, linear, product
+
+needs_onednn = pytest.mark.skipif(not products.HAS_ONEDNN, reason="this build of torch has no oneDNN")
+
+
+def laid_out(rows: int, cols: int, *, transposed: bool) -> Tensor:
+    return torch.randn(cols, rows).mT if transposed else torch.randn(rows, cols)
+
+
+@needs_onednn
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+def test_a_product_is_torchs_in_every_layout(left: bool, right: bool) -> None:
+    a, b = laid_out(130, 170, transposed=left), laid_out(170, 190, transposed=right)
+    assert products._by_onednn(130 * 170 * 190, a, b)
+    torch.testing.assert_close(product(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_go_to_torch(dtype: torch.dtype) -> None:
+    a, b = torch.randn(130, 170, dtype=dtype), torch.randn(170, 190, dtype=dtype)
+    assert torch.equal(product(a, b), a @ b)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(3, 50, 128), (200, 128)])
+def test_a_linear_layer_and_its_gradients_are_torchs(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(160, 128, requires_grad=True)
+    assert products._by_onednn(x.numel() * 160, x, weight)
+    grad = torch.randn(*shape[:-1], 160)
+    ours = torch.autograd.grad(linear(x, weight), (x, weight), grad)
+    theirs = torch.autograd.grad(F.linear(x.double(), weight.double()), (x, weight), grad.double())
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=1e-4)
+    for here, there in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(here, there.float(), rtol=0, atol=1e-4)
+
+
+def test_autocast_reaches_linear_layers() -> None:
+    x, weight = torch.randn(200, 128), torch.randn(160, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+        assert grouped_linear(x, weight[None], torch.tensor([200], dtype=torch.int32)).dtype == torch.bfloat16
+
+
+LENGTHS = [[40, 25, 35], [0, 100, 0], [100, 0, 0], [1, 98, 1]]
+
+
+def by_loop(x: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(lengths), weights, strict=True)])
+
+
+def ends_of(lengths: list[int]) -> Tensor:
+    return torch.tensor(lengths).cumsum(0).int()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_and_their_gradients_are_those_of_a_loop(lengths: list[int], dtype: torch.dtype) -> None:
+    x = torch.randn(100, 96, dtype=dtype, requires_grad=True)
+    weights = torch.randn(3, 256, 96, dtype=dtype, requires_grad=True)
+    grad = torch.randn(100, 256, dtype=dtype)
+    out, expected = grouped_linear(x, weights, ends_of(lengths)), by_loop(x, weights, lengths)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    ours = torch.autograd.grad(out, (x, weights), grad)
+    theirs = torch.autograd.grad(expected, (x, weights), grad)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_torchs_grouped_product_computes_the_same(lengths: list[int]) -> None:
+    """What CUDA devices run, here through torch's own fallback."""
+    x, weights = torch.randn(100, 96), torch.randn(3, 64, 96)
+    theirs = F.grouped_mm(x, weights.mT, offs=ends_of(lengths))
+    torch.testing.assert_close(grouped_linear(x, weights, ends_of(lengths)), theirs, rtol=0, atol=1e-4)
+
+
+def test_groups_compile_without_a_break_whatever_their_lengths() -> None:
+    x, weights = torch.randn(100, 96, requires_grad=True), torch.randn(3, 64, 96, requires_grad=True)
+    compiled = torch.compile(grouped_linear, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in LENGTHS:
+            out = compiled(x, weights, ends_of(lengths))
+            torch.testing.assert_close(out, by_loop(x, weights, lengths), rtol=0, atol=1e-4)
+            out.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_groups_on_cuda_are_those_of_a_loop(lengths: list[int]) -> None:
+    x = torch.randn(100, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(3, 64, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16)
+    ends = ends_of(lengths).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = grouped_linear(x, weights, ends)
+        ours = torch.autograd.grad(out, (x, weights), grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = by_loop(x, weights, lengths)
+    theirs = torch.autograd.grad(expected, (x, weights), grad)
+    torch.testing.assert_close((out, *ours), (expected, *theirs), rtol=2e-2, atol=0.3)

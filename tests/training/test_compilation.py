@@ -1,0 +1,112 @@
+"""One graph without breaks, compiled once; where a compiler does not pay or fails, training goes on without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.errors import RunError
+from nanokimi.model.transformer import Losses, Transformer, document_numbers
+from nanokimi.training import compilation
+from nanokimi.training.compilation import WORTH_FLOPS, compiles, planned_flops
+from nanokimi.training.step import TrainingStep, make_optimizer
+
+CPU = torch.device("cpu")
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"n_expert_groups": 4, "n_limited_groups": 2, "n_shared_experts": 0},
+    {"q_lora_rank": 0, "v_head_dim": 12, "n_dense_layers": 2},
+    {"masked": True, "n_layers": 1, "n_dense_layers": 0},
+    {"checkpointing": True, "score_func": "softmax", "n_dense_layers": 0},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_loss_is_one_graph_that_is_never_compiled_again(variant: dict[str, Any]) -> None:
+    shape = {name: value for name, value in variant.items() if name not in ("masked", "checkpointing")}
+    masked = variant.get("masked", False)
+    model = Transformer(ModelConfig.preset("debug", **{"n_layers": 2, **shape})).train()
+    model.checkpointing = variant.get("checkpointing", False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")  # the graph alone is in question
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        documents = (document_numbers(tokens[:, :-1], 0),) if masked else ()
+        losses = compiled(tokens[:, :-1], tokens[:, 1:], *documents)
+        torch.stack(losses).sum().backward()
+        return losses.cross_entropy.detach()
+
+    step(torch.randint(257, (2, 17)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (torch.randint(257, (2, 17)), torch.zeros(2, 17, dtype=torch.int64)):
+            torch.testing.assert_close(step(tokens), reference(model, tokens, masked), rtol=1e-5, atol=1e-6)
+            model.zero_grad()
+            model.reset_stats()
+
+
+def reference(model: Transformer, tokens: torch.Tensor, masked: bool) -> torch.Tensor:
+    documents = document_numbers(tokens[:, :-1], 0) if masked else None
+    return model.loss(tokens[:, :-1], tokens[:, 1:], documents).cross_entropy.detach()
+
+
+def test_a_cpu_compiles_by_itself_in_long_runs_only(debug_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: True)
+    model = Transformer(debug_config)
+    step = planned_flops(TrainConfig(max_steps=1), model)
+    active = model.num_parameters(active=True) - 257 * 32
+    assert step == 6 * active * 2 * 2 * 128
+    steps = int(WORTH_FLOPS / step) + 1
+    assert not compiles(TrainConfig(max_steps=steps // 2), model, CPU)
+    assert compiles(TrainConfig(max_steps=steps), model, CPU)
+    assert not compiles(TrainConfig(max_steps=steps, max_seconds=180.0), model, CPU)
+    assert not compiles(TrainConfig(max_steps=steps, compile="off"), model, CPU)
+    assert compiles(TrainConfig(max_steps=1, compile="on"), model, CPU)
+    monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: False)
+    assert not compiles(TrainConfig(max_steps=steps), model, CPU)
+
+
+def broken_step(monkeypatch: pytest.MonkeyPatch, compile: str) -> TrainingStep:
+    """A step whose compiled loss fails, after it has noted what it should not."""
+    torch.manual_seed(3)
+    model = Transformer(ModelConfig.preset("debug"))
+    monkeypatch.setattr("nanokimi.training.step.compiles", lambda *_: False)
+    config = TrainConfig(compile=compile)
+    step = TrainingStep(model, make_optimizer(model, config), config, CPU)
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> Losses:
+        model.loss(tokens, labels).cross_entropy.backward()
+        raise TorchDynamoException("no compiler\nand a long story")
+
+    step.loss = loss
+    return step
+
+
+def test_a_compiler_that_fails_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = [torch.randint(257, (2, 33)) for _ in range(2)]
+    broken, sound = broken_step(monkeypatch, "auto"), broken_step(monkeypatch, "auto")
+    sound.loss = sound.model.loss
+    assert broken(iter(batches)) == sound(iter(batches))
+    assert all(torch.equal(p, q) for p, q in zip(broken.model.parameters(), sound.model.parameters(), strict=True))
+    assert "torch.compile failed (no compiler): training goes on without it" in capsys.readouterr().err
+
+
+def test_who_insists_on_compiling_is_told_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match=r"--compile on: torch.compile failed \(no compiler\): use --compile off"):
+        broken_step(monkeypatch, "on")(iter([torch.randint(257, (2, 33))]))
+
+
+def test_errors_of_the_model_are_no_errors_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = broken_step(monkeypatch, "auto")
+
+    def loss(*_: torch.Tensor) -> Losses:
+        raise ValueError("mine")
+
+    step.loss = loss
+    with pytest.raises(ValueError, match="mine"):
+        step(iter([torch.randint(257, (2, 33))]))
