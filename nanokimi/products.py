@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 # Below this many multiply-adds the call costs more than the product gains.
 SMALL = 1 << 21
+GRID = 16  # rows: see _window
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -114,7 +115,8 @@ def _has_grouped_kernel(x: Tensor, weights: Tensor) -> bool:
 def _grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     out = x.new_empty(len(x), weights.shape[1])
     for start, end, group in _groups(ends):
-        out[start:end] = product(x[start:end], weights[group].mT)
+        rows = _window(start, end, x, weights)
+        out[start:end] = product(x[rows], weights[group].mT)[start - rows.start : end - rows.start]
     return out
 
 
@@ -123,8 +125,12 @@ def _grouped_linear_backward(grad: Tensor, x: Tensor, weights: Tensor, ends: Ten
     grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
     busy = _groups(ends)
     for start, end, group in busy:
-        grad_x[start:end] = product(grad[start:end], weights[group])
-        grad_weights[group] = product(grad[start:end].mT, x[start:end])
+        rows = _window(start, end, x, weights)
+        own = slice(start - rows.start, end - rows.start)
+        grad_x[start:end] = product(grad[rows], weights[group])[own]
+        by_column = grad.new_zeros(grad.shape[1], rows.stop - rows.start)  # neighbours' columns stay zero
+        by_column[:, own] = grad[start:end].mT
+        grad_weights[group] = product(by_column, x[rows])
     for group in set(range(len(weights))).difference(group for _, _, group in busy):
         grad_weights[group] = 0
     return grad_x, grad_weights
@@ -134,6 +140,19 @@ def _groups(ends: Tensor) -> list[tuple[int, int, int]]:
     """First row, row behind the last, and number of each group that is not empty."""
     rows = [0, *ends.tolist()]
     return [(start, end, group) for group, (start, end) in enumerate(pairwise(rows)) if end > start]
+
+
+def _window(start: int, end: int, x: Tensor, weights: Tensor) -> slice:
+    """The rows to multiply for those from ``start`` to ``end``: for oneDNN a few of their neighbours too.
+
+    It compiles a kernel for each number of rows that it meets, in a millisecond, and keeps it. So numbers are rounded
+    up to multiples of ``GRID``, and what comes of the neighbours is left unread.
+    """
+    count = -(-(end - start) // GRID) * GRID
+    if count > len(x) or not _by_onednn(count * weights[0].numel(), x, weights):
+        return slice(start, end)
+    first = min(start, len(x) - count)
+    return slice(first, first + count)
 
 
 @_grouped_linear.register_fake

@@ -52,7 +52,7 @@ def test_autocast_reaches_linear_layers() -> None:
         assert grouped_linear(x, weight[None], torch.tensor([200], dtype=torch.int32)).dtype == torch.bfloat16
 
 
-LENGTHS = [[40, 25, 35], [0, 100, 0], [100, 0, 0], [1, 98, 1]]
+LENGTHS = [[40, 25, 35], [0, 100, 0], [100, 0, 0], [1, 98, 1], [50, 0, 50]]
 
 
 def by_loop(x: Tensor, weights: Tensor, lengths: list[int]) -> Tensor:

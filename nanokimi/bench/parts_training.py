@@ -104,6 +104,7 @@ def memory(bench: Bench) -> None:
     kinds: dict[str, Mapping[str, Any]] = {
         "nanokimi, compiled": {"kind": "nanokimi", "compiled": "on"},
         "nanokimi, eager": {"kind": "nanokimi", "compiled": "off"},
+        "nanokimi, eager, activation checkpointing": {"kind": "nanokimi", "checkpointing": True},
         theirs: {"kind": "transformers"},
     }
     peaks: dict[str, list[float]] = {}

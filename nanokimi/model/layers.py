@@ -7,8 +7,11 @@ E experts, K experts per token, F expert width, L layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nanokimi.products import linear
@@ -54,7 +57,28 @@ class SwiGLU(nn.Module):
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """``[..., D] -> [..., D]`` with ``w1``, ``w3`` ``[F, D]`` and ``w2`` ``[D, F]``."""
-    return linear(F.silu(linear(x, w1)) * linear(x, w3), w2)
+    return linear(gated(linear(x, w1), linear(x, w3)), w2)
+
+
+def gated(gate: Tensor, x: Tensor) -> Tensor:
+    """``silu(gate) * x``; keeps its operands for the backward pass and nothing else."""
+    out: Tensor = _Gated.apply(gate, x)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate) * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, x = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        return grad * x * (sigmoid + silu * (1 - sigmoid)), grad * silu
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from nanokimi.model.layers import at_least_fp32
 from nanokimi.products import product
 
 ROWS_PER_CHUNK = 512  # 100 MB of fp32 logits with a vocabulary of 49,152
+CPU_STRIP = 4096  # entries of the vocabulary whose gradients are multiplied at once: a caches' worth of operands
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -41,20 +42,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        losses, grad_x, grad_weight = [], torch.empty_like(x), None
-        by_column = weight.mT.contiguous()  # what the gradient of x wants to read in rows: copied once, not per chunk
+        losses, grad_x = [], torch.empty_like(x)
+        grad_weight = torch.empty(weight.shape, dtype=at_least_fp32(weight[:0]).dtype, device=weight.device)
         for start in range(0, len(x), ROWS_PER_CHUNK):
             rows, targets = x[start : start + ROWS_PER_CHUNK], labels[start : start + ROWS_PER_CHUNK]
             loss, exponentials, total = _chunk(rows, weight, targets)
-            columns = torch.arange(len(rows), device=x.device)
             grad = exponentials.div_(total * len(x))
-            grad[targets, columns] -= 1 / len(x)
-            grad = grad.to(x.dtype)
-            part = at_least_fp32(product(grad, rows))
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
-            grad_x[start : start + ROWS_PER_CHUNK] = product(grad.mT, by_column.mT)
+            grad[targets, torch.arange(len(rows), device=x.device)] -= 1 / len(x)
+            part = torch.ops.nanokimi.logit_gradients(grad.to(x.dtype), rows, weight, grad_weight, start == 0)
+            grad_x[start : start + ROWS_PER_CHUNK] = part
             losses.append(loss)
-        assert grad_weight is not None
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return torch.stack(losses).sum() / len(x)
 
@@ -63,6 +60,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None
+
+
+@torch.library.custom_op("nanokimi::logit_gradients", mutates_args=("grad_weight",))
+def _logit_gradients(grad: Tensor, rows: Tensor, weight: Tensor, grad_weight: Tensor, first: bool) -> Tensor:
+    """From the gradient of logits ``[V, n]`` that of ``rows`` ``[n, D]``; adds (``first``: writes) that of ``weight``.
+
+    On a CPU a strip of the vocabulary at a time: neither a transposed copy of the weight nor a second gradient of its
+    size is made. An operator of its own: torch.compile would copy the whole gradient for each strip.
+    """
+    grad_rows = torch.zeros_like(rows, dtype=grad_weight.dtype)
+    step = CPU_STRIP if weight.device.type == "cpu" else len(weight)
+    for start in range(0, len(weight), step):
+        strip = slice(start, start + step)
+        part = product(grad[strip], rows)
+        grad_weight[strip] = part if first else grad_weight[strip] + part
+        grad_rows += product(grad[strip].mT, weight[strip])
+    return grad_rows.to(rows.dtype)
+
+
+@_logit_gradients.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, grad_weight: Tensor, first: bool) -> Tensor:
+    return torch.empty_like(rows)
 
 
 def _chunk(rows: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

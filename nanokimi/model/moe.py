@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.layers import SwiGLU, at_least_fp32
+from nanokimi.model.layers import SwiGLU, at_least_fp32, gated
 from nanokimi.model.roles import EXPERTS, MATRIX, Declaration
 from nanokimi.products import grouped_linear
 
@@ -95,7 +94,7 @@ class Experts(nn.Module):
         ends = torch.searchsorted(by_expert, torch.arange(len(self.w1), device=x.device), right=True, out_int32=True)
         copies = x.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1)
         blocks = permute(copies, order, place)
-        hidden = F.silu(grouped_linear(blocks, self.w1, ends)) * grouped_linear(blocks, self.w3, ends)
+        hidden = gated(grouped_linear(blocks, self.w1, ends), grouped_linear(blocks, self.w3, ends))
         out = permute(grouped_linear(hidden, self.w2, ends), place, order).unflatten(0, (tokens, chosen))
         return (out * weights.unsqueeze(-1).type_as(out)).sum(dim=1), ends.diff(prepend=ends.new_zeros(1))
 
