@@ -67,7 +67,7 @@ def _bars(axes: Any, comparison: dict[str, Any]) -> None:
     labels = [f"{row['ratio']:.3g} x  {amount(row['median'], comparison['unit'])}{_roof(row)}" for row in rows]
     axes.bar_label(bars, labels, padding=3, fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlim(0, 1.6 * max((row["ratio"] for row in rows), default=1.0))
+    axes.set_xlim(0, 2.0 * max((row["ratio"] for row in rows), default=1.0))
     axes.set_title(comparison["title"], fontsize=9)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
