@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,13 @@ def locked_folder(tmp_path: Path) -> Path:
         return Path("/proc/self")
     (tmp_path / "locked").mkdir(mode=0o555)
     return tmp_path / "locked"
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Any wait of the host for the CUDA device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

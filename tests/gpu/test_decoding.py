@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
-from conftest import lively
+from conftest import lively, no_waiting
 
 from nanokimi import generate_batch, generate_tokens
 from nanokimi.config import ModelConfig
@@ -23,16 +20,6 @@ PROMPTS = [[5, 6, 7], [9], list(range(120)), [3] * 11, [200, 1]]
 def model() -> Transformer:
     config = ModelConfig.preset("debug", max_seq_length=300)
     return lively(Transformer(config), std=0.15).to("cuda")
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any wait of the host for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graphs_are_what_a_cuda_model_is_decoded_by(model: Transformer) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from conftest import no_waiting
 from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
@@ -32,16 +32,6 @@ def make_step(**settings: Any) -> TrainingStep:
 def batches(seed: int = 0) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return iter([torch.randint(512, (2, 129), generator=generator).pin_memory() for _ in range(2)])
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Any wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
