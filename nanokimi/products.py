@@ -1,7 +1,7 @@
 """Matrix products that the model and the optimizer are made of, by the fastest library that torch carries.
 
 On a CPU torch multiplies fp32 matrices with MKL, which uses half of the vector width of some processors. oneDNN, which
-torch carries too, does not: it is up to 2.3 times as fast where AVX-512 is, 1.1 times with AVX2 (docs/results.md).
+torch carries too, does not: it is up to 2.2 times as fast where AVX-512 is, 1.1 times with AVX2 (docs/results.md).
 Results differ in the last bits only, as between any two libraries.
 """
 

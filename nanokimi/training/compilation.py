@@ -17,9 +17,8 @@ from nanokimi.model.transformer import Losses, Transformer
 # Compiling takes a CPU a minute or more. A pass is then 1.07 (nano-243m) to 1.4 times (tiny) as fast, which has paid
 # after 1e14 and 2e13 floating-point operations. Runs that are a few times as long compile.
 WORTH_FLOPS = 3e14
-FLOPS_PER_SECOND = (
-    1e11  # what two cores reach about: turns a run that is limited by time into floating-point operations
-)
+# About what two cores reach: turns a run that is limited by time into floating-point operations.
+FLOPS_PER_SECOND = 1e11
 
 
 def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> bool:
