@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,25 @@ def test_a_step_keeps_its_sequences(
     assert f"batch size {expected[0]}: a step's 12 sequences in {expected[1]} pass" in said[0]
 
 
-def test_memory_is_measured_on_this_machine_and_grows_with_the_batch(debug_config: ModelConfig) -> None:
-    config = TrainConfig(gradient_accumulation=1, batch_size=1, compile="off")
-    wide = ModelConfig.preset("debug", vocab_size=4096, inter_dim=8192, n_dense_layers=3)  # megabytes per sequence
-    need = batch_size._cpu_need(config, wide)
+# In a process of its own, as a run measures it: what a process has kept of freed memory takes no room anew.
+MEASURE = """
+import torch
+from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.training import batch_size
+torch.set_num_threads(1)
+config = TrainConfig(gradient_accumulation=1, batch_size=1, compile="off")
+wide = ModelConfig.preset("debug", vocab_size=4096, inter_dim=8192, n_dense_layers=3)  # megabytes per sequence
+need = batch_size._cpu_need(config, wide)
+print(need(1), need(9), batch_size._free_on_host())
+"""
+
+
+def test_memory_is_measured_on_this_machine_and_grows_with_the_batch() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    one, nine, free = map(int, done.stdout.split())
     activations = 3 * 128 * 8192 * 4 * 3  # of the three layers' MLPs: two projections and their product
-    assert need(9) - need(1) > 8 * activations / 2
-    assert need(1) < batch_size._free_on_host()
+    assert nine - one > 8 * activations / 2
+    assert one < free
 
 
 def test_a_run_records_the_choice_and_a_resume_keeps_it(
