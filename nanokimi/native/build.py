@@ -53,14 +53,6 @@ def reason_against() -> str | None:
     return None
 
 
-def is_built() -> bool:
-    """Whether the library for this machine lies in the cache folder already."""
-    try:
-        return _target(_compiler(), _openmp_runtime()).exists()
-    except Unavailable:
-        return False
-
-
 def cache_folder() -> Path:
     """``$NANOKIMI_CACHE``, else ``$XDG_CACHE_HOME/nanokimi``, else ``~/.cache/nanokimi``."""
     if own := os.environ.get("NANOKIMI_CACHE"):
