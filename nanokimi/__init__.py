@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanokimi.config import ModelConfig, TrainConfig
-    from nanokimi.inference.batch import generate_batch
-    from nanokimi.inference.engine import generate, generate_tokens
+    from nanokimi.inference.generate import generate, generate_batch, generate_tokens
     from nanokimi.loading import load
     from nanokimi.model.transformer import Transformer
     from nanokimi.optim.muonclip import MuonClip
@@ -30,9 +29,9 @@ _HOMES = {
     "MuonClip": "nanokimi.optim.muonclip",
     "TrainConfig": "nanokimi.config",
     "Transformer": "nanokimi.model.transformer",
-    "generate": "nanokimi.inference.engine",
-    "generate_batch": "nanokimi.inference.batch",
-    "generate_tokens": "nanokimi.inference.engine",
+    "generate": "nanokimi.inference.generate",
+    "generate_batch": "nanokimi.inference.generate",
+    "generate_tokens": "nanokimi.inference.generate",
     "load": "nanokimi.loading",
 }
 

@@ -14,7 +14,7 @@ from nanokimi.data.sources import open_corpus
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference.engine import generate
+from nanokimi.inference.generate import generate
 from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
 from nanokimi.training.evaluation import evaluate

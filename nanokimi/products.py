@@ -33,15 +33,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` of ``[m, k]`` and ``[k, n]`` in any strides; no gradient.
 
-    oneDNN wants rows of its left operand in one piece and takes the right one as it lies. So a product whose right
-    operand is better off there is computed transposed, and only where neither fits is one copied.
+    oneDNN wants the rows of its left operand in one piece, and the right one either so or transposed: a part of a wider
+    matrix costs it a thousand times as much. A product of a transposed left operand is computed transposed, and only
+    what fits neither way is copied.
     """
     if not _by_onednn(a.numel() * b.shape[1], a, b):
         return a @ b
-    if not a.is_contiguous() and b.mT.is_contiguous():
+    if a.mT.is_contiguous() and b.mT.is_contiguous():
         transposed: Tensor = _onednn(b.mT, a)
         return transposed.mT
-    out: Tensor = _onednn(a.contiguous(), b.mT)
+    dense = b if b.is_contiguous() or b.mT.is_contiguous() else b.contiguous()
+    out: Tensor = _onednn(a.contiguous(), dense.mT)
     return out
 
 

@@ -29,11 +29,13 @@ class Decoder(Protocol):
         slots: sequences that can be held.
         max_length: most tokens of each.
         lengths: tokens held by each slot; for reading only.
+        slot_bytes: memory of one slot.
     """
 
     slots: int
     max_length: int
     lengths: list[int]
+    slot_bytes: int
 
     def reset(self, slot: int) -> None:
         """Forgets a slot's tokens."""
@@ -58,6 +60,7 @@ class EagerDecoder:
         self.slots, self.max_length = slots, fitting_length(model, max_length)
         self.cache = LatentCache(model.config, slots, self.max_length, device=weight.device, dtype=weight.dtype)
         self.lengths = self.cache.lengths
+        self.slot_bytes = self.cache.entries.nbytes // slots
         self.one_by_one = weight.device.type == "cpu"
 
     def reset(self, slot: int) -> None:

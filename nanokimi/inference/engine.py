@@ -1,33 +1,58 @@
-"""Generation through the latent cache: ids, text pieces as they come, or the whole continuation."""
+"""The engine: requests join and leave a running batch; every way to generate goes through it.
+
+A step admits what waits, reads one chunk of prompt and gives every running sequence a token. What a sequence becomes
+depends on its request alone: its prompt is cut at places that depend on nothing else, it draws from a generator of its
+own, and a decoder's rows do not depend on each other.
+"""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nanokimi.data.tokenizer import TextStream, Tokenizer
+from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
-from nanokimi.inference.sampling import new_generator, sample_each
+from nanokimi.inference.sampling import Report, draw, log_probabilities
 from nanokimi.inference.settings import Settings
+from nanokimi.inference.text import Piece, TextAssembly
 from nanokimi.model.transformer import Transformer
 
-Piece = TypeVar("Piece")
+PREFILL_CHUNK = 512  # prompt tokens read between two tokens of the sequences that are being decoded
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, try an earlier checkpoint"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one continuation is to be.
+
+    Attributes:
+        prompt: ids, from one to the context.
+        settings: how tokens are drawn and where the text ends.
+        stop_tokens: end the continuation and are not part of it.
+        logprobs: report each token's log-probability and those of so many likeliest; None reports none.
+    """
+
+    prompt: tuple[int, ...]
+    settings: Settings
+    stop_tokens: tuple[int, ...] = ()
+    logprobs: int | None = None
 
 
 @dataclass
 class Result:
-    """What a generation has done so far; complete once its last piece has been read.
+    """What a continuation has come to so far.
 
     Attributes:
-        prompt_tokens, tokens: ids read and ids generated, the stop token not counted.
-        prefill_seconds: time to the first token.
+        prompt_tokens, tokens: ids of the prompt and ids generated, the stop token not counted.
+        prefill_seconds: from a free slot to the first token.
         decode_seconds: time for the tokens behind it.
         finish_reason: ``stop`` (end of text, stop token or stop string), ``length`` (``max_tokens`` or the
             context is used up), None while it runs or when it was broken off.
@@ -53,235 +78,234 @@ class Result:
         )
 
 
-class Generation(Iterator[Piece]):
-    """The pieces of a continuation, made as they are asked for, and the ``result`` that grows with them."""
+class Continuation:
+    """One request on its way through the engine.
 
-    def __init__(self, pieces: Generator[Piece, None, None], result: Result) -> None:
-        self._pieces = pieces
-        self.result = result
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Ends the generation before its time."""
-        self._pieces.close()
-
-
-def generate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] = (),
-    decoder: Decoder | None = None,
-) -> str:
-    """The continuation of ``prompt``, without it; an empty prompt starts a new document.
-
-    See ``Settings`` for the choices, ``stream_tokens`` for ``decoder``. Ends at end of text, at a stop string
-    (which is left out), after ``max_tokens``, or where the context is full.
-
-    Raises:
-        UserError: a choice is out of range, or the prompt is longer than the context.
+    Attributes:
+        request: as submitted.
+        result: grows with every step.
+        done: nothing more will come.
+        error: why it was broken off, if it was.
     """
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    settings = Settings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens, stop=stops
-    )
-    return "".join(stream(model, tokenizer, prompt, settings, decoder=decoder))
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, context: int) -> None:
+        self.request = request
+        self.result = Result(prompt_tokens=len(request.prompt))
+        self.done = False
+        self.error: Exception | None = None
+        self.slot: int | None = None
+        self.read = 0  # prompt tokens in the cache
+        self.last = 0  # the newest token, not in the cache yet
+        self.room = min(request.settings.max_tokens, context - len(request.prompt))
+        self.random = random.Random(request.settings.seed)
+        self._text = TextAssembly(tokenizer, request.settings.stop)
+        if self.room == 0:
+            self.finish("length")
+
+    def take(self) -> Piece | None:
+        """Everything new since the last call, or None."""
+        return self._text.take()
+
+    def add(self, token: int, report: Report | None) -> None:
+        """Takes the next token, which may be the last."""
+        if token in self.request.stop_tokens:
+            return self.finish("stop")
+        self.last = token
+        self.result.tokens += 1
+        if self._text.push(token, report):
+            self.finish("stop")
+        elif self.result.tokens == self.room:
+            self.finish("length")
+
+    def finish(self, reason: Literal["stop", "length"] | None) -> None:
+        """Nothing more comes; None: it was broken off."""
+        self.done = True
+        self.result.finish_reason = reason
+        self._text.end()
 
 
-def generate_tokens(
-    model: Transformer,
-    prompt_ids: Sequence[int],
-    *,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-    stop_tokens: Collection[int] = (),
-    decoder: Decoder | None = None,
-) -> list[int]:
-    """The ids that follow ``prompt_ids``; a stop token ends them and is left out. See ``stream_tokens``.
-
-    Raises:
-        UserError: a choice is out of range, or the prompt is empty, longer than the context or not in the vocabulary.
-    """
-    settings = Settings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
-    )
-    return list(stream_tokens(model, prompt_ids, settings, stop_tokens=stop_tokens, decoder=decoder))
+Rows = tuple[list[Continuation], Tensor]  # n sequences and the logits [n, V] behind their tokens
 
 
-def stream(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, *, decoder: Decoder | None = None
-) -> Generation[str]:
-    """The continuation in pieces: whole characters, and never a part of a stop string.
-
-    Raises:
-        UserError: the prompt is longer than the context, or not Unicode text.
-    """
-    ids = encode_prompt(tokenizer, prompt)
-    tokens = stream_tokens(
-        model, ids, settings, stop_tokens=(tokenizer.eot_id,), vocab_size=tokenizer.vocab_size, decoder=decoder
-    )
-    return Generation(_text(tokens, tokenizer, settings.stop), tokens.result)
-
-
-def stream_tokens(
-    model: Transformer,
-    prompt_ids: Sequence[int],
-    settings: Settings,
-    *,
-    stop_tokens: Collection[int] = (),
-    vocab_size: int | None = None,
-    decoder: Decoder | None = None,
-) -> Generation[int]:
-    """The ids that follow ``prompt_ids``, one at a time; ``settings.stop`` is text and belongs to ``stream``.
+class Engine:
+    """Sequences in the slots of a decoder, and those that wait for one. One thread at a time.
 
     Args:
-        vocab_size: ids from here on are padding and never drawn (default: the model's vocabulary).
-        decoder: one made for ``model``, whose first slot is used anew. Whoever generates more than once saves by
-            this what ``new_decoder`` does, which is called otherwise.
+        model: in evaluation mode whenever ``step`` is called.
+        tokenizer: makes text of ids; None leaves pieces without text.
+        slots, max_length: of the decoder that is made.
+        vocab_size: ids from here on are padding and never drawn (default: what the tokenizer has).
+        decoder: one made for ``model``, used in the place of a new one.
 
-    Raises:
-        UserError: the prompt is empty, longer than the context or not in the vocabulary.
+    Attributes:
+        max_length: most tokens of a sequence, prompt and continuation.
+        slots: sequences decoded together.
+        slot_bytes: memory of one sequence's cache, reserved from the start.
     """
-    check_prompt(model, prompt_ids, context_of(model, decoder))
-    result = Result(prompt_tokens=len(prompt_ids))
-    pieces = _tokens(model, list(prompt_ids), settings, stop_tokens, vocab_size, result, decoder)
-    return Generation(pieces, result)
 
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        *,
+        slots: int = 1,
+        max_length: int | None = None,
+        vocab_size: int | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._decoder = decoder or new_decoder(model, slots=slots, max_length=max_length)
+        self.max_length, self.slots = self._decoder.max_length, self._decoder.slots
+        self.slot_bytes = self._decoder.slot_bytes
+        self._vocab_size = tokenizer.vocab_size if tokenizer is not None else vocab_size
+        self._waiting: deque[Continuation] = deque()
+        self._in_slots: dict[int, Continuation] = {}
 
-def context_of(model: Transformer, decoder: Decoder | None) -> int:
-    """Most tokens of a sequence."""
-    return model.config.max_seq_length if decoder is None else decoder.max_length
+    @property
+    def running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._in_slots)
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting)
 
-def check_prompt(model: Transformer, prompt_ids: Sequence[int], context: int) -> None:
-    """UserError if the prompt is empty, longer than ``context`` or not in the vocabulary."""
-    if not prompt_ids:
-        raise UserError("the prompt has no tokens: begin with the end-of-text token to start a new document")
-    if len(prompt_ids) > context:
-        raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens and the model's context holds {context}: shorten --prompt"
-        )
-    for token in prompt_ids:
-        if not 0 <= token < model.config.vocab_size:
-            raise UserError(
-                f"the prompt holds token {token}, outside the model's vocabulary of {model.config.vocab_size}"
-            )
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._in_slots and not self._waiting
 
+    def submit(self, request: Request) -> Continuation:
+        """Puts a request behind those that wait.
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids to start from; an empty prompt starts where a document does, behind an end of text.
+        Raises:
+            UserError: the prompt is empty, longer than the context or not in the vocabulary.
+        """
+        check_prompt(request.prompt, self.max_length, self._vocab_size or self.model.config.vocab_size)
+        sequence = Continuation(request, self.tokenizer, self.max_length)
+        if not sequence.done:
+            self._waiting.append(sequence)
+        return sequence
 
-    Raises:
-        UserError: the prompt holds bytes that are not UTF-8 (Python shows them as lone surrogates).
-    """
-    try:
-        return tokenizer.encode(prompt) or [tokenizer.eot_id]
-    except UnicodeEncodeError:
-        raise UserError("--prompt is not valid UTF-8: convert it first, for example with iconv") from None
+    def cancel(self, sequence: Continuation) -> None:
+        """Breaks ``sequence`` off; its slot is free at once. Nothing happens to one that is done."""
+        if not sequence.done:
+            sequence.finish(None)
+            if sequence.slot is None:
+                self._waiting.remove(sequence)
+            self._release(sequence)
 
+    def step(self) -> list[Continuation]:
+        """Moves every running sequence on; returns those that took part, some of them done.
 
-def _tokens(
-    model: Transformer,
-    prompt: list[int],
-    settings: Settings,
-    stop_tokens: Collection[int],
-    vocab_size: int | None,
-    result: Result,
-    decoder: Decoder | None,
-) -> Generator[int, None, None]:
-    """Prefill in one piece, then a token at a time; prompt and continuation together fit the context."""
-    wanted = len(prompt) + settings.max_tokens
-    decoder = decoder or new_decoder(model, max_length=wanted)
-    decoder.reset(0)
-    length = min(wanted, decoder.max_length)
-    generator = new_generator(settings.seed, next(model.parameters()).device)
-    token = None
-    with evaluating(model):
-        while len(prompt) + result.tokens < length:
-            started = time.perf_counter()
-            logits = decoder.prefill(0, prompt)[None] if token is None else decoder.step([0], [token])
-            drawn = draw(logits, settings, [generator], vocab_size)[0]
-            elapsed = time.perf_counter() - started
-            if token is None:
-                result.prefill_seconds = elapsed
+        What goes wrong with a sequence is in its ``error``; the others go on.
+        """
+        assert not self.model.training, "a model is decoded in evaluation mode"
+        started = time.perf_counter()
+        self._admit()
+        active = list(self._in_slots.values())
+        first_tokens = [sequence.result.tokens == 0 for sequence in active]
+        rows = self._prefill([s for s in active if s.read < len(s.request.prompt)])
+        rows += self._decode([s for s in active if s.result.tokens])
+        self._draw(rows)
+        elapsed = time.perf_counter() - started
+        for sequence, first in zip(active, first_tokens, strict=True):
+            if first:
+                sequence.result.prefill_seconds += elapsed
             else:
-                result.decode_seconds += elapsed
-            token = drawn
-            if token in stop_tokens:
-                result.finish_reason = "stop"
+                sequence.result.decode_seconds += elapsed
+            if sequence.done:
+                self._release(sequence)
+        return active
+
+    def _admit(self) -> None:
+        for slot in range(self.slots):
+            if not self._waiting:
                 return
-            result.tokens += 1
-            yield token
-    result.finish_reason = "length"
+            if slot not in self._in_slots:
+                sequence = self._in_slots[slot] = self._waiting.popleft()
+                sequence.slot = slot
+                self._decoder.reset(slot)
 
+    def _release(self, sequence: Continuation) -> None:
+        if sequence.slot is not None:
+            del self._in_slots[sequence.slot]
+            sequence.slot = None
 
-@torch.inference_mode()
-def draw(
-    logits: Tensor, settings: Settings, generators: Sequence[torch.Generator], vocab_size: int | None = None
-) -> list[int]:
-    """One id for each of the n rows of ``logits`` ``[n, vocab]``, each drawn with its own generator.
+    def _prefill(self, unread: list[Continuation]) -> list[Rows]:
+        """Reads up to ``PREFILL_CHUNK`` tokens of prompts, oldest first; logits behind those that are read to the end.
 
-    Raises:
-        RunError: the logits are not finite.
-    """
-    if not logits.isfinite().all():
-        raise RunError("the model's logits are not finite: its weights are damaged, try an earlier checkpoint")
-    return [int(token) for token in sample_each(logits, settings, generators, vocab_size=vocab_size).tolist()]
-
-
-@contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _text(tokens: Generation[int], tokenizer: Tokenizer, stop: tuple[str, ...]) -> Generator[str, None, None]:
-    """Decodes ``tokens`` and holds back whatever may still turn out to be a stop string."""
-    decoder, held = TextStream(tokenizer), ""
-    with closing(tokens):
-        for token in tokens:
-            text = held + decoder.push(token)
-            end = _stop_start(text, stop)
-            if end is not None:
-                tokens.result.finish_reason = "stop"
-                held = text[:end]
+        A chunk is never cut to fit what is left: a sequence's logits would then depend on who else is there.
+        """
+        rows: list[Rows] = []
+        budget = PREFILL_CHUNK
+        for sequence in unread:
+            chunk = sequence.request.prompt[sequence.read : sequence.read + PREFILL_CHUNK]
+            if len(chunk) > budget:
                 break
-            ready = len(text) - _undecided(text, stop)
-            if ready:
-                yield text[:ready]
-            held = text[ready:]
-    if held:
-        yield held
+            budget -= len(chunk)
+            try:
+                logits = self._decoder.prefill(_slot(sequence), chunk)
+            except Exception as error:
+                _fail([sequence], error)
+                continue
+            sequence.read += len(chunk)
+            if sequence.read == len(sequence.request.prompt):
+                rows.append(([sequence], logits[None]))
+        return rows
+
+    def _decode(self, sequences: list[Continuation]) -> list[Rows]:
+        """The logits behind the newest token of each of ``sequences``."""
+        if not sequences:
+            return []
+        sequences = sorted(sequences, key=_slot)
+        try:
+            logits = self._decoder.step([_slot(s) for s in sequences], [s.last for s in sequences])
+        except Exception as error:
+            _fail(sequences, error)
+            return []
+        return [(sequences, logits)]
+
+    @torch.inference_mode()
+    def _draw(self, rows: list[Rows]) -> None:
+        """Gives each sequence the token that it draws from its logits."""
+        sequences = [sequence for group, _ in rows for sequence in group]
+        if not sequences:
+            return
+        logits = rows[0][1] if len(rows) == 1 else torch.cat([part for _, part in rows])
+        logits = logits[:, : self._vocab_size]
+        finite = logits.isfinite().all(dim=-1).tolist()
+        tokens = draw(logits, [s.request.settings for s in sequences], [s.random.random() for s in sequences])
+        counts = [s.request.logprobs for s in sequences]
+        for row, (sequence, report) in enumerate(
+            zip(sequences, log_probabilities(logits, tokens, counts), strict=True)
+        ):
+            if finite[row]:
+                sequence.add(tokens[row], report)
+            else:
+                _fail([sequence], RunError(NOT_FINITE))
 
 
-def _stop_start(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the stop string begins that is complete first, and of several complete at once the longest.
-
-    Going by the end makes the cut independent of how the text was split into tokens.
-    """
-    found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
-    return min(found)[1] if found else None
+def _slot(sequence: Continuation) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
 
 
-def _undecided(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of ``text`` with which some stop string begins."""
-    lengths = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
-    return max(lengths, default=0)
+def _fail(sequences: list[Continuation], error: Exception) -> None:
+    for sequence in sequences:
+        sequence.error = error
+        sequence.finish(None)
+
+
+def check_prompt(prompt: Sequence[int], context: int, vocab_size: int) -> None:
+    """UserError if ``prompt`` is empty, longer than ``context`` or not in the vocabulary."""
+    if not prompt:
+        raise UserError("the prompt has no tokens: begin with the end-of-text token to start a new document")
+    if len(prompt) > context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and the model's context holds {context}: shorten --prompt"
+        )
+    for token in prompt:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"the prompt holds token {token}, outside the model's vocabulary of {vocab_size}")

@@ -57,6 +57,7 @@ class NativeDecoder:
         self._kept: list[Any] = []  # memory that the kernels point into
         entry = _padded(config.kv_lora_rank) + _padded(config.qk_rope_head_dim)
         self._cache = torch.zeros(config.n_layers, slots, self.max_length, entry)
+        self.slot_bytes = self._cache.nbytes // slots
         prefer_huge_pages(self._cache, filled=False)
         self._format = weights
         self._packed = self._pack_model(model)

@@ -53,6 +53,11 @@ class SamplingParams:
         """Whether the most likely token is taken without a draw."""
         return self.temperature == 0 or self.top_p == 0
 
+    @property
+    def unfiltered(self) -> bool:
+        """Whether every token may be drawn."""
+        return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+
 
 @dataclass(frozen=True)
 class Settings(SamplingParams):

@@ -32,7 +32,7 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
-from nanokimi.inference.engine import stream_tokens
+from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.settings import Settings
 from nanokimi.insight.likelihood import Score, Scoring, score_rows
 from nanokimi.loading import load

@@ -8,6 +8,7 @@ token and layer.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.cache import Place
-from nanokimi.model.kernels import causal_attention, largest_logits
+from nanokimi.model.kernels import causal_attention, largest_logits, masked_attention
 from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, at_least_fp32
 from nanokimi.model.roles import MATRIX, NORM, QUERY_KEY, Declaration
 from nanokimi.model.rope import apply_rope, softmax_scale
@@ -77,6 +78,8 @@ class MLA(nn.Module):
         if place is not None:
             past = place.append(self.layer, torch.cat((latent, k_rope), dim=-1))
             if past.shape[1] > x.shape[1]:
+                if place.hidden is not None and x.shape[1] > self.worth_expanding():
+                    return self.wo(self.attend_expanded_past(q_nope, q_rope, past, place.hidden)), None
                 return self.wo(self.attend_absorbed(q_nope, q_rope, past, place.hidden)), None
         out, logits = self.attend_expanded(q_nope, q_rope, latent, k_rope, documents, exact=exact)
         return self.wo(out), logits
@@ -97,14 +100,33 @@ class MLA(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Tensor | None, *, exact: bool
     ) -> tuple[Tensor, Tensor]:
         """Training form: per-head keys and values, causal within sequence or document; ``[B, T, H V]`` and ``[H]``."""
+        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        k, v = self.expand(latent, k_rope)
+        out, lse = causal_attention(q, k, v, self.scale, documents)
+        logits = largest_logits(q, k, self.scale, documents) if exact else lse.detach().amax(dim=(0, 2))
+        return out.transpose(1, 2).flatten(2), logits
+
+    def attend_expanded_past(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, hidden: Tensor) -> Tensor:
+        """As ``attend_absorbed``, over keys and values of all S entries: cheaper for many queries."""
+        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        k, v = self.expand(*past.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1))
+        return masked_attention(q, k, v, self.scale, hidden).transpose(1, 2).flatten(2)
+
+    def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, S, R]`` and ``[B, S, P]`` -> keys ``[B, H, S, N + P]`` and values ``[B, H, S, V]`` of every head."""
         heads, nope, value = self.config.n_heads, self.config.qk_nope_head_dim, self.config.v_head_dim
         k_nope, v = self.wkv_b(latent).unflatten(-1, (heads, nope + value)).split((nope, value), dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, heads, -1)
-        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-        k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
-        out, lse = causal_attention(q, k, v.transpose(1, 2), self.scale, documents)
-        logits = largest_logits(q, k, self.scale, documents) if exact else lse.detach().amax(dim=(0, 2))
-        return out.transpose(1, 2).flatten(2), logits
+        return torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2), v.transpose(1, 2)
+
+    def worth_expanding(self) -> float:
+        """From how many queries on expanding the past takes fewer multiplications than absorbing ``wkv_b``.
+
+        A pair of query and entry costs 2 R + P absorbed and N + P + V expanded; an entry costs R (N + V) to expand.
+        """
+        rank, widths = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        saved = 2 * rank - widths
+        return rank * widths / saved if saved > 0 else math.inf
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, hidden: Tensor | None) -> Tensor:
         """Decoding form: T new queries against S cached entries ``[B, S, R + P]``; returns ``[B, T, H V]``.

@@ -45,6 +45,21 @@ def causal_attention(
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
+    """Softmax attention of T queries ``[B, H, T, N + P]`` to S keys, where ``hidden`` says what each must not see.
+
+    Args:
+        k, v: ``[B, H, S, N + P]`` and ``[B, H, S, V]``.
+        scale: factor of the logits.
+        hidden: bool, broadcasts to ``[B, H, T, S]``; every query sees something.
+
+    Returns:
+        ``[B, H, T, V]``.
+    """
+    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=~hidden, scale=scale)
+    return out[..., : v.shape[-1]]
+
+
 def _fused_kernel(q: Tensor, v: Tensor, *, masked: bool) -> tuple[Kernel, int] | None:
     """The kernel for this device, dtype and head width, and what head widths must be a multiple of.
 

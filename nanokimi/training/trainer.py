@@ -18,7 +18,7 @@ from nanokimi.console import printable
 from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.packing import PackedSequences
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.engine import generate
+from nanokimi.inference.generate import generate
 from nanokimi.loading import load_weights
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.schedule import lr_factor

@@ -1,259 +1,247 @@
+"""The engine: sequences that join and leave, and what each of them becomes whatever the others do."""
+
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import pytest
 import torch
-from scripted import ScriptedModel
+from conftest import lively
+from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
+from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.engine import generate, generate_tokens, stream, stream_tokens
+from nanokimi.inference import engine as engine_module
+from nanokimi.inference.decoder import Decoder, EagerDecoder, new_decoder
+from nanokimi.inference.engine import Continuation, Engine, Request
+from nanokimi.inference.generate import generate_tokens
 from nanokimi.inference.settings import Settings
-from nanokimi.model.cache import LatentCache
+from nanokimi.inference.text import Token
 from nanokimi.model.transformer import Transformer
+from nanokimi.native import build
 
-CONTEXT = 128
-EOT = 256
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread and lose a lot when the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SAMPLED = Settings(temperature=1.1, top_p=0.95, max_tokens=20)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer("byte")
+def request(prompt: Sequence[int], *, logprobs: int | None = None, **choices: object) -> Request:
+    values: dict[str, object] = {"temperature": 0.0, "max_tokens": 8, **choices}
+    return Request(tuple(prompt), Settings(**values), logprobs=logprobs)  # type: ignore[arg-type]
 
 
-def pieces_of(model: ScriptedModel, tokenizer: Tokenizer, *stop: str) -> list[str]:
-    return list(stream(model, tokenizer, "x", Settings(temperature=0.0, max_tokens=len(model.script), stop=stop)))
+def tokens(sequence: Continuation) -> list[Token]:
+    piece = sequence.take()
+    return list(piece.tokens) if piece else []
 
 
-def test_greedy_equals_the_uncached_forward_pass(debug_model: Transformer) -> None:
-    """Fault 70."""
-    ids = [5, 6, 7]
-    with torch.inference_mode():
-        for _ in range(12):
-            ids.append(int(debug_model(torch.tensor([ids]))[0, -1].argmax()))
-    assert generate_tokens(debug_model, [5, 6, 7], max_tokens=12, temperature=0.0) == ids[3:]
-    assert generate_tokens(debug_model, [5, 6, 7], max_tokens=12, top_p=0.0) == ids[3:]
+def run(engine: Engine, *sequences: Continuation) -> list[list[int]]:
+    """Steps until all is done; the ids of each."""
+    found: dict[int, list[int]] = {id(sequence): [] for sequence in sequences}
+    while not engine.idle:
+        engine.step()
+        for sequence in sequences:
+            found[id(sequence)] += [token.id for token in tokens(sequence)]
+    return list(found.values())
 
 
-def test_the_same_seed_writes_the_same_text_beside_other_draws(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    first = generate(debug_model, tokenizer, "ab", max_tokens=12, seed=3)
-    torch.rand(5)
-    assert generate(debug_model, tokenizer, "ab", max_tokens=12, seed=3) == first
-    assert generate(debug_model, tokenizer, "ab", max_tokens=12, seed=4) != first
+def decoders(model: Transformer, slots: int) -> list[Decoder]:
+    kinds: list[Decoder] = [EagerDecoder(model, slots=slots)]
+    return kinds if build.reason_against() else [*kinds, new_decoder(model, slots=slots, kind="native")]
 
 
-def test_a_generation_does_not_touch_the_global_random_state(debug_model: Transformer) -> None:
-    before = torch.random.get_rng_state()
-    generate_tokens(debug_model, [1], max_tokens=3)
-    assert torch.equal(torch.random.get_rng_state(), before)
+def test_a_seeded_request_does_not_depend_on_seven_others_that_come_and_go(debug_model: Transformer) -> None:
+    """Eight at once in five slots, joining at different steps, one cancelled in the middle; every decoder."""
+    prompts = [[5, 6, 7], [9], list(range(60)), [3] * 11, [200, 1], [8, 8], [250], [1] * 100]
+    choices = [
+        {
+            "temperature": 1.0 + 0.1 * i,
+            "top_p": (1.0, 0.9)[i % 2],
+            "top_k": (0, 30)[i // 4],
+            "seed": i,
+            "max_tokens": 24,
+        }
+        for i in range(8)
+    ]
+    for alone, together in zip(decoders(debug_model, 1), decoders(debug_model, 5), strict=True):
+        expected = []
+        for prompt, choice in zip(prompts, choices, strict=True):
+            single = Engine(debug_model, None, decoder=alone)
+            expected += run(single, single.submit(request(prompt, **choice)))
+        engine = Engine(debug_model, None, decoder=together)
+        sequences = []
+        for prompt, choice in zip(prompts, choices, strict=True):
+            sequences.append(engine.submit(request(prompt, **choice)))
+            engine.step()
+            engine.step()
+        doomed = engine.submit(request([77], temperature=2.0, max_tokens=50))
+        engine.step()
+        engine.cancel(doomed)
+        assert run(engine, *sequences) == expected
+        assert len({tuple(ids) for ids in expected}) == 8
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_streamed_pieces_make_the_unstreamed_text(debug_model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    """Fault 83."""
-    settings = Settings(max_tokens=24, seed=seed, stop=("e", "\n"))
-    whole = generate(debug_model, tokenizer, "ab", max_tokens=24, seed=seed, stop=["e", "\n"])
-    assert "".join(stream(debug_model, tokenizer, "ab", settings)) == whole
+def test_prompts_are_read_in_chunks_beside_decoding(debug_model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt does not keep the others waiting, and is cut at places that depend on nothing but itself."""
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    long, short = [i % 250 for i in range(100)], [4, 5]
+    alone = Engine(debug_model, None)
+    expected = run(alone, alone.submit(request(long)))
+    engine = Engine(debug_model, None, slots=3)
+    first = engine.submit(request(short, max_tokens=30))
+    engine.step()
+    second, third = engine.submit(request(long)), engine.submit(request(short, max_tokens=3))
+    steps = 0
+    while second.result.tokens == 0:
+        engine.step()
+        steps += 1
+        assert first.result.tokens == 1 + steps
+    assert steps == 7  # 100 tokens, 16 at a time
+    run(engine)
+    assert [token.id for token in tokens(second)] == expected[0]
+    assert third.result.tokens == 3
 
 
-def test_a_prompt_over_the_context_names_both_counts(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    """Fault 73."""
-    with pytest.raises(UserError, match=r"129 tokens.*128.*--prompt"):
-        generate(debug_model, tokenizer, "a" * (CONTEXT + 1))
-
-
-@pytest.mark.parametrize(("prompt_length", "written"), [(120, 8), (127, 1), (128, 0)])
-def test_a_full_context_ends_with_reason_length_and_keeps_the_output(
-    debug_model: Transformer, prompt_length: int, written: int
+def test_a_chunk_that_does_not_fit_beside_others_waits_whole(
+    debug_model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 74."""
-    pieces = stream_tokens(debug_model, [1] * prompt_length, Settings(max_tokens=50, temperature=0.0))
-    assert len(list(pieces)) == pieces.result.tokens == written
-    assert pieces.result.finish_reason == "length"
+    class Watched(EagerDecoder):
+        read: list[tuple[int, int]]
+
+        def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
+            self.read.append((slot, len(tokens)))
+            return super().prefill(slot, tokens)
+
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    decoder = Watched(debug_model, slots=3)
+    decoder.read = []
+    engine = Engine(debug_model, None, decoder=decoder)
+    for length in (10, 20, 5):
+        engine.submit(request([1] * length, max_tokens=1))
+    engine.step()
+    assert decoder.read == [(0, 10)]
+    engine.step()
+    assert decoder.read == [(0, 10), (1, 16)]
+    run(engine)
+    assert decoder.read == [(0, 10), (1, 16), (1, 4), (2, 5)]
 
 
-def test_an_empty_prompt_starts_behind_an_end_of_text(tokenizer: Tokenizer) -> None:
-    """Fault 75."""
-    scripted = ScriptedModel(b"hello")
-    assert generate(scripted, tokenizer, "", max_tokens=5, temperature=0.0) == "hello"
-    assert scripted.prompts == [[EOT]]
+def test_sequences_wait_for_a_slot_in_the_order_in_which_they_came(debug_model: Transformer) -> None:
+    engine = Engine(debug_model, None, slots=2)
+    sequences = [engine.submit(request([i], max_tokens=2)) for i in range(5)]
+    assert (engine.running, engine.waiting) == (0, 5)
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 3)
+    assert [sequence.result.tokens for sequence in sequences] == [1, 1, 0, 0, 0]
+    run(engine)
+    assert all(sequence.done and sequence.result.finish_reason == "length" for sequence in sequences)
+    assert engine.idle
 
 
-def test_no_prompt_tokens_at_all_is_an_error(debug_model: Transformer) -> None:
-    with pytest.raises(UserError, match="prompt has no tokens"):
-        generate_tokens(debug_model, [])
+def test_a_cancelled_sequence_frees_its_slot_at_once_and_keeps_what_it_wrote(debug_model: Transformer) -> None:
+    """Fault 93."""
+    engine = Engine(debug_model, None)
+    first, second = engine.submit(request([1], max_tokens=50)), engine.submit(request([2], max_tokens=3))
+    engine.step()
+    engine.cancel(first)
+    engine.cancel(first)
+    assert (engine.running, engine.waiting) == (0, 1)
+    assert (first.done, first.result.finish_reason, len(tokens(first))) == (True, None, 1)
+    engine.step()
+    assert (second.result.tokens, first.result.tokens) == (1, 1)
 
 
-@pytest.mark.parametrize("token", [-1, 257])
-def test_a_prompt_token_outside_the_vocabulary_is_named(debug_model: Transformer, token: int) -> None:
-    with pytest.raises(UserError, match=rf"token {token}.*257"):
-        generate_tokens(debug_model, [1, token])
+def test_a_sequence_that_waits_can_be_cancelled(debug_model: Transformer) -> None:
+    engine = Engine(debug_model, None)
+    running, waiting = engine.submit(request([1], max_tokens=2)), engine.submit(request([2]))
+    engine.step()
+    engine.cancel(waiting)
+    run(engine)
+    assert (running.result.tokens, waiting.result.tokens, engine.idle) == (2, 0, True)
 
 
-def test_a_prompt_that_is_not_utf8_is_an_error(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"--prompt is not valid UTF-8"):
-        generate(debug_model, tokenizer, b"caf\xe9".decode("utf-8", "surrogateescape"))
+def test_one_sequence_with_bad_logits_does_not_disturb_the_others(debug_model: Transformer) -> None:
+    """Fault 100."""
+
+    class Spoiled(EagerDecoder):
+        def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+            logits = super().step(slots, tokens)
+            logits[list(slots).index(1) if 1 in slots else slice(0), 3] = torch.nan
+            return logits
+
+    engine = Engine(debug_model, None, decoder=Spoiled(debug_model, slots=2))
+    good, bad = engine.submit(request([1, 2])), engine.submit(request([3]))
+    assert run(engine, good, bad)[0] == generate_tokens(debug_model, [1, 2], max_tokens=8, temperature=0.0)
+    assert good.error is None
+    assert isinstance(bad.error, RunError)
+    assert "not finite" in str(bad.error)
+    assert (bad.result.tokens, bad.result.finish_reason) == (1, None)
 
 
-def test_negative_max_tokens_is_an_error_before_anything_runs(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    """Fault 76."""
-    with pytest.raises(UserError, match=r"^--max_tokens must be 0 or more, got -1$"):
-        generate(debug_model, tokenizer, "a", max_tokens=-1)
+def test_a_failing_decoder_ends_its_sequences_and_serves_the_next(debug_model: Transformer) -> None:
+    class Failing(EagerDecoder):
+        broken = True
+
+        def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+            if self.broken:
+                raise RuntimeError("out of memory")
+            return super().step(slots, tokens)
+
+    decoder = Failing(debug_model)
+    engine = Engine(debug_model, None, decoder=decoder)
+    broken = engine.submit(request([1]))
+    run(engine)
+    assert str(broken.error) == "out of memory"
+    decoder.broken = False
+    assert run(engine, engine.submit(request([1]))) == [generate_tokens(debug_model, [1], max_tokens=8, temperature=0)]
 
 
-def test_zero_max_tokens_writes_nothing(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    assert generate(debug_model, tokenizer, "a", max_tokens=0) == ""
-    assert generate_tokens(debug_model, [1], max_tokens=0) == []
+def test_log_probabilities_are_those_of_the_uncached_model(debug_model: Transformer) -> None:
+    engine = Engine(debug_model, None, slots=2)
+    plain = engine.submit(request([5, 6, 7], max_tokens=6))
+    asked = engine.submit(request([5, 6, 7], max_tokens=6, logprobs=4))
+    run(engine)
+    found = tokens(asked)
+    assert [token.id for token in found] == [token.id for token in tokens(plain)]
+    with torch.inference_mode():
+        logits = debug_model(torch.tensor([[5, 6, 7, *(token.id for token in found)]]))[0]
+    for token, row in zip(found, logits[2:].log_softmax(-1), strict=False):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=2e-5)
+        values, best = row.topk(4)
+        assert [i for i, _ in token.likeliest] == best.tolist()
+        assert [value for _, value in token.likeliest] == pytest.approx(values.tolist(), abs=2e-5)
 
 
-def test_end_of_text_stops_and_is_not_part_of_the_text(tokenizer: Tokenizer) -> None:
-    """Fault 79."""
-    scripted = ScriptedModel([*b"done", EOT, *b"more"])
-    pieces = stream(scripted, tokenizer, "x", Settings(temperature=0.0))
-    assert "".join(pieces) == "done"
-    assert (pieces.result.finish_reason, pieces.result.tokens, pieces.result.prompt_tokens) == ("stop", 4, 1)
-
-
-def test_a_stop_token_ends_the_ids_and_is_left_out() -> None:
-    scripted = ScriptedModel([1, 2, 3, 4])
-    assert generate_tokens(scripted, [9], temperature=0.0, max_tokens=4, stop_tokens=(3,)) == [1, 2]
-
-
-@pytest.mark.parametrize("text", ["é", "日本語", "a😀b", "👩‍👩‍👧"])
-def test_a_character_split_over_tokens_is_never_broken(tokenizer: Tokenizer, text: str) -> None:
-    """Fault 80."""
-    pieces = pieces_of(ScriptedModel(text.encode()), tokenizer)
-    assert pieces == list(text)
-    cut = pieces_of(ScriptedModel(text.encode()[:-1]), tokenizer)
-    assert "".join(cut) == text[:-1]
+def test_the_memory_of_a_request_is_known_before_it_is_admitted() -> None:
+    model = lively(Transformer(ModelConfig.preset("debug")))
+    config = model.config
+    for decoder in decoders(model, 3):
+        entry = config.kv_lora_rank + config.qk_rope_head_dim
+        padded = sum(-(-width // 16) * 16 for width in (config.kv_lora_rank, config.qk_rope_head_dim))
+        width = entry if isinstance(decoder, EagerDecoder) else padded
+        expected = 4 * config.n_layers * config.max_seq_length * width
+        assert Engine(model, None, decoder=decoder).slot_bytes == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "expected"),
+    ("prompt", "message"),
     [
-        ("one END two", ["END"], "one "),
-        ("one EN two", ["END"], "one EN two"),
-        ("one EN", ["END"], "one EN"),
-        ("aab", ["ab"], "a"),
-        ("aaab!", ["aab"], "a"),
-        ("ababac.", ["abac"], "ab"),
-        ("xabcd", ["bc", "abcd"], "xa"),
-        ("xabcd", ["cd", "abcd"], "x"),
-        ("xabce", ["abcd", "e"], "xabc"),
-        ("x日本y", ["日本"], "x"),
-        ("END", ["END"], ""),
+        ([], "prompt has no tokens"),
+        ([1] * 129, "129 tokens and the model's context holds 128"),
+        ([257], "token 257, outside the model's vocabulary of 257"),
     ],
 )
-def test_a_stop_string_split_over_tokens_is_never_leaked(
-    tokenizer: Tokenizer, text: str, stop: list[str], expected: str
+def test_a_prompt_that_cannot_be_is_refused_before_it_waits(
+    debug_model: Transformer, prompt: list[int], message: str
 ) -> None:
-    pieces = pieces_of(ScriptedModel(text.encode()), tokenizer, *stop)
-    assert "".join(pieces) == expected
+    """Fault 73."""
+    engine = Engine(debug_model, load_tokenizer("byte"))
+    with pytest.raises(UserError, match=message):
+        engine.submit(request(prompt))
+    assert engine.idle
 
 
-def test_only_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
-    assert pieces_of(ScriptedModel(b"a END"), tokenizer, "ENDE", " EX") == ["a", " ", "END"]
-    assert pieces_of(ScriptedModel(b"a ENx"), tokenizer, "END") == ["a", " ", "ENx"]
-
-
-class ChunkTokenizer:
-    """Splits one text as told, to show that the cut does not depend on the split."""
-
-    eot_id = EOT
-
-    def __init__(self, chunks: list[str]) -> None:
-        self.chunks = chunks
-        self.vocab_size = len(chunks)
-
-    def encode(self, text: str) -> list[int]:
-        return [0]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.chunks[i] for i in ids)
-
-
-def test_the_cut_at_a_stop_string_does_not_depend_on_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    class PlainStream:
-        def __init__(self, tokenizer: ChunkTokenizer) -> None:
-            self.push = lambda token: tokenizer.chunks[token]
-
-    monkeypatch.setattr("nanokimi.inference.engine.TextStream", PlainStream)
-    text, stop = "xabcdy", ("bc", "abcd", "cdy")
-    for cuts in itertools.product([False, True], repeat=len(text) - 1):
-        marked = "".join(c + "|" * cut for c, cut in zip(text, (*cuts, False), strict=True))
-        tokenizer = ChunkTokenizer(marked.split("|"))
-        scripted = ScriptedModel(list(range(len(tokenizer.chunks))))
-        pieces = stream(scripted, tokenizer, "", Settings(temperature=0.0, stop=stop))
-        assert ("".join(pieces), pieces.result.finish_reason) == ("xa", "stop"), marked
-
-
-def test_one_stop_string_may_be_given_bare(tokenizer: Tokenizer) -> None:
-    assert generate(ScriptedModel(b"one two"), tokenizer, "x", temperature=0.0, max_tokens=7, stop="tw") == "one "
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_padding_of_the_model_vocabulary_is_never_written(tokenizer: Tokenizer, temperature: float) -> None:
-    scripted = ScriptedModel(b"hello", padding=63)
-    assert generate(scripted, tokenizer, "x", max_tokens=5, temperature=temperature) == "hello"
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_training_flag_comes_back_also_when_the_reader_stops_early(training: bool) -> None:
-    scripted = ScriptedModel(b"hello").train(training)
-    pieces = stream_tokens(scripted, [1], Settings(temperature=0.0))
-    next(pieces)
-    assert not scripted.training
-    pieces.close()
-    assert scripted.training == training
-
-
-def test_nothing_of_inference_mode_leaks_to_the_reader(debug_model: Transformer) -> None:
-    for _ in stream_tokens(debug_model, [1], Settings(max_tokens=2)):
-        assert not torch.is_inference_mode_enabled()
-        assert torch.is_grad_enabled()
-
-
-def test_the_cache_has_the_precision_of_the_model_and_no_more_room_than_needed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made = []
-
-    def remember(*args: object, **kwargs: object) -> object:
-        made.append(original(*args, **kwargs))
-        return made[-1]
-
-    original = LatentCache
-    monkeypatch.setattr("nanokimi.inference.decoder.LatentCache", remember)
-    generate_tokens(Transformer(ModelConfig.preset("debug")).bfloat16(), [1] * 10, max_tokens=5)
-    assert made[0].entries.dtype == torch.bfloat16
-    assert made[0].entries.shape[2] == 15
-
-
-def test_logits_that_are_not_finite_are_reported() -> None:
-    broken = Transformer(ModelConfig.preset("debug"))
-    torch.nn.init.constant_(broken.head.weight, torch.nan)
-    with pytest.raises(RunError, match=r"not finite.*earlier checkpoint"):
-        generate_tokens(broken, [1])
-
-
-def test_the_result_tells_prefill_from_decoding() -> None:
-    pieces = stream_tokens(ScriptedModel([1], seconds=0.001), [1, 2], Settings(max_tokens=5, temperature=0.0))
-    assert pieces.result.finish_reason is None
-    next(pieces)
-    assert (pieces.result.tokens, pieces.result.decode_seconds) == (1, 0.0)
-    assert pieces.result.prefill_seconds > 0
-    assert len(list(pieces)) == 4
-    assert pieces.result.decode_seconds > 0
-    assert pieces.result.summary().endswith("finish_reason length")
+def test_a_model_in_training_mode_is_not_decoded(debug_model: Transformer) -> None:
+    engine = Engine(debug_model.train(), None)
+    engine.submit(request([1]))
+    with pytest.raises(AssertionError, match="evaluation mode"):
+        engine.step()

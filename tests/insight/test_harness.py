@@ -19,7 +19,7 @@ from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.inference.engine import stream_tokens
+from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.settings import Settings
 from nanokimi.insight import harness
 from nanokimi.insight.choices import encode_pair

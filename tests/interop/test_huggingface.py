@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import UserError
-from nanokimi.inference.engine import generate_tokens
+from nanokimi.inference.generate import generate_tokens
 from nanokimi.interop.hf_config import huggingface_config
 from nanokimi.interop.hf_folder import write_folder
 from nanokimi.interop.stored import StoredModel

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError
-from nanokimi.inference.engine import generate_tokens
+from nanokimi.inference.generate import generate_tokens
 from nanokimi.interop.gguf_file import DTYPES, stored_weights, write_gguf
 from nanokimi.interop.llamacpp import LlamaCpp, compare_llamacpp
 from nanokimi.interop.receipt import TEXT, NotCompared

@@ -151,6 +151,24 @@ def test_a_long_text_behind_a_cache_attends_a_few_queries_at_a_time(
     torch.testing.assert_close(pieces, full, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_both_forms_of_attention_behind_a_cache_agree_for_rows_of_any_lengths(
+    variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lively(Transformer(ModelConfig.preset("debug", **variant)), std=0.15)
+    tokens, held = torch.randint(0, 257, (2, 24)), (5, 9)
+    with torch.no_grad():
+        full = model(tokens)
+        for least in (1, 100):  # queries from which keys and values are expanded: always, never
+            monkeypatch.setattr(attention.MLA, "worth_expanding", lambda self, least=least: least)
+            cache = LatentCache(model.config, 2)
+            for row, length in enumerate(held):
+                model(tokens[row : row + 1, :length], cache.select([row]))
+            new = torch.stack([tokens[row, length : length + 13] for row, length in enumerate(held)])
+            expected = torch.stack([full[row, length : length + 13] for row, length in enumerate(held)])
+            torch.testing.assert_close(model(new, cache), expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_later_token_changes_no_earlier_logit(cached: bool, debug_model: Transformer) -> None:
     tokens = torch.randint(0, 257, (1, 20))

@@ -1,0 +1,91 @@
+"""What the model thinks of every token of a text: what it expected in its place, and which experts took care of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.inference.engine import check_prompt
+from nanokimi.inference.sampling import Report, log_probabilities
+from nanokimi.model.moe import Routing
+from nanokimi.model.transformer import Transformer
+
+ROWS = 128  # logits at once: bounds their memory
+
+
+class TokenView(NamedTuple):
+    """One token of a text.
+
+    Attributes:
+        id, text: the token; bytes that are no whole characters show as U+FFFD.
+        logprob: of the token behind those before it, natural logarithm; None for the first.
+        likeliest: id, text and log-probability of what the model expected in its place, best first.
+        experts: for each MoE layer the routed experts that the token visited.
+    """
+
+    id: int
+    text: str
+    logprob: float | None
+    likeliest: tuple[tuple[int, str, float], ...]
+    experts: tuple[tuple[int, ...], ...]
+
+
+@torch.inference_mode()
+def inspect_tokens(
+    model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], *, start: int = 0, top: int = 5
+) -> list[TokenView]:
+    """Looks at ``ids[start:]``, each behind all before it, in one forward pass without a cache.
+
+    Args:
+        model: in evaluation mode.
+        top: how many likeliest tokens to report.
+
+    Raises:
+        UserError: no ids, more than the context holds, or some that are not in the vocabulary.
+    """
+    check_prompt(ids, model.config.max_seq_length, tokenizer.vocab_size)
+    device = next(model.parameters()).device
+    with _routings(model) as routings:
+        hidden, _ = model.hidden(torch.tensor([ids], device=device))
+    chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
+    reports = _reports(model, tokenizer, hidden[0], ids, max(start, 1), top)
+    views = []
+    for place in range(start, len(ids)):
+        logprob, likeliest = next(reports) if place else (None, ())
+        shown = tuple((token, tokenizer.decode([token]), value) for token, value in likeliest)
+        experts = tuple(tuple(layer[place]) for layer in chosen)
+        views.append(TokenView(ids[place], tokenizer.decode([ids[place]]), logprob, shown, experts))
+    return views
+
+
+def _reports(
+    model: Transformer, tokenizer: Tokenizer, hidden: Tensor, ids: Sequence[int], start: int, top: int
+) -> Iterator[Report]:
+    """For each of ``ids[start:]`` what the model thinks of it, from the output ``[T, D]`` of the last block."""
+    for first in range(start, len(ids), ROWS):
+        last = min(first + ROWS, len(ids))
+        logits = model.head(hidden[first - 1 : last - 1])[:, : tokenizer.vocab_size]
+        for report in log_probabilities(logits, ids[first:last], [top] * (last - first)):
+            assert report is not None
+            yield report
+
+
+@contextmanager
+def _routings(model: Transformer) -> Iterator[list[Routing]]:
+    """Collects what the routers decide, layer by layer."""
+    found: list[Routing] = []
+
+    def keep(router: nn.Module, inputs: Any, routing: Routing) -> None:
+        found.append(routing)
+
+    handles = [moe.router.register_forward_hook(keep) for moe in model.moe_layers()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
