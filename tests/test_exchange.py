@@ -48,9 +48,13 @@ WEIGHTS = "model.safetensors"
 # ---- there and back --------------------------------------------------------------------------------------
 
 
-def ending_in(eot: str) -> Tokenizer:
+def ending_in(eot: str, **kept: str) -> Tokenizer:
     text = load_tokenizer("byte").to_json().replace("<|endoftext|>", eot)
-    return Tokenizer(HFTokenizer.from_str(text), "mine", eot=eot)
+    return Tokenizer(HFTokenizer.from_str(text), "mine", eot=eot, **kept)
+
+
+def talking() -> Tokenizer:
+    return ending_in("</s>", bos="a", chat_template="{{ bos_token }}{{ messages[0].content }}é\n\n")
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,6 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a bpe": {"vocab_size": 320, "tokenizer_name": "bpe:300"},
     "</s>": {"tokenizer_name": "mine"},
     "<stop>": {"tokenizer_name": "mine"},
+    "a chat template": {"tokenizer_name": "mine"},
 }
 
 
@@ -75,6 +80,7 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
         "a bpe": lambda: train_bpe([TEXT] * 3, 300),
         "</s>": lambda: ending_in("</s>"),
         "<stop>": lambda: ending_in("<stop>"),
+        "a chat template": talking,
     }
     tokenizer = tokenizers.get(name, lambda: load_tokenizer("byte"))()
     stored = stored_model(tokenizer, **VARIANTS[name])
@@ -87,7 +93,17 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     assert "transformers" in json.loads((first / RECEIPT).read_text())["comparison"]["engine"]
     back = read_model(imported)
     assert back.config == with_shared_expert(stored).config
-    assert (back.tokenizer.fingerprint, back.tokenizer.eot_id) == (tokenizer.fingerprint, tokenizer.eot_id)
+    assert back.tokenizer.fingerprint == tokenizer.fingerprint
+    assert back.tokenizer.to_state() == {**tokenizer.to_state(), "name": back.config.tokenizer_name}
+
+
+def test_a_chat_template_changed_behind_its_receipt_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, target: Path
+) -> None:
+    source = saved(stored_model(talking(), tokenizer_name="mine"), tmp_path / "m.pt")
+    run("export", "hf", source, tmp_path / "hf", "--no_compare")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    line_of(capsys, ["import", "hf", tmp_path / "hf", "--output", target], "chat_template.jinja", RECEIPT)
 
 
 @torch.no_grad()

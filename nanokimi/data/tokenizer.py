@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -22,6 +23,7 @@ from nanokimi.files import atomic_write
 END_OF_TEXT = "<|endoftext|>"
 # What other families call it, tried in this order when there is no <|endoftext|>.
 _OTHER_ENDS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
+CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # what may lie beside a tokenizer.json
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ALTERNATIVES = "--set tokenizer_name=byte, --set tokenizer_name=bpe:4096, or the path of a local tokenizer.json"
@@ -34,17 +36,28 @@ class Tokenizer:
         inner: the tokenizer; padding and truncation, which its file may carry, are switched off.
         name: what the user called it.
         eot: the token that ends a document; None looks for the usual names.
+        bos: what chat templates know as ``bos_token``; None: the end of text.
+        chat_template: how messages become one text, in Jinja; see ``inference.chat_template``.
 
     Attributes:
         vocab_size: one more than the largest id.
         eot_id: id of the token that ends a document.
+        bos_id: id of ``bos``, or of the end of text if it is no token.
         fingerprint: SHA-256 of its canonical JSON; equal exactly when text becomes the same ids.
 
     Raises:
         UserError: it has no end-of-text token, or loses white space (WordPiece) so that text cannot be restored.
     """
 
-    def __init__(self, inner: HFTokenizer, name: str, *, eot: str | None = None) -> None:
+    def __init__(
+        self,
+        inner: HFTokenizer,
+        name: str,
+        *,
+        eot: str | None = None,
+        bos: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not a command
@@ -53,6 +66,9 @@ class Tokenizer:
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         self.eot = _find_eot(self._vocabulary, name) if eot is None else eot
         self.eot_id = self._vocabulary[self.eot]
+        self.bos = self.eot if bos is None else bos
+        self.bos_id = self._vocabulary.get(self.bos, self.eot_id)
+        self.chat_template = chat_template
         layout = json.loads(inner.to_str())
         self.fingerprint = hashlib.sha256(json.dumps([layout, self.eot], sort_keys=True).encode()).hexdigest()
         pipeline = json.dumps([layout["normalizer"], layout["pre_tokenizer"], layout["decoder"]], ensure_ascii=False)
@@ -109,18 +125,31 @@ class Tokenizer:
         added: dict[int, AddedToken] = self._inner.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special or i == self.eot_id}
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens, end of text included, by how they are written."""
+        return {text: token for token, text in self._specials.items()}
+
+    @property
+    def fixed_tokens(self) -> dict[str, int]:
+        """Ids of the added tokens that are not special, by how they are written: found wherever a text holds that."""
+        added: dict[int, AddedToken] = self._inner.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if i not in self._specials}
+
     @cached_property
     def _byte_counts(self) -> Tensor:
         return torch.tensor([len(piece) for piece in self.token_bytes])
 
     def to_state(self) -> dict[str, str]:
         """Everything about it as plain strings, for a checkpoint."""
-        return {"name": self.name, "json": self._inner.to_str(), "eot": self.eot}
+        state = {"name": self.name, "json": self._inner.to_str(), "eot": self.eot, "bos": self.bos}
+        return state if self.chat_template is None else {**state, "chat_template": self.chat_template}
 
     @classmethod
     def from_state(cls, state: Mapping[str, str]) -> Tokenizer:
-        """The tokenizer that ``to_state`` described."""
-        return cls(HFTokenizer.from_str(state["json"]), state["name"], eot=state["eot"])
+        """The tokenizer that ``to_state`` described, now or before it knew of ``bos`` and chat templates."""
+        inner, template = HFTokenizer.from_str(state["json"]), state.get("chat_template")
+        return cls(inner, state["name"], eot=state["eot"], bos=state.get("bos"), chat_template=template)
 
     def save(self, path: str | Path) -> None:
         """Writes a ``tokenizer.json`` that ``load_tokenizer`` and other programs read; OSError if it cannot."""
@@ -145,6 +174,11 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that became complete with ``token``; may be empty."""
         return self._decoder.decode(self._piece(token))
+
+    @property
+    def pending(self) -> bool:
+        """Whether an incomplete character is held back."""
+        return bool(self._decoder.getstate()[0])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, name: str = "") -> Tokenizer:
@@ -225,7 +259,10 @@ def _from_file(path: Path, name: str) -> Tokenizer:
         inner = HFTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"tokenizer_name {name}: {path} is damaged ({error}): use {_ALTERNATIVES}") from error
-    return Tokenizer(inner, name, eot=_configured_eot(path.with_name("tokenizer_config.json"), inner))
+    config = _config(path.with_name(CONFIG))
+    eos, bos = _token(config, "eos_token"), _token(config, "bos_token")
+    eot = eos if inner.token_to_id(END_OF_TEXT) is None and inner.token_to_id(eos) is not None else None
+    return Tokenizer(inner, name, eot=eot, bos=bos if config else None, chat_template=_template_beside(path, config))
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -270,16 +307,41 @@ def _find_eot(vocabulary: Mapping[str, int], name: str) -> str:
     raise UserError(f"tokenizer {name}: has no end-of-text token such as {END_OF_TEXT}: use {_ALTERNATIVES}")
 
 
-def _configured_eot(path: Path, inner: HFTokenizer) -> str | None:
-    """The end of text that ``tokenizer_config.json`` names, unless the usual one exists."""
-    if inner.token_to_id(END_OF_TEXT) is not None or not path.is_file():
-        return None
+def _config(path: Path) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` says; nothing where there is none."""
+    if not path.is_file():
+        return {}
     try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON object: repair or remove it") from error
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    return eos if isinstance(eos, str) and inner.token_to_id(eos) is not None else None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object: repair or remove it")
+    return config
+
+
+def _token(config: Mapping[str, Any], name: str) -> str:
+    """How the token ``name`` of a ``tokenizer_config.json`` is written; empty if it names none."""
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _template_beside(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template of ``tokenizer.json``'s folder: a file of its own, else the one of ``config``."""
+    own = path.with_name(CHAT_TEMPLATE)
+    if own.is_file():
+        try:
+            return own.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{own}: not UTF-8 at byte {error.start}: repair or remove it") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name, as older versions of transformers wrote them
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(f"{path.with_name(CONFIG)}: its chat_template is no text: repair or remove it")
+    return template
 
 
 def _byte_characters() -> Iterator[tuple[str, int]]:

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nanokimi.console import discard_stdout, printable, tolerate_odd_characters
+from nanokimi.errors import UserError
 from nanokimi.inference.settings import DECODERS, WEIGHT_FORMATS, Settings
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decoder", choices=DECODERS, default="auto", help="PyTorch, compiled kernels or CUDA graphs (%(default)s)")
     add("--stream", action="store_true", help="show the text while it is written")
     add("--interactive", action="store_true", help="talk: history, /set, /reset, /help; Ctrl-C stops a reply")
+    about = "of a talk: Jinja, or none to continue text (default: the one that came with the tokenizer, if any)"
+    add("--chat_template", "--chat-template", default="", metavar="FILE", help=about)
+    add("--system", default="", metavar="TEXT", help="of a talk in turns: the system message")
+    add("--no_history", "--no-history", action="store_true", help="of a talk: forget what was typed")
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -61,8 +66,10 @@ def run_generate(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         stop=tuple(args.stop),
     )
+    if not args.interactive and (args.chat_template or args.system):
+        flag = "--chat_template" if args.chat_template else "--system"
+        raise UserError(f"{flag} is for talks: use nanokimi chat, or --interactive")
     from nanokimi.device import resolve_device
-    from nanokimi.inference.chat import interactive
     from nanokimi.inference.decoder import new_decoder, use_weights_
     from nanokimi.loading import load
 
@@ -72,17 +79,35 @@ def run_generate(args: argparse.Namespace) -> int:
     tolerate_odd_characters()
     try:
         if args.interactive:
-            return interactive(model, tokenizer, settings, opening=args.prompt, decoder=decoder)
+            return _talk(args, model, tokenizer, settings, decoder)
         return _write_continuation(model, tokenizer, args.prompt, settings, decoder, live=args.stream)
     except BrokenPipeError:
         discard_stdout()
         return 0
 
 
+def _talk(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, settings: Settings, decoder: Decoder
+) -> int:
+    from nanokimi.inference.chat import interactive
+    from nanokimi.inference.chat_template import chat_template_of
+
+    return interactive(
+        model,
+        tokenizer,
+        settings,
+        opening=args.prompt,
+        system=args.system,
+        template=chat_template_of(tokenizer, args.chat_template),
+        keep_history=not args.no_history,
+        decoder=decoder,
+    )
+
+
 def _write_continuation(
     model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, decoder: Decoder, *, live: bool
 ) -> int:
-    from nanokimi.inference.engine import stream
+    from nanokimi.inference.generate import stream
 
     pieces = stream(model, tokenizer, prompt, settings, decoder=decoder)
     written = ""

@@ -91,7 +91,7 @@ def write_gguf(
         writer = GGUFWriter(temporary, "deepseek2")
         try:
             _add_settings(writer, config, dtype, name)
-            _add_vocabulary(writer, vocabulary, tokenizer.eot_id)
+            _add_vocabulary(writer, vocabulary, tokenizer)
             _write_tensors(writer, config, weights, dtype)
         finally:
             writer.close()
@@ -198,17 +198,19 @@ def _add_rope(writer: GGUFWriter, config: ModelConfig) -> None:
         writer.add_rope_scaling_attn_factors(rotated)
 
 
-def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, eot_id: int) -> None:
+def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
-    writer.add_bos_token_id(eot_id)
-    writer.add_eos_token_id(eot_id)
-    writer.add_eot_token_id(eot_id)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_eot_token_id(tokenizer.eot_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanokimi.config import ModelConfig, from_dict
-from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
+from nanokimi.data.tokenizer import CHAT_TEMPLATE, CONFIG, Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.interop.hf_config import FIELDS, huggingface_config, model_values
 from nanokimi.interop.huggingface import from_huggingface, to_huggingface
@@ -48,7 +48,7 @@ def write_folder(folder: Path, model: StoredModel, *, shard_bytes: int = SHARD_B
     model = with_shared_expert(model)
     dtype = str(DTYPES[dtype_of(model)]).removeprefix("torch.")
     eot = model.tokenizer.eot_id
-    special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    special = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eot, "pad_token_id": eot}
     own = {"model_config": {**asdict(model.config), "tokenizer_name": _without_folders(model.config.tokenizer_name)}}
     texts = {
         "config.json": _json({**huggingface_config(model.config), **special, "torch_dtype": dtype}),
@@ -106,8 +106,9 @@ def require_finite(model: StoredModel) -> None:
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
-    """``tokenizer.json`` and its companions; the end of text is the one special token, as in GPT-2."""
-    special = {"bos_token": tokenizer.eot, "eos_token": tokenizer.eot, "pad_token": tokenizer.eot}
+    """``tokenizer.json`` and its companions; unless it came with another, the end of text also begins, as in GPT-2."""
+    bos = {"bos_token": tokenizer.bos} if tokenizer.bos else {}
+    special = {**bos, "eos_token": tokenizer.eot, "pad_token": tokenizer.eot}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one name that transformers 4 and 5 both load
         **special,
@@ -117,10 +118,12 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that its generate() refuses
     }
+    template = {} if tokenizer.chat_template is None else {CHAT_TEMPLATE: tokenizer.chat_template}
     return {
         "tokenizer.json": tokenizer.to_json(),
-        "tokenizer_config.json": _json(settings),
+        CONFIG: _json(settings),
         "special_tokens_map.json": _json(special),
+        **template,
     }
 
 
@@ -175,7 +178,7 @@ def read_folder(folder: Path, *, tokenizer: str = "") -> StoredModel:
     """
     content = read_json(folder / "config.json")
     weights = Shards(folder)
-    own_tokenizer = () if tokenizer else ("tokenizer.json", "tokenizer_config.json")
+    own_tokenizer = () if tokenizer else ("tokenizer.json", CONFIG, CHAT_TEMPLATE)
     verify_receipt(folder / RECEIPT, ("config.json", *own_tokenizer, OWN, INDEX, *weights.files))
     values, notes = model_values(content, str(folder / "config.json"))
     kept, training = _own_values(folder / OWN)

@@ -148,6 +148,73 @@ def test_the_end_of_text_comes_from_tokenizer_config(tmp_path: Path) -> None:
     assert Tokenizer.from_state(stops.to_state()).eot_id == 2
 
 
+def write_beside(folder: Path, config: str, template: str = "") -> None:
+    load_tokenizer("byte").save(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(config)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "found"),
+    [
+        ({"chat_template": "one"}, "", "one"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, "", "d"),
+        ({"chat_template": [{"name": "tool_use", "template": "t"}]}, "", None),
+        ({"chat_template": "one"}, "of its own", "of its own"),
+        ({}, "", None),
+    ],
+)
+def test_the_chat_template_comes_from_the_folder_and_is_carried(
+    tmp_path: Path, config: dict[str, object], template: str, found: str | None
+) -> None:
+    write_beside(tmp_path, json.dumps(config), template)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.chat_template == found
+    assert Tokenizer.from_state(json.loads(json.dumps(tokenizer.to_state()))).chat_template == found
+    assert tokenizer.fingerprint == load_tokenizer("byte").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("config", "bos"),
+    [
+        ('{"bos_token": "a"}', "a"),
+        ('{"bos_token": {"content": "b"}}', "b"),
+        ('{"bos_token": null, "eos_token": "x"}', ""),
+        ("{}", "<|endoftext|>"),
+    ],
+)
+def test_the_first_token_of_a_talk_comes_from_the_folder_and_is_carried(tmp_path: Path, config: str, bos: str) -> None:
+    write_beside(tmp_path, config)
+    tokenizer = Tokenizer.from_state(load_tokenizer(str(tmp_path)).to_state())
+    assert tokenizer.bos == bos
+    assert tokenizer.bos_id == (ord(bos) if len(bos) == 1 else tokenizer.eot_id)
+
+
+def test_a_checkpoint_from_before_chat_templates_still_loads() -> None:
+    state = {key: value for key, value in load_tokenizer("byte").to_state().items() if key in ("name", "json", "eot")}
+    tokenizer = Tokenizer.from_state(state)
+    assert (tokenizer.bos, tokenizer.chat_template) == ("<|endoftext|>", None)
+
+
+@pytest.mark.parametrize("config", ["{", "[1]", "[" * 100_000, '{"chat_template": 1}', '{"chat_template": {"a": "b"}}'])
+def test_a_broken_configuration_is_named(tmp_path: Path, config: str) -> None:
+    write_beside(tmp_path, config)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: .*repair or remove it"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_chat_template_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    write_beside(tmp_path, "{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8 at byte 1"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_special_tokens_are_known_by_their_text(bpe: Tokenizer) -> None:
+    assert bpe.special_tokens == {"<|endoftext|>": 299}
+
+
 def test_a_tokenizer_without_an_end_of_text_is_an_error(tmp_path: Path) -> None:
     inner = HFTokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel()

@@ -1,21 +1,18 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
-import select
-import signal
-import sys
-import time
+import re
 from pathlib import Path
 
 import pytest
 from scripted import InterruptedModel, ScriptedModel
+from terminal import Terminal
 
 from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference.chat import Chat, interactive
+from nanokimi.inference.chat import COMMANDS, Chat, interactive
+from nanokimi.inference.conversation import TextTalk
 from nanokimi.inference.settings import Settings
 
 
@@ -85,7 +82,11 @@ def test_set_changes_the_replies_that_follow() -> None:
         ("/set temprature 1", "unknown setting 'temprature': did you mean temperature?"),
         ("/set top_k x", "top_k takes a whole number, got 'x'"),
         ("/sing", "unknown command /sing: /help lists the commands"),
+        ("/quitt x", "unknown command /quitt: did you mean /quit?"),
         ("/\x1b[2J", "unknown command /[2J: /help lists the commands"),
+        ("/save", "/save needs the name of a file, such as /save talk.json"),
+        ("/load  ", "/load needs the name of a file, such as /load talk.json"),
+        ("/system Be brief.", "/system is for talks in turns, and this model continues text: see --chat_template"),
     ],
 )
 def test_a_mistake_gets_one_line_and_the_talk_goes_on(line: str, answer: str) -> None:
@@ -95,7 +96,47 @@ def test_a_mistake_gets_one_line_and_the_talk_goes_on(line: str, answer: str) ->
 
 
 def test_help_names_every_command() -> None:
-    assert all(command in talk(ScriptedModel(b"a"), "/help") for command in ("/set", "/reset", "/quit", "Ctrl-C"))
+    shown = talk(ScriptedModel(b"a"), "/help")
+    assert all(f"  {command} " in shown for command in COMMANDS)
+    assert "Ctrl-C" in shown
+
+
+def test_every_reply_ends_in_its_figures() -> None:
+    shown = talk(ScriptedModel([*b"abc", 256]), "x", max_tokens=9)
+    line = r"\[3 tokens, [\d.]+ tokens/s, first token after \d+\.\d\d s, finish_reason stop\]"
+    assert re.fullmatch(line, shown.splitlines()[2])
+
+
+def test_stats_add_up_what_the_replies_took() -> None:
+    shown = talk(ScriptedModel(b"abc"), "/stats", "xx", "y", "/stats")
+    before, after = (shown.partition("last reply: ")[2].splitlines()[:3], shown.rsplit("last reply: ")[-1].splitlines())
+    assert before[0].startswith("0 tokens read, written 0 tokens, 0.0 tokens/s")
+    assert before[2] == "context: 1 of 128 tokens, 1%"
+    assert after[0].startswith("7 tokens read, written 3 tokens, ")
+    assert after[1].startswith("all replies: 9 tokens read, written 6 tokens, ")
+    assert after[2] == "context: 10 of 128 tokens, 8%"
+
+
+def test_three_quotes_hold_a_text_of_several_lines() -> None:
+    model = ScriptedModel(b"abc")
+    talk(model, '"""', "def f():", "", "/quit", '"""', "/reset", '"""one line"""', "/reset", '"""two', 'lines"""')
+    assert prompts(model) == ["def f():\n\n/quit", "one line", "two\nlines"]
+
+
+def test_the_end_of_input_ends_a_text_of_several_lines() -> None:
+    model = ScriptedModel(b"abc")
+    talk(model, '"""', "one", "two")
+    assert prompts(model) == ["one\ntwo"]
+
+
+def test_a_saved_text_goes_on_in_another_talk(tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    talk(ScriptedModel(b"abc"), "one", f"/save {path}", "two", f"/save {path}")
+    model = ScriptedModel(b"abc")
+    shown = talk(model, "forgotten", f"/load {path}", "three")
+    assert prompts(model)[1] == "oneabc\ntwoabc\nthree"
+    assert f"(loaded from {path}: 13 tokens)" in shown
+    assert [file.name for file in tmp_path.iterdir()] == ["my talk.json"]
 
 
 def test_a_line_behind_a_space_is_text_even_with_a_slash() -> None:
@@ -173,7 +214,8 @@ def test_control_characters_are_stripped_and_text_is_not(text: str, shown: str) 
 def test_the_text_kept_for_the_model_is_not_stripped() -> None:
     chat = Chat(ScriptedModel(b"a\x1bb"), load_tokenizer("byte"), settings(3), io.StringIO())
     chat.reply("x")
-    assert chat.turns == ["xa\x1bb"]
+    assert isinstance(chat.talk, TextTalk)
+    assert chat.talk.turns == ("xa\x1bb",)
 
 
 def test_a_refused_text_raises_for_the_caller() -> None:
@@ -190,40 +232,6 @@ from scripted import ScriptedModel
 model = ScriptedModel(b"abc", context=50_000, seconds=0.005)
 raise SystemExit(interactive(model, load_tokenizer("byte"), Settings(temperature=0.0, max_tokens=50_000)))
 """
-
-
-class Terminal:
-    """A Python program on a pseudo-terminal of its own, as a person would use it."""
-
-    def __init__(self, code: str) -> None:
-        self.seen = ""
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
-            path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-            os.execve(sys.executable, [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path})
-
-    def wait_for(self, text: str, *, pressing: str = "") -> None:
-        """Reads up to and including ``text``; presses ``pressing`` again each time nothing comes for a while.
-
-        Again, because a Ctrl-C between the display of the prompt and the wait for a key is seen only with the
-        next key: CPython's readline module has this gap.
-        """
-        deadline = time.monotonic() + 60
-        self.press(pressing)
-        while text not in self.seen:
-            assert time.monotonic() < deadline, self.seen
-            if select.select([self.fd], [], [], 1)[0]:
-                self.seen += os.read(self.fd, 4096).decode(errors="replace")
-            else:
-                self.press(pressing)
-        self.seen = self.seen.partition(text)[2]
-
-    def press(self, keys: str) -> None:
-        os.write(self.fd, keys.encode())
-
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def test_on_a_terminal_ctrl_c_stops_the_reply_and_ctrl_d_leaves() -> None:

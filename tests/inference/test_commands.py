@@ -6,6 +6,8 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from scripted import InterruptedModel, ScriptedModel
@@ -16,7 +18,7 @@ from nanokimi.errors import UserError
 from nanokimi.inference import weights
 from nanokimi.inference.commands import add_generate_arguments, run_generate
 from nanokimi.inference.decoder import new_decoder
-from nanokimi.inference.engine import generate
+from nanokimi.inference.generate import generate
 from nanokimi.inference.settings import WEIGHT_FORMATS
 from nanokimi.inference.weights import round_weights_
 from nanokimi.model.transformer import Transformer
@@ -92,6 +94,54 @@ def test_a_talk_scripted_through_a_pipe_survives_bytes_that_are_not_utf8(
     assert capsys.readouterr().out.count("abc\n[3 tokens") == 2
 
 
+SOURCE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+CONTINUES, TALKS = "This is a base model", "This model talks in turns, by "
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "told", "read"),
+    [
+        (None, [], CONTINUES, "hi"),
+        (SOURCE, [], TALKS + "the chat template of tokenizer byte.", "user: hi\nassistant:"),
+        (SOURCE, ["--chat_template", "none"], CONTINUES, "hi"),
+        (None, ["--chat_template", "FILE"], TALKS + "--chat_template FILE.", "user: hi\nassistant:"),
+        ("{{ messages }}", ["--chat-template", "FILE", "--system", "S"], TALKS, "system: S\nuser: hi\nassistant:"),
+    ],
+)  # fmt: skip
+def test_a_talk_is_in_turns_where_there_is_a_chat_template(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    own: str | None, flags: list[str], told: str, read: str,
+) -> None:  # fmt: skip
+    tokenizer, model = load_tokenizer("byte"), ScriptedModel(b"abc")
+    tokenizer.chat_template = own
+    monkeypatch.setattr("nanokimi.loading.load", lambda path, device: (model, tokenizer))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text(SOURCE)
+    assert run_generate(parsed("model.pt", "--device", "cpu", "--max_tokens", "3", "--interactive", *flags)) == 0
+    assert capsys.readouterr().out.startswith(told)
+    assert [bytes(ids).decode() for ids in model.prompts] == [read]
+
+
+@pytest.mark.parametrize(("flags", "kept"), [([], True), (["--no_history"], False)])
+def test_what_is_typed_is_kept_unless_the_user_says_no(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], kept: bool
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "nanokimi.inference.chat.reading", lambda *_, keep_history: asked.append(keep_history) or nullcontext(input)
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run(monkeypatch, ScriptedModel(b"abc"), "--interactive", *flags) == 0
+    assert asked == [kept]
+
+
+@pytest.mark.parametrize("flag", ["--chat_template", "--system"])
+def test_flags_of_a_talk_are_refused_for_one_prompt(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} is for talks: use nanokimi chat"):
+        run(monkeypatch, ScriptedModel(b"abc"), flag, "x")
+
+
 @pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--top_p", "2"], ["--max-tokens", "-1"], ["--stop", ""]])
 def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     """Faults 71, 72 and 76."""
@@ -156,6 +206,9 @@ def test_the_documented_defaults() -> None:
         "decoder": "auto",
         "stream": False,
         "interactive": False,
+        "chat_template": "",
+        "system": "",
+        "no_history": False,
     }
 
 

@@ -138,6 +138,25 @@ def test_the_keys_describe_the_model(tmp_path: Path) -> None:
     assert "tokenizer.chat_template" not in keys
 
 
+def test_a_chat_template_is_written_and_its_absence_too(tmp_path: Path, debug_model: Transformer) -> None:
+    assert "tokenizer.chat_template" not in keys_of(written(tmp_path / "without.gguf", debug_model))
+    tokenizer = load_tokenizer("byte")
+    tokenizer.chat_template = "{{ messages[0].content }}é\n"
+    path = tmp_path / "with.gguf"
+    write_gguf(path, debug_model.config, debug_model.state_dict(), tokenizer, dtype="f32", name="debug")
+    assert keys_of(path)["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("bos", [None, "a"])
+def test_the_token_that_begins_is_the_tokenizers(tmp_path: Path, debug_model: Transformer, bos: str | None) -> None:
+    tokenizer = Tokenizer(HFTokenizer.from_str(load_tokenizer("byte").to_json()), "byte", bos=bos)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, debug_model.config, debug_model.state_dict(), tokenizer, dtype="f32", name="debug")
+    keys = keys_of(path)
+    assert keys["tokenizer.ggml.bos_token_id"] == (tokenizer.eot_id if bos is None else ord(bos))
+    assert keys["tokenizer.ggml.eos_token_id"] == tokenizer.eot_id
+
+
 def test_yarn_is_written_as_deepseek_writes_it(tmp_path: Path) -> None:
     config = ModelConfig.preset("debug", rope_factor=4.0, original_seq_len=32, mscale=0.7, mscale_all_dim=0.7)
     keys = keys_of(written(tmp_path / "m.gguf", Transformer(config)))

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stored_models import OUT, SOFTMAX, edit_json, edit_tensors, in_folder, same_weights, stored_model
+from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from nanokimi.config import PRESETS, ModelConfig
-from nanokimi.data.tokenizer import load_tokenizer
+from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
+from nanokimi.inference.chat_template import Message, chat_template_of
 from nanokimi.interop.hf_config import huggingface_config, model_values
 from nanokimi.interop.hf_folder import (
     OWN,
@@ -95,6 +97,24 @@ def test_the_tokenizer_of_a_folder_is_the_same_in_transformers(tmp_path: Path) -
     assert theirs.decode(ours.encode(TEXT)) == TEXT
     assert theirs.eos_token_id == theirs.bos_token_id == theirs.pad_token_id == ours.eot_id == 256
     assert theirs.model_max_length == 128
+
+
+def test_the_chat_template_of_a_folder_is_the_same_in_transformers(tmp_path: Path) -> None:
+    """Written by us and read by them, and the other way round."""
+    source = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}\n"
+    inner = HFTokenizer.from_str(load_tokenizer("byte").to_json())
+    inner.add_special_tokens(["<|begin|>"])
+    tokenizer = Tokenizer(inner, "mine", bos="<|begin|>", chat_template=source)
+    in_folder(tmp_path / "m", stored_model(tokenizer, vocab_size=258))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert (theirs.chat_template, theirs.bos_token) == (source, "<|begin|>")
+    talk: list[Message] = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "I."}]
+    expected = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    theirs.save_pretrained(tmp_path / "again")
+    for name in ("m", "again"):
+        template = chat_template_of(load_tokenizer(str(tmp_path / name)))
+        assert template is not None
+        assert template.encode(talk) == expected
 
 
 # ---- config.json -----------------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""Messages as the tokens of a talk: a chat template, kept in a sandbox and away from what users write.
+
+Templates are those of transformers' ``apply_chat_template``, and render as they do there. One thing differs: what a
+message holds stays text, also where it is written like a special token.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict
+
+from nanokimi.console import printable
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.errors import UserError
+from nanokimi.inference.template_sandbox import Template
+
+NO_TEMPLATE = "none"
+NEVER = "(?!)"  # a regular expression that matches nothing
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One contribution to a talk."""
+
+    role: Role
+    content: str
+
+
+class ChatTemplate:
+    """How messages become one text for a model that has learned to talk in turns.
+
+    Args:
+        source: the template, in Jinja.
+        name: what messages to the user call it.
+
+    Attributes:
+        stop_tokens: end of text, and the special token that ends the assistant's turn, where there is one.
+        stop: where plain text ends the assistant's turn: that text.
+
+    Raises:
+        UserError: it is not Jinja, or does not show what a user writes.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, *, name: str = "the chat template") -> None:
+        self.name, self._tokenizer = name, tokenizer
+        self._guard = _Guard(tokenizer, source)
+        try:
+            self._template = Template(source)
+        except ValueError as error:
+            raise UserError(f"{name} is no Jinja template: {_one_line(error)}") from error
+        if "Hello?" not in self._render([{"role": "user", "content": "Hello?"}]):
+            raise UserError(f"{name} leaves out what the user writes: is it a chat template?")
+        self.stop_tokens, self.stop = self._end_of_turn()
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of ``messages`` up to where the assistant begins to write.
+
+        Equal to those of transformers' ``apply_chat_template(messages, add_generation_prompt=True)``, unless the text
+        of a message holds what is written like a special token: that stays text here.
+
+        Raises:
+            UserError: the template refuses the messages, makes too much of them, or one is not Unicode text.
+        """
+        stand_ins = self._guard.stand_ins(messages)
+        text = self._render([self._guard.hidden(message, stand_ins) for message in messages])
+        ids: list[int] = []
+        try:
+            for part, special in self._guard.parts(text, stand_ins):
+                ids += self._tokenizer.encode(part) if special is None else [special]
+        except UnicodeEncodeError:
+            raise UserError("a message is not valid Unicode text: it holds half of a surrogate pair") from None
+        return ids or [self._tokenizer.eot_id]
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
+        """The text that the template makes of ``messages``; ``prompt``: up to where the assistant begins to write."""
+        values = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": prompt,
+            "bos_token": self._tokenizer.bos,
+            "eos_token": self._tokenizer.eot,
+        }
+        try:
+            return self._template.render(values, room=4 * sum(len(message["content"]) for message in messages))
+        except ValueError as error:
+            raise UserError(f"{self.name} cannot be applied to these messages: {_one_line(error)}") from error
+
+    def _end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What ends a reply, found in a talk: what stands between the assistant's text and the user's next one."""
+        question, answer, thanks = "Who is there?", "Nobody at all.", "So be it."
+        talk: list[Message] = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": thanks},
+        ]
+        try:
+            text = self._render(talk, prompt=False)
+        except UserError:  # a template for one question alone
+            text = ""
+        between = text.partition(answer)[2].partition(thanks)[0]
+        token = self._guard.first_token(between)
+        if token is not None:
+            return tuple(dict.fromkeys((self._tokenizer.eot_id, token))), ()
+        # A model may join the last space with the word behind it.
+        end = between.rstrip() or between
+        return (self._tokenizer.eot_id,), (end,) if end else ()
+
+
+class _StandIns(NamedTuple):
+    """By the characters that they stand for."""
+
+    special: dict[str, str]
+    marks: dict[str, str]
+
+
+class _Guard:
+    """Keeps what messages hold apart from what the template writes.
+
+    Where a message's text reads like a special token, its first character gives way to a stand-in that no message
+    holds: of one character too, so that a template may trim and split as before. The same goes for tokens that are
+    not special, but that the template writes as marks (DeepSeek-V3 has such), unless the assistant wrote them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str) -> None:
+        self._source = source
+        self._special = tokenizer.special_tokens
+        self._marks = {t: i for t, i in tokenizer.fixed_tokens.items() if t in source and len(t) > 1}
+        self._special_text = re.compile(f"({_any_of(self._special)})")
+        self._special_start, self._mark_start = (
+            re.compile(f"(?={_any_of(texts)}).", re.DOTALL) for texts in (self._special, self._marks)
+        )
+
+    def stand_ins(self, messages: Sequence[Message]) -> _StandIns:
+        """Characters that neither ``messages`` nor the template holds."""
+        taken = {*self._source}.union(*(message["content"] for message in messages))
+        unused = (chr(code) for code in range(sys.maxunicode, 0, -1) if chr(code) not in taken)
+        return _StandIns(*({first: next(unused) for first in _firsts(texts)} for texts in (self._special, self._marks)))
+
+    def hidden(self, message: Message, stand_ins: _StandIns) -> Message:
+        """``message`` with stand-ins."""
+        content = self._special_start.sub(lambda start: stand_ins.special[start[0]], message["content"])
+        if message["role"] != "assistant":
+            content = self._mark_start.sub(lambda start: stand_ins.marks[start[0]], content)
+        return {**message, "content": content}
+
+    def first_token(self, text: str) -> int | None:
+        """Id of the first special token or mark in ``text``; None if there is none."""
+        known = self._special | self._marks
+        found = re.search(_any_of(known), text)
+        return known[found[0]] if found else None
+
+    def parts(self, text: str, stand_ins: _StandIns) -> Iterator[tuple[str, int | None]]:
+        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins give way to the text."""
+        restored = {ord(new): first for firsts in stand_ins for first, new in firsts.items()}
+        # The tokenizer finds marks in any text: only a cut behind the first character keeps it from that.
+        cut = re.compile(f"(?<=[{''.join(stand_ins.marks.values())}])" if stand_ins.marks else NEVER)
+        for part in self._special_text.split(text):
+            if part in self._special:
+                yield part, self._special[part]
+            else:
+                yield from ((plain.translate(restored), None) for plain in cut.split(part))
+
+
+def chat_template_of(tokenizer: Tokenizer, path: str = "") -> ChatTemplate | None:
+    """The chat template in the file ``path``, else the tokenizer's own, else None; ``none`` is none at all.
+
+    Raises:
+        UserError: the file cannot be read, or see ``ChatTemplate``.
+    """
+    if path == NO_TEMPLATE:
+        return None
+    if not path:
+        own = tokenizer.chat_template
+        return ChatTemplate(own, tokenizer, name=f"the chat template of tokenizer {tokenizer.name}") if own else None
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(
+            f"--chat_template {path}: {reason}: name a file with a Jinja template, or {NO_TEMPLATE}"
+        ) from error
+    return ChatTemplate(source, tokenizer, name=f"--chat_template {path}")
+
+
+def _firsts(texts: Iterable[str]) -> list[str]:
+    return sorted({text[0] for text in texts})
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A regular expression for any of ``texts``, the longest that there is."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or NEVER
+
+
+def _one_line(error: BaseException) -> str:
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
