@@ -22,6 +22,7 @@ from nanokimi.cli_settings import (
 from nanokimi.console import say
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
+from nanokimi.inference.server.arguments import add_serve_arguments, options_of
 
 
 def entry() -> NoReturn:
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about)
         add_generate_arguments(command)
         command.set_defaults(run=generate, interactive=name == "chat")
+    add_serve(commands)
     add_prepare(commands)
     add_tokenizer(commands)
     add_inspect(commands)
@@ -97,6 +99,22 @@ def generate(args: argparse.Namespace) -> int:
     from nanokimi.inference.commands import run_generate
 
     return run_generate(args)
+
+
+def add_serve(commands: Any) -> None:
+    """``nanokimi serve``: the API of OpenAI and a web page."""
+    parser = commands.add_parser("serve", help="serve a model to programs and browsers (extra: serve)")
+    add_serve_arguments(parser)
+    parser.set_defaults(run=serve)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """``nanokimi serve``."""
+    options = options_of(args)
+
+    from nanokimi.inference.server.run import run_serve
+
+    return run_serve(options)
 
 
 def add_prepare(commands: Any) -> None:

@@ -21,11 +21,10 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.sampling import Report, draw, log_probabilities
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.settings import PREFILL_CHUNK, Settings
 from nanokimi.inference.text import Piece, TextAssembly
 from nanokimi.model.transformer import Transformer
 
-PREFILL_CHUNK = 512  # prompt tokens read between two tokens of the sequences that are being decoded
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, try an earlier checkpoint"
 
 
@@ -136,6 +135,7 @@ class Engine:
         slots, max_length: of the decoder that is made.
         vocab_size: ids from here on are padding and never drawn (default: what the tokenizer has).
         decoder: one made for ``model``, used in the place of a new one.
+        prefill_chunk: most prompt tokens read between two tokens of the sequences that are being decoded.
 
     Attributes:
         max_length: most tokens of a sequence, prompt and continuation.
@@ -152,11 +152,13 @@ class Engine:
         max_length: int | None = None,
         vocab_size: int | None = None,
         decoder: Decoder | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._decoder = decoder or new_decoder(model, slots=slots, max_length=max_length)
         self.max_length, self.slots = self._decoder.max_length, self._decoder.slots
         self.slot_bytes = self._decoder.slot_bytes
+        self._prefill_chunk = prefill_chunk
         self._vocab_size = tokenizer.vocab_size if tokenizer is not None else vocab_size
         self._waiting: deque[Continuation] = deque()
         self._in_slots: dict[int, Continuation] = {}
@@ -234,14 +236,14 @@ class Engine:
             sequence.slot = None
 
     def _prefill(self, unread: list[Continuation]) -> list[Rows]:
-        """Reads up to ``PREFILL_CHUNK`` tokens of prompts, oldest first; logits behind those that are read to the end.
+        """Reads up to a chunk of prompts, oldest first; the logits behind those that are read to the end.
 
         A chunk is never cut to fit what is left: a sequence's logits would then depend on who else is there.
         """
         rows: list[Rows] = []
-        budget = PREFILL_CHUNK
+        budget = self._prefill_chunk
         for sequence in unread:
-            chunk = sequence.request.prompt[sequence.read : sequence.read + PREFILL_CHUNK]
+            chunk = sequence.request.prompt[sequence.read : sequence.read + self._prefill_chunk]
             if len(chunk) > budget:
                 break
             budget -= len(chunk)
@@ -275,7 +277,7 @@ class Engine:
             return
         logits = rows[0][1] if len(rows) == 1 else torch.cat([part for _, part in rows])
         logits = logits[:, : self._vocab_size]
-        finite = logits.isfinite().all(dim=-1).tolist()
+        finite = (logits.amax(dim=-1) - logits.amin(dim=-1)).isfinite().tolist()
         tokens = draw(logits, [s.request.settings for s in sequences], [s.random.random() for s in sequences])
         counts = [s.request.logprobs for s in sequences]
         for row, (sequence, report) in enumerate(

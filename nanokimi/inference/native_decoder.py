@@ -21,6 +21,12 @@ from nanokimi.model.transformer import Block, Transformer
 from nanokimi.native import build
 from nanokimi.native.huge_pages import prefer_huge_pages
 
+ROWS = 16  # tokens of one prompt that the kernels take at once, however few slots there are
+# A step multiplies each of its tokens with all weights that take part. With fewer for each of them, threads mostly wait
+# for each other, and on a busy machine for the core that one has lost. No result depends on their number.
+WEIGHTS_PER_THREAD = 8_000_000
+SHORT_PROMPT = 32  # up to so many they are quicker than the PyTorch model, with which longer prompts are read
+
 
 def supports(model: Transformer) -> str | None:
     """Why ``model`` cannot be decoded by compiled kernels, or None; whether they can be built is another question."""
@@ -36,8 +42,8 @@ class NativeDecoder:
     """A ``Decoder`` (see ``decoder``) over packed weights; one call at a time.
 
     Matrices are packed once, in the format ``weights``. In fp32 they stay in the model's own memory where their rows
-    are multiples of ``ROW_ALIGNMENT``, and training on would change them. Prompts of several tokens go through the
-    PyTorch model, so its values should be those of the format (``round_weights_``).
+    are multiples of ``ROW_ALIGNMENT``, and training on would change them. Prompts of more than ``SHORT_PROMPT`` tokens
+    go through the PyTorch model, so its values should be those of the format (``round_weights_``).
 
     A slot's logits depend on its own tokens alone, to the bit: not on the batch, the slot or the number of threads.
 
@@ -60,6 +66,7 @@ class NativeDecoder:
         self.slot_bytes = self._cache.nbytes // slots
         prefer_huge_pages(self._cache, filled=False)
         self._format = weights
+        self._active = model.num_parameters(active=True)
         self._packed = self._pack_model(model)
         self._scratch = torch.empty(0)
 
@@ -70,9 +77,22 @@ class NativeDecoder:
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """See ``Decoder``."""
-        if len(tokens) == 1:
-            return self.step([slot], tokens)[0]
         self._check_room(slot, len(tokens))
+        read = self._read_short if len(tokens) <= SHORT_PROMPT else self._read_long
+        logits = read(slot, tokens)
+        self.lengths[slot] += len(tokens)
+        return logits
+
+    def _read_short(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """By the kernels; to the bit as if each token were a step of its own."""
+        held = self.lengths[slot]
+        for first in range(0, len(tokens), ROWS):
+            part = tokens[first : first + ROWS]
+            logits = self._run([slot] * len(part), range(held + first, held + first + len(part)), part)
+        return logits[-1]
+
+    def _read_long(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """By the PyTorch model."""
         held = self.lengths[slot]
         cache = LatentCache(self._config, 1, held + len(tokens))
         cache.length = held
@@ -82,7 +102,6 @@ class NativeDecoder:
         logits: Tensor = self.model(torch.tensor([tokens]), cache=cache, last_only=True)
         for theirs, ours in pairs:
             ours[:, held:] = theirs[:, held:]
-        self.lengths[slot] = cache.length
         return logits[0, -1]
 
     def _parts_beside(self, cache: LatentCache, slot: int) -> list[tuple[Tensor, Tensor]]:
@@ -95,18 +114,23 @@ class NativeDecoder:
     @torch.inference_mode()
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """See ``Decoder``."""
-        n = len(tokens)
-        assert n == len(slots) == len(set(slots)), "one token for each of different slots"
-        for slot, token in zip(slots, tokens, strict=True):
+        assert len(tokens) == len(slots) == len(set(slots)), "one token for each of different slots"
+        for slot in slots:
             self._check_room(slot, 1)
-            assert 0 <= token < self._config.vocab_size
-        logits = torch.empty(n, self._config.vocab_size)
-        numbers = [(c_int64 * n)(*values) for values in (slots, [self.lengths[slot] for slot in slots], tokens)]
-        threads = torch.get_num_threads()
-        call = _Call(n, *(ctypes.addressof(array) for array in numbers), logits.data_ptr(), self._room(threads))
-        self._library.nanokimi_step(byref(self._packed), byref(call), c_int(threads))
+        logits = self._run(slots, [self.lengths[slot] for slot in slots], tokens)
         for slot in slots:
             self.lengths[slot] += 1
+        return logits
+
+    def _run(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Each token at its position of its slot; the logits behind them, ``[n, vocab]``."""
+        n, vocab_size = len(tokens), self._config.vocab_size
+        assert all(0 <= token < vocab_size for token in tokens)
+        logits = torch.empty(n, vocab_size)
+        numbers = [(c_int64 * n)(*values) for values in (slots, positions, tokens)]
+        threads = max(1, min(torch.get_num_threads(), n * self._active // WEIGHTS_PER_THREAD))
+        call = _Call(n, *(ctypes.addressof(array) for array in numbers), logits.data_ptr(), self._room(threads))
+        self._library.nanokimi_step(byref(self._packed), byref(call), c_int(threads))
         return logits
 
     def _check_room(self, slot: int, tokens: int) -> None:
@@ -131,6 +155,7 @@ class NativeDecoder:
             format=WEIGHT_FORMATS.index(self._format),
             slots=self.slots,
             max_length=self.max_length,
+            rows=max(self.slots, ROWS),
             dim=config.dim,
             heads=config.n_heads,
             nope=config.qk_nope_head_dim,
@@ -238,7 +263,7 @@ class _Routing(Structure):
 
 class _Model(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("format", "slots", "max_length")),
+        *((name, c_int64) for name in ("format", "slots", "max_length", "rows")),
         *((name, c_int64) for name in ("dim", "heads", "nope", "rope", "value", "rank", "query_rank")),
         *((name, c_int64) for name in ("dense_width", "expert_width", "layers")),
         ("routing", _Routing),

@@ -13,6 +13,7 @@ from nanokimi.errors import UserError
 
 DECODERS = ("auto", "eager", "native", "graph")  # see inference.decoder
 WEIGHT_FORMATS = ("fp32", "bf16", "fp16", "int8")  # see inference.weights
+PREFILL_CHUNK = 1024  # prompt tokens that the engine reads at once, unless told otherwise: see docs/decoding.md
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ void score_block(const float* query, const float* entries, int64_t width, float 
             UNROLL for (int t = 0; t < T; t++) total[h][t] = fma(part, entry[t], total[h][t]);
         }
     }
-    UNROLL for (int h = 0; h < H; h++) UNROLL for (int t = 0; t < T; t++) scores[h][first + t] = sum(total[h][t]);
+    float sums[H][T];
+    sum_all(total, sums);
+    UNROLL for (int h = 0; h < H; h++) UNROLL for (int t = 0; t < T; t++) scores[h][first + t] = sums[h][t];
 }
 
 // out[h][..C vectors] = sum over tokens of weights[h][t] * entry t.

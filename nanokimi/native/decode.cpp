@@ -1,5 +1,5 @@
-// One decoding step of the whole network for a few rows, in one parallel region: the weights of the active parameters
-// and the latent cache are read once. Letters as in nanokimi/model/layers.py; n rows, each a token of its own sequence.
+// One step of the whole network for a few rows, in one parallel region: the weights of the active parameters and the
+// latent cache are read once. Letters as in nanokimi/model/layers.py; n rows, each a token, mostly of its own sequence.
 //
 // Phases end with team.meet(); within one, threads write disjoint parts of what the next one reads. Vectors lie in
 // scratch with rows padded to PAD. The padding of weights is zero, so that of activations may be any finite number.
@@ -23,7 +23,7 @@ struct Scratch {
             return at;
         };
         const Routing& r = m.routing;
-        int64_t n = m.slots, choices = n * r.chosen, chunks = (m.max_length + CHUNK - 1) / CHUNK;
+        int64_t n = m.rows, choices = n * r.chosen, chunks = (m.max_length + CHUNK - 1) / CHUNK;
         norm_width = padded(std::max(m.dim, m.query_rank));
         x = take(n, m.dim);
         q_latent = take(n, m.query_rank);
@@ -61,7 +61,7 @@ struct Step {
     const Call& call;
     const Scratch& s;
     const Team& team;
-    float* normed = s.normed + team.rank * m.slots * s.norm_width;
+    float* normed = s.normed + team.rank * m.rows * s.norm_width;
     int64_t n = call.n, entry = entry_width(m), rank = padded(m.rank);
 
     void run() {

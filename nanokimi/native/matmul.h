@@ -43,7 +43,7 @@ template <bool FETCH, int R, int N, class T>
             UNROLL for (int j = 0; j < N; j++) total[r][j] = fma(weight, load(x[j] + k), total[r][j]);
         }
     }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) out[r][j] = sum(total[r][j]);
+    sum_all(total, out);
 }
 
 // sink(row, j, value) for R rows from `row` on and inputs j to j + N.

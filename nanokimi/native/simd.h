@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -107,6 +108,48 @@ inline float sum(Vec v) {
 #else
     return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+
+#ifdef SHUFFLES
+template <int HALF>
+constexpr int folded_lane(int i) {
+    return (i < WIDTH / 2 ? 0 : WIDTH) + i % (WIDTH / 2) / HALF * 2 * HALF + i % HALF;
+}
+
+// Adds the halves of every group of 2 HALF lanes; those of a come first.
+template <int HALF, int... I>
+inline Vec fold(Vec a, Vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, folded_lane<HALF>(I)...) +
+           __builtin_shufflevector(a, b, (folded_lane<HALF>(I) + HALF)...);
+}
+
+// The sum of each of WIDTH vectors, each in the order of sum(): a third of the instructions.
+template <int N>
+inline Vec sums(const Vec (&v)[N]) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        Vec halves[N / 2];
+        UNROLL for (int i = 0; i < N / 2; i++)
+            halves[i] = fold<N / 2>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, WIDTH>{});
+        return sums(halves);
+    }
+}
+#endif
+
+// out = the sums of R N vectors.
+template <int R, int N>
+inline void sum_all(const Vec (&v)[R][N], float (&out)[R][N]) {
+#ifdef SHUFFLES
+    if constexpr (R * N == WIDTH) return store(out[0], sums(reinterpret_cast<const Vec(&)[R * N]>(v)));
+#endif
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) out[r][j] = sum(v[r][j]);
 }
 
 // exp to within 2 units of the last place; 0 below the normal numbers. Branch-free, so that loops over it vectorise.

@@ -12,7 +12,6 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference import engine as engine_module
 from nanokimi.inference.decoder import Decoder, EagerDecoder, new_decoder
 from nanokimi.inference.engine import Continuation, Engine, Request
 from nanokimi.inference.generate import generate_tokens
@@ -80,13 +79,12 @@ def test_a_seeded_request_does_not_depend_on_seven_others_that_come_and_go(debug
         assert len({tuple(ids) for ids in expected}) == 8
 
 
-def test_prompts_are_read_in_chunks_beside_decoding(debug_model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_read_in_chunks_beside_decoding(debug_model: Transformer) -> None:
     """A long prompt does not keep the others waiting, and is cut at places that depend on nothing but itself."""
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     long, short = [i % 250 for i in range(100)], [4, 5]
-    alone = Engine(debug_model, None)
+    alone = Engine(debug_model, None, prefill_chunk=16)
     expected = run(alone, alone.submit(request(long)))
-    engine = Engine(debug_model, None, slots=3)
+    engine = Engine(debug_model, None, slots=3, prefill_chunk=16)
     first = engine.submit(request(short, max_tokens=30))
     engine.step()
     second, third = engine.submit(request(long)), engine.submit(request(short, max_tokens=3))
@@ -101,9 +99,7 @@ def test_prompts_are_read_in_chunks_beside_decoding(debug_model: Transformer, mo
     assert third.result.tokens == 3
 
 
-def test_a_chunk_that_does_not_fit_beside_others_waits_whole(
-    debug_model: Transformer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_that_does_not_fit_beside_others_waits_whole(debug_model: Transformer) -> None:
     class Watched(EagerDecoder):
         read: list[tuple[int, int]]
 
@@ -111,10 +107,9 @@ def test_a_chunk_that_does_not_fit_beside_others_waits_whole(
             self.read.append((slot, len(tokens)))
             return super().prefill(slot, tokens)
 
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
     decoder = Watched(debug_model, slots=3)
     decoder.read = []
-    engine = Engine(debug_model, None, decoder=decoder)
+    engine = Engine(debug_model, None, decoder=decoder, prefill_chunk=16)
     for length in (10, 20, 5):
         engine.submit(request([1] * length, max_tokens=1))
     engine.step()

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
 from nanokimi.inference.decoder import EagerDecoder
-from nanokimi.inference.native_decoder import NativeDecoder, supports
+from nanokimi.inference.native_decoder import SHORT_PROMPT, NativeDecoder, supports
 from nanokimi.inference.weights import WEIGHT_FORMATS, round_weights_
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
@@ -67,6 +67,28 @@ def compared(model: Transformer, weights: str = "fp32", length: int = 28, prompt
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_logits_are_those_of_the_model(shape: dict[str, Any]) -> None:
     eager, native = compared(model_of(**shape))
+    torch.testing.assert_close(native, eager, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_short_prompt_is_read_to_the_bit_as_if_token_by_token(slots: int) -> None:
+    """Also in two parts, and beside what other slots hold."""
+    model = model_of()
+    tokens = tokens_of(model, 60)
+    decoder, reference = NativeDecoder(model, slots=slots), NativeDecoder(model)
+    last = slots - 1
+    if last:
+        decoder.prefill(0, tokens[::-1][:20])
+    for first, count in ((0, 2), (2, SHORT_PROMPT), (2 + SHORT_PROMPT, 17)):
+        part = tokens[first : first + count]
+        expected = [reference.step([0], [token])[0] for token in part][-1]
+        assert torch.equal(decoder.prefill(last, part), expected)
+    assert decoder.lengths[last] == reference.lengths[0] == 19 + SHORT_PROMPT
+
+
+@pytest.mark.parametrize("count", [SHORT_PROMPT, SHORT_PROMPT + 1])
+def test_prompts_on_both_sides_of_the_border_have_the_logits_of_the_model(count: int) -> None:
+    eager, native = compared(model_of(), length=count + 4, prompt=count)
     torch.testing.assert_close(native, eager, rtol=0, atol=TOLERANCE)
 
 
