@@ -5,7 +5,6 @@ A step keeps the sequences that it has with the default batch size; only how it 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.errors import UserError
+from nanokimi.memory import free_memory, process_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import STATE
 from nanokimi.training.step import TrainingStep, make_optimizer
@@ -94,31 +94,17 @@ def _peak_on_host(step: TrainingStep, batch: int) -> int:
 
 
 def _resident(name: str) -> int:
-    """Bytes of this process in memory: now (``VmRSS``) or at most (``VmHWM``)."""
-    return _kilobytes(Path("/proc/self/status"), name)
+    return _known(process_memory(name))
 
 
 def _free_on_host() -> int:
-    """Bytes that processes may still take, of the machine and of the control groups that this one is in."""
-    free = [_kilobytes(Path("/proc/meminfo"), "MemAvailable")]
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit
-            continue
-    return max(0, min(free))
+    return _known(free_memory())
 
 
-def _kilobytes(path: Path, name: str) -> int:
-    """The value of ``name`` in a file of ``/proc``, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
-    if found is None:
+def _known(size: int | None) -> int:
+    if size is None:
         raise UserError("--batch_size auto cannot measure memory on this system: name a number")
-    return int(found[1]) * 1024
+    return size
 
 
 # ---- on CUDA: whole steps, tried --------------------------------------------------------------

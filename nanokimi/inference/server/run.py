@@ -14,7 +14,7 @@ from nanokimi.console import say
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoder import new_decoder, use_weights_
+from nanokimi.inference.decoder import Decoder, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
 from nanokimi.inference.server.answers import LAST_WORDS
 from nanokimi.inference.server.app import new_app
@@ -23,6 +23,8 @@ from nanokimi.inference.server.metrics import Metrics
 from nanokimi.inference.server.plans import Served
 from nanokimi.inference.server.worker import EngineThread, Worker
 from nanokimi.loading import load
+from nanokimi.memory import free_memory
+from nanokimi.model.transformer import Transformer
 
 
 def run_serve(options: ServeOptions) -> int:
@@ -58,10 +60,10 @@ def prepare(options: ServeOptions, thread: EngineThread) -> tuple[Served, Worker
     use_weights_(model, options.weights)
 
     def new_engine() -> Engine:
-        decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
-        return Engine(model, tokenizer, decoder=decoder, prefill_chunk=options.prefill_chunk)
+        return Engine(model, tokenizer, decoder=_decoder(model, options), prefill_chunk=options.prefill_chunk)
 
     engine, metrics = new_engine(), Metrics()
+    say(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
     context = engine.max_length
     most = context if options.max_tokens is None else min(options.max_tokens, context)
     served = Served(
@@ -69,6 +71,21 @@ def prepare(options: ServeOptions, thread: EngineThread) -> tuple[Served, Worker
     )
     limits: dict[str, Any] = {"max_queue": options.max_queue, "max_seconds": options.max_seconds}
     return served, Worker(engine, new_engine, metrics=metrics, thread=thread, **limits), metrics
+
+
+def _decoder(model: Transformer, options: ServeOptions) -> Decoder:
+    """UserError if the caches of all slots do not fit into memory: they are reserved, and filled only later."""
+    try:
+        decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
+    except RuntimeError as error:
+        raise UserError(f"--slots {options.slots}: their caches cannot be had ({error}): lower it") from error
+    on_host = next(model.parameters()).device.type == "cpu"
+    need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
+    if free is not None and need > free:
+        raise UserError(
+            f"--slots {options.slots}: their caches take {need >> 20} MiB, and {free >> 20} MiB are free: lower it"
+        )
+    return decoder
 
 
 class DrainingServer(uvicorn.Server):

@@ -51,6 +51,7 @@ def options(*arguments: str) -> ServeOptions:
         (["--api_key_file", "nowhere.txt"], "--api_key_file nowhere.txt: No such file"),
         (["--device", "tpu"], "--device tpu"), (["--weights", "int4"], "--weights"), (["--decoder", "x"], "--decoder"),
         (["--chat_template", "nowhere.jinja"], "--chat_template nowhere.jinja"),
+        (["--slots", "100000000"], "--slots 100000000: their caches"), (["--prefill_chunk", "0"], "--prefill_chunk"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_flag(
@@ -174,4 +175,6 @@ def test_the_exit_codes_of_signals_and_the_address_that_is_printed(model_file: P
         out, err = server.communicate(timeout=60)
         assert server.returncode == 128 + ending, err
         assert out == ""
-        assert err == "ending: 0 sequences are finished first; a second signal ends at once\n"
+        slots, end = err.splitlines()
+        assert re.fullmatch(r"16 slots of 128 tokens, 0\.0\d+ MB each", slots)
+        assert end == "ending: 0 sequences are finished first; a second signal ends at once"
