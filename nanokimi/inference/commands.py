@@ -70,11 +70,12 @@ def run_generate(args: argparse.Namespace) -> int:
         flag = "--chat_template" if args.chat_template else "--system"
         raise UserError(f"{flag} is for talks: use nanokimi chat, or --interactive")
     from nanokimi.device import resolve_device
-    from nanokimi.inference.decoder import new_decoder, use_weights_
+    from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
     from nanokimi.loading import load
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
     use_weights_(model, args.weights)
+    limit_threads(model)
     decoder = new_decoder(model, kind=args.decoder, weights=args.weights)
     tolerate_odd_characters()
     try:

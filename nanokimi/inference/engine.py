@@ -279,12 +279,10 @@ class Engine:
         logits = logits[:, : self._vocab_size]
         finite = (logits.amax(dim=-1) - logits.amin(dim=-1)).isfinite().tolist()
         tokens = draw(logits, [s.request.settings for s in sequences], [s.random.random() for s in sequences])
-        counts = [s.request.logprobs for s in sequences]
-        for row, (sequence, report) in enumerate(
-            zip(sequences, log_probabilities(logits, tokens, counts), strict=True)
-        ):
-            if finite[row]:
-                sequence.add(tokens[row], report)
+        reports = log_probabilities(logits, tokens, [s.request.logprobs for s in sequences])
+        for sequence, token, report, usable in zip(sequences, tokens, reports, finite, strict=True):
+            if usable:
+                sequence.add(token, report)
             else:
                 _fail([sequence], RunError(NOT_FINITE))
 

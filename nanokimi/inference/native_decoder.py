@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
-from nanokimi.inference.decoder import fitting_length
+from nanokimi.inference.decoder import fitting_length, useful_threads
 from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.layers import LATENT_EPS
@@ -22,9 +22,6 @@ from nanokimi.native import build
 from nanokimi.native.huge_pages import prefer_huge_pages
 
 ROWS = 16  # tokens of one prompt that the kernels take at once, however few slots there are
-# A step multiplies each of its tokens with all weights that take part. With fewer for each of them, threads mostly wait
-# for each other, and on a busy machine for the core that one has lost. No result depends on their number.
-WEIGHTS_PER_THREAD = 8_000_000
 SHORT_PROMPT = 32  # up to so many they are quicker than the PyTorch model, with which longer prompts are read
 
 
@@ -128,7 +125,7 @@ class NativeDecoder:
         assert all(0 <= token < vocab_size for token in tokens)
         logits = torch.empty(n, vocab_size)
         numbers = [(c_int64 * n)(*values) for values in (slots, positions, tokens)]
-        threads = max(1, min(torch.get_num_threads(), n * self._active // WEIGHTS_PER_THREAD))
+        threads = useful_threads(n * self._active)
         call = _Call(n, *(ctypes.addressof(array) for array in numbers), logits.data_ptr(), self._room(threads))
         self._library.nanokimi_step(byref(self._packed), byref(call), c_int(threads))
         return logits

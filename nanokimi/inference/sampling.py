@@ -28,13 +28,15 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     ids = [0] * len(logits)
     for greedy in (True, False):
         rows = [row for row, choice in enumerate(params) if choice.greedy == greedy]
-        if rows:
-            part = logits if len(rows) == len(ids) else logits[rows]
-            found = (
-                part.argmax(dim=-1) if greedy else _drawn(part, [params[i] for i in rows], [uniforms[i] for i in rows])
-            )
-            for row, token in zip(rows, found.tolist(), strict=True):
-                ids[row] = token
+        if not rows:
+            continue
+        part = logits if len(rows) == len(ids) else logits[rows]
+        if greedy:
+            found = part.argmax(dim=-1)
+        else:
+            found = _drawn(part, [params[row] for row in rows], [uniforms[row] for row in rows])
+        for row, token in zip(rows, found.tolist(), strict=True):
+            ids[row] = token
     return ids
 
 

@@ -14,7 +14,7 @@ from nanokimi.console import say
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoder import Decoder, new_decoder, use_weights_
+from nanokimi.inference.decoder import Decoder, limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
 from nanokimi.inference.server.answers import LAST_WORDS
 from nanokimi.inference.server.app import new_app
@@ -58,6 +58,7 @@ def prepare(options: ServeOptions, thread: EngineThread) -> tuple[Served, Worker
     model, tokenizer = load(options.checkpoint, device=resolve_device(options.device))
     template = chat_template_of(tokenizer, options.chat_template)
     use_weights_(model, options.weights)
+    limit_threads(model)
 
     def new_engine() -> Engine:
         return Engine(model, tokenizer, decoder=_decoder(model, options), prefill_chunk=options.prefill_chunk)
