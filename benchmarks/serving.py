@@ -54,13 +54,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", default=time.strftime("benchmarks/results/serving-%Y-%m-%d.json"))
     args = parser.parse_args()
-    path = ROOT / args.output
+    path, here = ROOT / args.output, about()
     for part in args.parts or PARTS:
         say(f"== {part}")
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[part](Path(folder), args)
         earlier = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(earlier | {part: about() | found}, indent=1) + "\n")
+        path.write_text(json.dumps(earlier | {part: here | found}, indent=1) + "\n")
         say(json.dumps(found, indent=1))
 
 
