@@ -38,10 +38,10 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         self._writer.close()
 
-    async def get(self, path: str) -> Any:
-        """The JSON at ``path``."""
+    async def text(self, path: str) -> str:
+        """What lies at ``path``."""
         await self._send("GET", path, b"")
-        return json.loads(b"".join([chunk async for chunk in self._body(await self._head())]))
+        return b"".join([chunk async for chunk in self._body(await self._head())]).decode()
 
     async def post(self, body: dict[str, Any]) -> tuple[int, Any]:
         """Status and answer of a completion that is not streamed."""

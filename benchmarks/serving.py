@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def throughput(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         speeds: dict[int, list[float]] = {size: [] for size in sizes}
         for turn in range(args.rounds + 1):
             for size in sizes:
-                speed = asyncio.run(tokens_per_second(server.port, size, requests=4 * size, tokens=tokens))
+                speed = asyncio.run(tokens_per_second(server.port, size, tokens=tokens))
                 if turn:  # the first one warms up
                     speeds[size].append(speed)
     ratios = {size: [many / one for many, one in zip(speeds[size], speeds[1], strict=True)] for size in sizes}
@@ -87,21 +89,31 @@ def throughput(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def tokens_per_second(port: int, clients: int, *, requests: int, tokens: int) -> float:
-    """So many clients at once, each sending one request after another until ``requests`` are done."""
-    left = iter(range(requests))
-    written = 0
+async def tokens_per_second(port: int, clients: int, *, tokens: int, seconds: float = 2.0) -> float:
+    """So many clients at once, each sending one request after another; what the server counts in the middle of it."""
+    seeds = count()
 
     async def one() -> None:
-        nonlocal written
         async with Client(port) as client:
-            for seed in left:
-                answer = await client.stream(completion("def main(", max_tokens=tokens, seed=seed))
-                written += answer.tokens
+            while True:
+                await client.stream(completion("def main(", max_tokens=tokens, seed=next(seeds)))
 
-    started = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(clients)))
-    return written / (time.perf_counter() - started)
+    crowd = [asyncio.create_task(one()) for _ in range(clients)]
+    await asyncio.sleep(0.5)
+    started, before = time.perf_counter(), await generated(port)
+    await asyncio.sleep(seconds)
+    speed = (await generated(port) - before) / (time.perf_counter() - started)
+    for task in crowd:
+        task.cancel()
+    await asyncio.wait(crowd)
+    return speed
+
+
+async def generated(port: int) -> int:
+    """Tokens that the server has written so far."""
+    async with Client(port) as client:
+        text = await client.text("/metrics")
+    return int(re.findall(r"^nanokimi_generated_tokens_total (\d+)$", text, re.MULTILINE)[0])
 
 
 def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +149,7 @@ async def settled(port: int) -> dict[str, Any]:
     """What /health says once the last cancellations have been noticed."""
     await asyncio.sleep(1)
     async with Client(port) as client:
-        health: dict[str, Any] = await client.get("/health")
+        health: dict[str, Any] = json.loads(await client.text("/health"))
     return health
 
 

@@ -75,8 +75,8 @@ def run_generate(args: argparse.Namespace) -> int:
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
     use_weights_(model, args.weights)
-    limit_threads(model)
     decoder = new_decoder(model, kind=args.decoder, weights=args.weights)
+    limit_threads(model)
     tolerate_odd_characters()
     try:
         if args.interactive:

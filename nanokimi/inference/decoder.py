@@ -19,7 +19,7 @@ from nanokimi.inference.settings import DECODERS
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 
-PRODUCTS_PER_THREAD = 8_000_000  # with fewer in a step, threads mostly wait: for each other, and for a core they lost
+PRODUCTS_PER_THREAD = 8_000_000  # multiply-adds: with fewer in a step a thread is not worth waking
 WORTH_COMPILING = 2_000_000  # parameters: below, building the kernels once costs more than they will ever save
 
 
@@ -139,15 +139,13 @@ def _size(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def useful_threads(products: int) -> int:
-    """How many of PyTorch's threads a step of so many multiply-adds gains from."""
-    return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))
-
-
 def limit_threads(model: Transformer) -> None:
-    """Has PyTorch use no more threads in this process than a token of ``model`` gains from, on a CPU."""
-    if next(model.parameters()).device.type == "cpu":
-        torch.set_num_threads(useful_threads(model.num_parameters(active=True)))
+    """Has PyTorch use one thread in this process from here on, if a token of ``model`` is no work for more.
+
+    Decoders keep the number of threads that they were made with.
+    """
+    if next(model.parameters()).device.type == "cpu" and model.num_parameters(active=True) < PRODUCTS_PER_THREAD:
+        torch.set_num_threads(1)
 
 
 def fitting_length(model: Transformer, max_length: int | None) -> int:

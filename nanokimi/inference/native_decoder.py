@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
-from nanokimi.inference.decoder import fitting_length, useful_threads
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, fitting_length
 from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.layers import LATENT_EPS
@@ -22,6 +23,8 @@ from nanokimi.native import build
 from nanokimi.native.huge_pages import prefer_huge_pages
 
 ROWS = 16  # tokens of one prompt that the kernels take at once, however few slots there are
+MUCH = 16 * PRODUCTS_PER_THREAD  # in a step: then threads meet seldom for what they do
+CONTEST = 64  # steps between two tries of the other choice
 SHORT_PROMPT = 32  # up to so many they are quicker than the PyTorch model, with which longer prompts are read
 
 
@@ -63,7 +66,7 @@ class NativeDecoder:
         self.slot_bytes = self._cache.nbytes // slots
         prefer_huge_pages(self._cache, filled=False)
         self._format = weights
-        self._active = model.num_parameters(active=True)
+        self._active, self._threads = model.num_parameters(active=True), _Threads()
         self._packed = self._pack_model(model)
         self._scratch = torch.empty(0)
 
@@ -125,9 +128,13 @@ class NativeDecoder:
         assert all(0 <= token < vocab_size for token in tokens)
         logits = torch.empty(n, vocab_size)
         numbers = [(c_int64 * n)(*values) for values in (slots, positions, tokens)]
-        threads = useful_threads(n * self._active)
-        call = _Call(n, *(ctypes.addressof(array) for array in numbers), logits.data_ptr(), self._room(threads))
-        self._library.nanokimi_step(byref(self._packed), byref(call), c_int(threads))
+        addresses = [ctypes.addressof(array) for array in numbers]
+
+        def compute(threads: int) -> None:
+            call = _Call(n, *addresses, logits.data_ptr(), self._room(threads))
+            self._library.nanokimi_step(byref(self._packed), byref(call), c_int(threads))
+
+        self._threads.run(n * self._active, compute)
         return logits
 
     def _check_room(self, slot: int, tokens: int) -> None:
@@ -214,6 +221,37 @@ class NativeDecoder:
         kept = tensor.detach().contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+class _Threads:
+    """How many threads a step takes, of those that PyTorch had when the decoder was made. No result depends on it.
+
+    Where there is much to do, all of them. Where there is little, one is held against all of them now and then, and the
+    quicker choice stays: threads that meet often lose a lot when another program takes one of their cores.
+    """
+
+    def __init__(self) -> None:
+        self._most = torch.get_num_threads()
+        self._seconds: dict[tuple[int, int], float] = {}  # of a step, by its size and threads
+        self._steps = 0
+
+    def run(self, products: int, compute: Callable[[int], None]) -> None:
+        """Calls ``compute`` with a number of threads, for a step of so many multiply-adds."""
+        most = min(self._most, products // PRODUCTS_PER_THREAD)
+        if most <= 1 or products > MUCH:
+            return compute(max(1, most))
+        size = products.bit_length()
+        threads = self._choice(size, most)
+        started = time.perf_counter()
+        compute(threads)
+        seconds, key = time.perf_counter() - started, (size, threads)
+        self._seconds[key] = 0.75 * self._seconds.get(key, seconds) + 0.25 * seconds
+
+    def _choice(self, size: int, most: int) -> int:
+        self._steps += 1
+        one, all_of_them = (self._seconds.get((size, threads), 0.0) for threads in (1, most))
+        one_is_quicker = one <= all_of_them
+        return 1 if one_is_quicker != (self._steps % CONTEST == 0) else most
 
 
 def _routing(config: ModelConfig) -> _Routing:

@@ -76,14 +76,14 @@ def log_probabilities(logits: Tensor, ids: Sequence[int], counts: Sequence[int |
 
 
 def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities up to a factor, zero for what the filters take away, fp64 ``[n, V]``; the likeliest has 1."""
+    """Probabilities up to a factor, zero for what the filters take away, fp64 ``[n, V]``."""
     # A temperature of next to nothing must not become 0 in fp32; with the maximum gone it gives -inf, never NaN.
     coldest = torch.finfo(torch.float32).tiny
     table = [(max(p.temperature, coldest), p.top_k or torch.inf, p.top_p, p.min_p) for p in params]
     choices = torch.tensor(table, dtype=torch.float64, device=logits.device).T.unsqueeze(-1)  # [4, n, 1]
     logits = logits.float()
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / choices[0].float()
-    weights = scaled.exp().double()
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(choices[0].float())
+    weights = scaled.softmax(dim=-1).double()
     filtered = [row for row, p in enumerate(params) if not p.unfiltered]
     if len(filtered) == len(params):
         return weights * _kept(scaled, *choices[1:])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
-from nanokimi.inference.decoder import EagerDecoder
-from nanokimi.inference.native_decoder import SHORT_PROMPT, NativeDecoder, supports
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder
+from nanokimi.inference.native_decoder import CONTEST, MUCH, SHORT_PROMPT, NativeDecoder, _Threads, supports
 from nanokimi.inference.weights import WEIGHT_FORMATS, round_weights_
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
@@ -153,22 +153,44 @@ def test_a_slot_used_again_remembers_nothing(debug_model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("shape", ["debug", "groups", "odd widths"])
-def test_the_number_of_threads_changes_no_bit(shape: str) -> None:
+def test_the_number_of_threads_changes_no_bit(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(**SHAPES[shape], max_seq_length=300)
     prompts = [tokens_of(model, 290, seed=2), tokens_of(model, 3, seed=3)]
     found = []
-    try:
-        for threads in (1, 2, 3):
-            decoder = NativeDecoder(model, slots=2)
-            torch.set_num_threads(1)
-            for slot, prompt in enumerate(prompts):
-                decoder.prefill(slot, prompt)
-            torch.set_num_threads(threads)
-            found.append(torch.stack([decoder.step([0, 1], [token, token]) for token in range(5)]))
-    finally:
-        torch.set_num_threads(1)
+    for threads in (1, 2, 3):
+        decoder = NativeDecoder(model, slots=2)
+        monkeypatch.setattr(decoder._threads, "run", lambda products, compute, threads=threads: compute(threads))
+        for slot, prompt in enumerate(prompts):
+            decoder.prefill(slot, prompt)
+        found.append(torch.stack([decoder.step([0, 1], [token, token]) for token in range(5)]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_a_step_takes_as_many_threads_as_have_work_and_of_two_choices_the_quicker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, seconds, taken = 0.0, {1: 1.0, 4: 0.5}, []
+
+    def compute(threads: int) -> None:
+        nonlocal now
+        now += seconds.get(threads, 1.0)
+        taken.append(threads)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    threads = _Threads()
+    for products in (0, PRODUCTS_PER_THREAD, 2 * MUCH):  # no work for more than one; work for all without a question
+        threads.run(products, compute)
+    assert taken == [1, 1, 4]
+    for cost, quicker in ((0.5, 4), (9.0, 1), (0.5, 4)):
+        seconds[4] = cost
+        taken.clear()
+        for _ in range(12 * CONTEST):
+            threads.run(5 * PRODUCTS_PER_THREAD, compute)
+        last = taken[-CONTEST:]
+        assert last.count(quicker) == CONTEST - 1
+        assert set(last) == {1, 4}
 
 
 def test_the_cache_can_be_filled_to_its_last_place(debug_model: Transformer) -> None:

@@ -58,12 +58,12 @@ def prepare(options: ServeOptions, thread: EngineThread) -> tuple[Served, Worker
     model, tokenizer = load(options.checkpoint, device=resolve_device(options.device))
     template = chat_template_of(tokenizer, options.chat_template)
     use_weights_(model, options.weights)
-    limit_threads(model)
 
     def new_engine() -> Engine:
         return Engine(model, tokenizer, decoder=_decoder(model, options), prefill_chunk=options.prefill_chunk)
 
     engine, metrics = new_engine(), Metrics()
+    limit_threads(model)
     say(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
     context = engine.max_length
     most = context if options.max_tokens is None else min(options.max_tokens, context)

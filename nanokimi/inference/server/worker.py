@@ -19,7 +19,7 @@ from nanokimi.inference.server.metrics import Metrics
 from nanokimi.inference.text import Piece
 
 RETRY = {"Retry-After": "1"}
-GATHERING = 0.01  # seconds: too short to be seen
+GATHERING = 0.02  # seconds: fifty times a second looks like a flow
 T = TypeVar("T")
 V = TypeVar("V")
 
