@@ -28,6 +28,9 @@ class ScriptedModel(nn.Module):
         self.prompts: list[list[int]] = []
         self.written = 0
 
+    def num_parameters(self, active: bool = False) -> int:
+        return self.weight.numel()
+
     def forward(self, tokens: Tensor, cache: LatentCache, *, last_only: bool) -> Tensor:
         time.sleep(self.seconds)
         if cache.length == 0:
