@@ -142,9 +142,9 @@ class NativeDecoder:
             raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
 
     def _room(self, threads: int) -> int:
-        """Address of zeroed working memory for so many threads."""
+        """Address of working memory for so many threads, zeroed when it was made."""
         size = int(self._library.nanokimi_scratch_floats(byref(self._packed), c_int(threads)))
-        if self._scratch.numel() != size:
+        if self._scratch.numel() < size:
             self._scratch = torch.zeros(size)
         return self._scratch.data_ptr()
 

@@ -48,15 +48,6 @@ def _drawn(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[
     return places.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution that ``draw`` draws from, fp32, of the shape of ``logits`` ``[V]`` or ``[n, V]``."""
-    if params.greedy:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    rows = logits.reshape(-1, logits.shape[-1])
-    weights = _weights(rows, [params] * len(rows))
-    return (weights / weights.sum(dim=-1, keepdim=True)).float().view_as(logits)
-
-
 def log_probabilities(logits: Tensor, ids: Sequence[int], counts: Sequence[int | None]) -> list[Report | None]:
     """What the model itself, before temperature and filters, thinks of ``ids``, one for each row of ``[n, V]``.
 

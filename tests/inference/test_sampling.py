@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from nanokimi.errors import UserError
-from nanokimi.inference.sampling import draw, log_probabilities, probabilities
+from nanokimi.inference.sampling import _weights, draw, log_probabilities
 from nanokimi.inference.settings import SamplingParams, Settings
 
 LOGITS = torch.tensor([2.0, -1.0, 3.5, 0.5, 3.0, -4.0, 1.0, 2.9])
+
+
+def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """What ``draw`` draws a row from, and what a greedy row is: all on one token."""
+    if params.greedy:
+        return torch.zeros_like(logits).index_fill(0, torch.tensor(draw(logits[None], [params], [0.0])), 1.0)
+    (weights,) = _weights(logits[None], [params])
+    return (weights / weights.sum()).float()
 
 
 def brute_force(logits: list[float], params: SamplingParams) -> list[float]:

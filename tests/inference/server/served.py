@@ -15,6 +15,7 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.inference.chat_template import ChatTemplate
+from nanokimi.inference.decoder import Decoder
 from nanokimi.inference.engine import Engine
 from nanokimi.inference.server.app import new_app
 from nanokimi.inference.server.metrics import Metrics
@@ -93,10 +94,10 @@ class Server:
 @contextmanager
 def serving(
     model: Transformer | None = None,
-    decoders: Sequence[ScriptedDecoder] = (),
+    decoders: Sequence[Decoder] = (),
     *,
     rules: Rules | None = None,
-    chat: bool = False,
+    chat: bool | str = False,
     max_queue: int = 8,
     max_seconds: float = 60.0,
     max_body: int = 1 << 20,
@@ -105,7 +106,10 @@ def serving(
     drain_seconds: float = 20.0,
     slots: int = 4,
 ) -> Iterator[Server]:
-    """A running server with the byte tokenizer; ``decoders`` are used one after another, when one has failed."""
+    """A running server with the byte tokenizer; ``decoders`` are used one after another, when one has failed.
+
+    ``chat``: by the template ``TURNS``, or by one of its own.
+    """
     tokenizer = load_tokenizer("byte")
     model = model or Transformer(ModelConfig.preset("debug")).eval()
     left = iter(decoders)
@@ -113,7 +117,7 @@ def serving(
     engine, metrics = new_engine(), Metrics()
     worker = Worker(engine, new_engine, max_queue=max_queue, max_seconds=max_seconds, metrics=metrics)
     context = engine.max_length
-    template = ChatTemplate(TURNS, tokenizer) if chat else None
+    template = ChatTemplate(chat if isinstance(chat, str) else TURNS, tokenizer) if chat else None
     served = Served("debug", model, tokenizer, template, context, max_tokens or context, max_n, created=1)
     app = new_app(served, worker, rules or Rules(), metrics, max_body=max_body)
     listener = bind("127.0.0.1", 0, max_seconds)

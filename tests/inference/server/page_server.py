@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import uvicorn
 from conftest import lively
+from served import serving
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.decoder import EagerDecoder
-from nanokimi.inference.engine import Engine
-from nanokimi.inference.server.app import new_app
-from nanokimi.inference.server.metrics import Metrics
-from nanokimi.inference.server.plans import Served
-from nanokimi.inference.server.rules import Rules
-from nanokimi.inference.server.run import address, bind
-from nanokimi.inference.server.worker import Worker
 from nanokimi.model.transformer import Transformer
 
 NAME = "debug"
@@ -64,10 +56,10 @@ class StagedDecoder(EagerDecoder):
 class PageServer:
     """Where it is, and what stands behind it."""
 
-    def __init__(self, template: str | None) -> None:
+    def __init__(self, template: str) -> None:
         self.model = lively(Transformer(ModelConfig.preset("debug")))
         self.tokenizer: Tokenizer = load_tokenizer("byte")
-        self.template = None if template is None else ChatTemplate(template, self.tokenizer)
+        self.template = ChatTemplate(template, self.tokenizer) if template else None
         self.decoder = StagedDecoder(self.model)
         self.address = ""
 
@@ -75,26 +67,11 @@ class PageServer:
         """How the model behaves from now on."""
         self.decoder.seconds, self.decoder.script, self.decoder.fail_at = seconds, script, fail_at
 
-    def new_engine(self) -> Engine:
-        return Engine(self.model, self.tokenizer, decoder=self.decoder)
-
 
 @contextmanager
-def page_server(template: str | None = None) -> Iterator[PageServer]:
+def page_server(template: str = "") -> Iterator[PageServer]:
     """Serves until the end of the block; ``template`` makes it a model that chats."""
     here = PageServer(template)
-    context = here.model.config.max_seq_length
-    served = Served(NAME, here.model, here.tokenizer, here.template, context, context, 1, created=0)
-    metrics = Metrics()
-    worker = Worker(here.new_engine(), here.new_engine, max_queue=4, max_seconds=60, metrics=metrics)
-    app = new_app(served, worker, Rules(), metrics, max_body=1_000_000)
-    listener = bind("127.0.0.1", 0, 60)
-    here.address = address(listener)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="on"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
+    with serving(here.model, [here.decoder], chat=template, max_queue=4) as server:
+        here.address = server.url
         yield here
-    finally:
-        server.should_exit = True
-        thread.join()

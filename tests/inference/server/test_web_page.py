@@ -98,15 +98,16 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, base: PageServer) -> Iterator[Visit]:
-    visit = Visit(browser, base)
-    yield visit
-    visit.context.close()
-    assert visit.complaints == []
+    yield from visiting(browser, base)
 
 
 @pytest.fixture
 def talk(browser: Browser, talking: PageServer) -> Iterator[Visit]:
-    visit = Visit(browser, talking)
+    yield from visiting(browser, talking)
+
+
+def visiting(browser: Browser, server: PageServer) -> Iterator[Visit]:
+    visit = Visit(browser, server)
     yield visit
     visit.context.close()
     assert visit.complaints == []
