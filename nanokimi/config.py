@@ -300,6 +300,13 @@ class TrainConfig:
     output_dir: str = _choice(".", "folder for checkpoints/ and logs/")
     log: str = _choice("", "report to tensorboard, wandb or trackio too; several with commas")
     device: str = _choice("auto", "auto, cpu, cuda, cuda:N or mps")
+    parallel: str = _choice(
+        "auto", "under torchrun: replicas, or shards (auto: replicas where one fits)", "auto", "ddp", "fsdp"
+    )
+    replicate: int = _choice(1, "replicas of a model that is sharded over the other ranks")
+    expert_parallel: int = _choice(0, "ranks over which the routed experts are dealt out; 0 = with the other weights")
+    async_checkpoints: bool = _choice(False, "write the checkpoints of a sharded model while training goes on")
+    timeout: float = _choice(600.0, "seconds that a rank waits for the others before the run ends")
     mixed_precision: str = _choice("auto", "bf16 autocast (auto: on CUDA)", "auto", "on", "off")
     compile: str = _choice("auto", "torch.compile (auto: on CUDA, in long runs on a CPU)", "auto", "on", "off")
     activation_checkpointing: bool = _choice(False, "compute blocks twice to keep less in memory; same results")
@@ -311,12 +318,12 @@ class TrainConfig:
         _check_types(self)
         _require_at_least(
             1, self, "batch_size", "gradient_accumulation", "max_steps", "max_skipped_steps", "shuffle_buffer",
-            flag="--",
+            "replicate", "timeout", flag="--",
         )  # fmt: skip
         _require_at_least(
             0, self, "learning_rate", "adam_lr", "weight_decay", "qk_clip_tau", "max_grad_norm", "max_seconds",
             "warmup_steps", "eval_interval", "save_interval", "samples", "val_tokens", "num_workers", "num_samples",
-            "seed", flag="--",
+            "seed", "expert_parallel", flag="--",
         )  # fmt: skip
         for name in ("momentum", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:

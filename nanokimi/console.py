@@ -7,10 +7,19 @@ import os
 import sys
 import unicodedata
 
+_speaks = True
+
+
+def mute() -> None:
+    """From now on ``say`` is silent: one process of a run tells what all of them do."""
+    global _speaks
+    _speaks = False
+
 
 def say(text: str) -> None:
     """Tells the user something that is not the command's result."""
-    print(text, file=sys.stderr, flush=True)
+    if _speaks:
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -132,6 +133,15 @@ def is_full_disk(error: Exception) -> bool:
     """Whether there is no room, also where safetensors or numpy say so in words and without a number."""
     told = any(words in str(error) for words in ("No space left", "requested and"))
     return told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _remove_stale(path: Path) -> None:

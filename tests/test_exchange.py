@@ -33,10 +33,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from nanokimi import exchange
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError
+from nanokimi.files import sha256_of
 from nanokimi.interop import hf_folder
 from nanokimi.interop.hf_folder import OWN
 from nanokimi.interop.model_card import training_figures
-from nanokimi.interop.receipt import RECEIPT, TEXT, Comparison, sha256_of, verify_receipt
+from nanokimi.interop.receipt import RECEIPT, TEXT, Comparison, verify_receipt
 from nanokimi.interop.shards import INDEX
 from nanokimi.interop.stored import with_shared_expert
 from nanokimi.loading import load, read_model

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.files import atomic_write
+from nanokimi.files import atomic_write, sha256_of
 
 FORMAT = "nanokimi-receipt"
 VERSION = 1
@@ -139,12 +137,3 @@ def _entries(path: Path) -> Mapping[str, dict[str, Any]]:
         raise UserError(f"{path}: not a receipt of nanokimi: remove it, or export the model again") from error
     entries: dict[str, dict[str, Any]] = files
     return entries
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

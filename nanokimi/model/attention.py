@@ -151,18 +151,23 @@ class MLA(nn.Module):
         weights = scores.softmax(dim=-1).type_as(past)
         return torch.einsum("bhts,bsr->bthr", weights, past[..., : self.config.kv_lora_rank])
 
-    def wkv_b_heads(self) -> tuple[Tensor, Tensor]:
+    def wkv_b_heads(self, wkv_b: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Views of ``wkv_b``: what makes the keys ``[H, N, R]``, what makes the values ``[H, V, R]``."""
         rows = (self.config.qk_nope_head_dim, self.config.v_head_dim)
-        w_k, w_v = self.wkv_b.weight.unflatten(0, (self.config.n_heads, sum(rows))).split(rows, dim=1)
+        weight = self.wkv_b.weight if wkv_b is None else wkv_b
+        w_k, w_v = weight.unflatten(0, (self.config.n_heads, sum(rows))).split(rows, dim=1)
         return w_k, w_v
 
-    def qk_heads(self) -> QKHeads:
-        """The slices QK-Clip scales, as views into the weights."""
-        weight = (self.wq_b if self.config.q_lora_rank else self.wq).weight
+    def qk_weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The two weights whose rows attention logits are linear in, that of the queries and ``wkv_b``."""
+        return (self.wq_b if self.config.q_lora_rank else self.wq).weight, self.wkv_b.weight
+
+    def qk_heads(self, query: Tensor | None = None, wkv_b: Tensor | None = None) -> QKHeads:
+        """The slices QK-Clip scales, as views into ``qk_weights()``, or into two tensors with as many rows."""
+        weight = self.qk_weights()[0] if query is None else query
         per_head = weight.unflatten(0, (self.config.n_heads, self.config.qk_head_dim))
         q_nope, q_rope = per_head.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=1)
-        return QKHeads(q_nope, q_rope, self.wkv_b_heads()[0])
+        return QKHeads(q_nope, q_rope, self.wkv_b_heads(wkv_b)[0])
 
     def declare(self) -> list[Declaration]:
         """The role of each own parameter; see ``model.roles``."""

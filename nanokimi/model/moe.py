@@ -79,24 +79,14 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n, dim, width))
         self.w3 = nn.Parameter(torch.empty(n, width, dim))
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """``[tokens, D] -> [tokens, D]``: each token's experts, weighted and summed; and the tokens of each, ``[E]``.
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """``[n, D] -> [n, D]``: the first ``counts[0]`` rows by the first expert, and so on; ``counts`` is ``[E]``.
 
-        Tokens are sorted by expert, so that every expert multiplies one dense block and nothing is padded.
-
-        Args:
-            x: ``[tokens, D]``.
-            weights, experts: ``[tokens, K]``, from the router.
+        Every expert multiplies one dense block, and nothing is padded.
         """
-        tokens, chosen = experts.shape
-        by_expert, order = experts.flatten().sort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        ends = torch.searchsorted(by_expert, torch.arange(len(self.w1), device=x.device), right=True, out_int32=True)
-        copies = x.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1)
-        blocks = permute(copies, order, place)
-        hidden = gated(grouped_linear(blocks, self.w1, ends), grouped_linear(blocks, self.w3, ends))
-        out = permute(grouped_linear(hidden, self.w2, ends), place, order).unflatten(0, (tokens, chosen))
-        return (out * weights.unsqueeze(-1).type_as(out)).sum(dim=1), ends.diff(prepend=ends.new_zeros(1))
+        ends = counts.cumsum(0, dtype=torch.int32)
+        hidden = gated(grouped_linear(rows, self.w1, ends), grouped_linear(rows, self.w3, ends))
+        return grouped_linear(hidden, self.w2, ends)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -133,10 +123,26 @@ class MoE(nn.Module):
         """``[B, T, D]`` -> output ``[B, T, D]``, tokens per expert ``[E]``, balance loss (a scalar)."""
         flat = x.flatten(0, 1)
         routing = self.router(flat)
-        out, counts = self.experts(flat, routing.weights, routing.experts)
+        out, counts = self.routed(flat, routing)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x), counts, self.balance_loss(routing, x.shape[0])
+
+    def routed(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """``[tokens, D] -> [tokens, D]``: each token's experts, weighted and summed; and the tokens of each, ``[E]``.
+
+        Copies of the tokens are sorted by expert, and their results sorted back.
+        """
+        tokens, chosen = routing.experts.shape
+        by_expert, order = routing.experts.flatten().sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        numbers = torch.arange(self.config.n_routed_experts, device=x.device)
+        ends = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        copies = x.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1)
+        results = self.experts(permute(copies, order, place), counts)
+        out = permute(results, place, order).unflatten(0, (tokens, chosen))
+        return (out * routing.weights.unsqueeze(-1).type_as(out)).sum(dim=1), counts
 
     def balance_loss(self, routing: Routing, sequences: int) -> Tensor:
         """Sequence-wise balance loss (DeepSeek-V3, equations 17 to 20), the mean over the sequences."""

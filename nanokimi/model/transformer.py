@@ -16,7 +16,7 @@ from nanokimi.model.cache import LatentCache, Place
 from nanokimi.model.layers import Linear, RMSNorm, SwiGLU, at_least_fp32
 from nanokimi.model.loss import linear_cross_entropy
 from nanokimi.model.moe import MoE
-from nanokimi.model.roles import EMBEDDING, HEAD, MATRIX, NORM, Declaration
+from nanokimi.model.roles import EMBEDDING, HEAD, MATRIX, NORM, Declaration, Role
 from nanokimi.model.rope import rotary_tables
 
 
@@ -112,12 +112,16 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights: matrices and embedding normal with ``init_std``, norms one, balance biases zero."""
         for role, parameter in self.declare():
-            if role == NORM:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.config.init_std)
+            self.fill(role, parameter)
         for moe in self.moe_layers():
             nn.init.zeros_(moe.router.balance_bias)
+
+    def fill(self, role: Role, parameter: Tensor) -> None:
+        """Fresh values for one parameter."""
+        if role == NORM:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=self.config.init_std)
 
     def reset_buffers(self) -> None:
         """Fills what no checkpoint holds: rotary tables and step statistics (after ``to_empty``, say)."""

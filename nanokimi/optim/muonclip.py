@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.optim.adamw import AdamW, Lists, adamw_
-from nanokimi.optim.newton_schulz import batched, orthogonalise
+from nanokimi.optim.newton_schulz import batches_of, orthogonalise
 from nanokimi.optim.qk_clip import QKViews, qk_clip_
+from nanokimi.optim.shards import Shards, local
 
 MUON_ROLES = frozenset({"query_key", "matrix", "experts"})
 ADAMW_ROLES = frozenset({"embedding", "head", "norm"})
@@ -32,15 +32,16 @@ class Declares(Protocol):
 
 
 class Together(NamedTuple):
-    """Parameters that are updated by the same calls, and their optimizer state by name."""
+    """Parameters that are updated by the same calls, as they are declared; their rows on this rank, and its state."""
 
+    declared: list[Tensor]
     parameters: list[Tensor]
     state: dict[str, list[Tensor]]
 
     @property
     def grads(self) -> list[Tensor]:
-        """The present gradients."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """The present gradients, of the same rows."""
+        return [local(p.grad) for p in self.declared if p.grad is not None]
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -56,6 +57,7 @@ class MuonClip(torch.optim.Optimizer):
             ``match_rms_adamw`` by ``0.2 sqrt(max(rows, cols))`` (Liu et al., 2025).
         tau: largest attention logit allowed; 0 switches QK-Clip off.
         ns_dtype: precision of Newton-Schulz; None chooses by hardware.
+        shards: where the model lies on several ranks, what needs more than the rows of this one.
 
     Raises:
         ValueError: a parameter is declared twice, or not at all, or with an unknown role, or a value is out of range.
@@ -75,12 +77,13 @@ class MuonClip(torch.optim.Optimizer):
         adjust_lr_fn: str = "original",
         tau: float = 100.0,
         ns_dtype: torch.dtype | None = None,
+        shards: Shards | None = None,
     ) -> None:
         if adjust_lr_fn not in ("original", "match_rms_adamw"):
             raise ValueError(f"adjust_lr_fn is {adjust_lr_fn!r}: choose original or match_rms_adamw")
         if not (lr >= 0 and adam_lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and tau >= 0):
             raise ValueError("lr, adam_lr, weight_decay and tau must be 0 or more, momentum in [0, 1)")
-        self._model, self.tau, self.ns_dtype = model, tau, ns_dtype
+        self._model, self.tau, self.ns_dtype, self._shards = model, tau, ns_dtype, shards
         muon = {"kind": "muon", "lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
         adamw = {"kind": "adamw", "lr": adam_lr, "betas": betas, "eps": eps}
         groups = []
@@ -108,8 +111,8 @@ class MuonClip(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             for together in self._arranged(number, group):
                 (self._muon if group["kind"] == "muon" else self._adamw)(group, together)
-        if self.tau and (heads := self._model.qk_heads()):
-            qk_clip_(heads, self._model.max_logits, self.tau)
+        if self.tau:
+            self._clip()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -126,25 +129,33 @@ class MuonClip(torch.optim.Optimizer):
     def _arranged(self, number: int, group: dict[str, Any]) -> list[Together]:
         """The parameters of a group that have a gradient, arranged; anew only where others have one than before."""
         parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        places = [p.data_ptr() for p in parameters]
+        places = [local(p).data_ptr() for p in parameters]
         if self._arrangements.get(number, ([], []))[0] != places:
-            batches = _batches(parameters) if group["kind"] == "muon" else [parameters]
-            names = STATE[group["kind"]]
-            arranged = [Together(b, {name: [self._state(p, name) for p in b] for name in names}) for b in batches]
+            whole = group["kind"] == "muon" and self._shards is None
+            batches = batches_of(parameters) if whole else [range(len(parameters))]
+            arranged = [self._together([parameters[i] for i in batch], STATE[group["kind"]]) for batch in batches]
             self._arrangements[number] = (places, arranged)
         return self._arrangements[number][1] if parameters else []
+
+    def _together(self, declared: list[Tensor], names: Iterable[str]) -> Together:
+        state = {name: [local(self._state(p, name)) for p in declared] for name in names}
+        return Together(declared, [local(p) for p in declared], state)
 
     def _muon(self, group: dict[str, Any], together: Together) -> None:
         """Momentum, orthogonalisation, decay and update of matrices that share a batch."""
         parameters, grads, buffers = together.parameters, together.grads, together.state["momentum_buffer"]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
-        updates = orthogonalise(updates, dtype=self.ns_dtype)
+        if self._shards is None:
+            updates = orthogonalise(updates, dtype=self.ns_dtype)
+        else:
+            updates = self._shards.orthogonalise(together.declared, updates, dtype=self.ns_dtype)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for shape in dict.fromkeys(p.shape[-2:] for p in parameters):  # one, or the same transposed
-            pairs = [pair for pair in zip(parameters, updates, strict=True) if pair[0].shape[-2:] == shape]
+        shapes = [p.shape[-2:] for p in together.declared]
+        for shape in dict.fromkeys(shapes):  # of whole matrices one, or the same transposed
+            alike = [i for i, other in enumerate(shapes) if other == shape]
             lr = group["lr"] * update_scale(group["adjust_lr_fn"], *shape)
-            torch._foreach_add_([p for p, _ in pairs], [update for _, update in pairs], alpha=-lr)
+            torch._foreach_add_([parameters[i] for i in alike], [updates[i] for i in alike], alpha=-lr)
 
     def _adamw(self, group: dict[str, Any], together: Together) -> None:
         group["step"] = group.get("step", 0) + 1
@@ -152,21 +163,18 @@ class MuonClip(torch.optim.Optimizer):
         state = together.state
         adamw_(Lists(together.parameters, together.grads, state["exp_avg"], state["exp_avg_sq"]), by)
 
+    def _clip(self) -> None:
+        if self._shards is not None:
+            self._shards.qk_clip_(self._model.max_logits, self.tau)
+        elif heads := self._model.qk_heads():
+            qk_clip_(heads, self._model.max_logits, self.tau)
+
     def _state(self, parameter: Tensor, name: str) -> Tensor:
         """The optimizer state of ``parameter``, zero before the first step."""
         state: dict[str, Tensor] = self.state[parameter]
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return state[name]
-
-
-def _batches(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The parameters whose matrices are orthogonalised in one batch: of one shape, transposed or not."""
-    batches: dict[Any, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        key = tuple(sorted(parameter.shape[-2:])) if batched(parameter) else id(parameter)
-        batches[key].append(parameter)
-    return list(batches.values())
 
 
 def update_scale(adjust_lr_fn: str, rows: int, cols: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,13 @@ CPU_BATCHED_NUMEL = 64 * 1024
 ROWS = 224
 
 
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it, else fp32 (bf16 is 23 to 41 times slower on a CPU without it)."""
+def best_dtype(device: torch.device, stored: torch.dtype = torch.float32) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp32 (bf16 is 23 to 41 times slower on a CPU without it).
+
+    Matrices that are ``stored`` in fp64 are multiplied in it: nobody takes it for its speed.
+    """
+    if stored == torch.float64:
+        return stored
     if device.type == "cuda":
         return torch.bfloat16
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -33,6 +40,14 @@ def best_dtype(device: torch.device) -> torch.dtype:
 def batched(matrix: Tensor) -> bool:
     """Whether matrices of this size gain by being multiplied in one batch, on this device."""
     return matrix.device.type != "cpu" or matrix.shape[-2] * matrix.shape[-1] <= CPU_BATCHED_NUMEL
+
+
+def batches_of(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the ``matrices`` to be handed to ``orthogonalise`` together: of one shape, transposed or not."""
+    batches: dict[Any, list[int]] = defaultdict(list)
+    for number, matrix in enumerate(matrices):
+        batches[tuple(sorted(matrix.shape[-2:])) if batched(matrix) else -number].append(number)
+    return list(batches.values())
 
 
 def newton_schulz(g: Tensor, *, steps: int = STEPS, dtype: torch.dtype | None = None) -> Tensor:
@@ -56,7 +71,7 @@ def orthogonalise(matrices: Sequence[Tensor], *, steps: int = STEPS, dtype: torc
     """
     wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in matrices]
     stacks = [m.reshape(-1, *m.shape[-2:]) for m in wide]
-    x = _of_unit_norm(torch.cat(stacks), dtype or best_dtype(wide[0].device))
+    x = _of_unit_norm(torch.cat(stacks), dtype or best_dtype(wide[0].device, wide[0].dtype))
     if batched(wide[0]):
         x = _quintic(x, steps)
     else:

@@ -16,6 +16,7 @@ from nanokimi.errors import UserError
 from nanokimi.memory import free_memory, process_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import STATE
+from nanokimi.parallel.layout import share_of_step
 from nanokimi.training.step import TrainingStep, make_optimizer
 
 CPU_SHARE, CUDA_SHARE = 0.7, 0.9  # of the free memory: what else runs on a machine needs some, allocators waste some
@@ -25,14 +26,22 @@ Need = Callable[[int], float]  # bytes of a training step by its batch size; inf
 
 
 def with_fitting_batch(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device, say: Callable[[str], None]
+    config: TrainConfig,
+    model_config: ModelConfig,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    ranks: int = 1,
 ) -> TrainConfig:
     """``config`` with the largest batch size that fits and the gradient accumulation that goes with it.
+
+    Measured is a replica of the model, with the share of a step that each of ``ranks`` processes has.
 
     Raises:
         UserError: not even one sequence fits, or the memory cannot be looked at.
     """
-    sequences = config.batch_size * config.gradient_accumulation
+    parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks)
+    sequences = parts.batch_size * parts.passes
     divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
     trial = replace(config, batch_size=1, gradient_accumulation=1, compile="off")
     if device.type == "cuda":
@@ -47,7 +56,7 @@ def with_fitting_batch(
         f"batch size {batch}: a step's {sequences} sequences in {passes} pass{'es' if passes > 1 else ''}, "
         f"about {need(batch) / GB:.1f} GB of the {free / GB:.1f} GB that may be used"
     )
-    return replace(config, batch_size=batch, gradient_accumulation=passes)
+    return replace(config, batch_size=batch, gradient_accumulation=passes * ranks)
 
 
 def largest_fitting(sizes: list[int], need: Need, free: float) -> int:

@@ -13,6 +13,7 @@ from nanokimi.console import say
 from nanokimi.device import compiles_well
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.parallel.spread import Spread
 
 # Compiling takes a CPU a minute or more. A pass is then 1.07 (nano-243m) to 1.4 times (tiny) as fast, which has paid
 # after 1e14 and 2e13 floating-point operations. Runs that are a few times as long compile.
@@ -50,14 +51,16 @@ def failed_to_compile(error: Exception) -> bool:
     return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
 
 
-def without_compiler(error: Exception, config: TrainConfig, loss: Callable[..., Losses]) -> Callable[..., Losses]:
-    """``loss`` as it is, after a line about it.
+def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> Callable[..., Losses]:
+    """The loss as it is, after a line about it.
 
     Raises:
-        RunError: the user insisted, by ``--compile on``.
+        RunError: the user insisted, by ``--compile on``; or other ranks are in the midst of the same pass.
     """
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
     if config.compile == "on":
         raise RunError(f"--compile on: torch.compile failed ({reason}): use --compile off, or auto") from error
+    if spread.layout.mode != "one":
+        raise RunError(f"torch.compile failed ({reason}): use --compile off") from error
     say(f"note: torch.compile failed ({reason}): training goes on without it")
-    return loss
+    return spread.loss(compiled=False)

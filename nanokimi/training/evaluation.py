@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Subset
 
 from nanokimi.data.loader import evenly_spread
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.model.transformer import Transformer, document_numbers
+from nanokimi.parallel.ranks import ALONE, Ranks
 
 
 class HeldOut(NamedTuple):
@@ -32,6 +33,7 @@ def evaluate(
     max_tokens: int = 0,
     precision: AbstractContextManager[object] | None = None,
     mask_documents: bool = False,
+    ranks: Ranks = ALONE,
 ) -> HeldOut:
     """Predicts every token of ``sequences`` once, or ``max_tokens`` of them evenly spread over the text.
 
@@ -40,18 +42,31 @@ def evaluate(
     Args:
         precision: an autocast context for the forward passes.
         mask_documents: tokens attend within their document only, as they did in training.
+        ranks: share the batches between them; a rank that has one less computes one twice, for a sharded model is
+            gathered by all of them.
     """
     device, was_training = next(model.parameters()).device, model.training
     chosen = evenly_spread(len(sequences), max(1, max_tokens // sequences.length) if max_tokens else 0)
     nats, tokens, text_bytes = 0.0, 0, 0
     model.eval()
     with precision or nullcontext():
-        own = torch.Generator()  # a loader draws a seed when it starts: not from the generator a resume restores
-        for batch in DataLoader(Subset(sequences, chosen), batch_size=batch_size, generator=own):
+        for numbers, counts in _shared(chosen, batch_size, ranks):
+            batch = torch.from_numpy(sequences.batch(numbers)).long()
             inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
             documents = document_numbers(inputs, tokenizer.eot_id) if mask_documents else None
-            nats += model.loss(inputs, labels, documents).cross_entropy.item() * labels.numel()
-            tokens += labels.numel()
-            text_bytes += tokenizer.count_bytes(batch[:, 1:])
+            loss = model.loss(inputs, labels, documents).cross_entropy.item()
+            if counts:
+                nats += loss * labels.numel()
+                tokens += labels.numel()
+                text_bytes += tokenizer.count_bytes(batch[:, 1:])
     model.train(was_training)
-    return HeldOut(nats / tokens, nats / math.log(2) / max(1, text_bytes))
+    all_nats, all_tokens, all_bytes = ranks.total([nats, tokens, text_bytes])
+    return HeldOut(all_nats / all_tokens, all_nats / math.log(2) / max(1, all_bytes))
+
+
+def _shared(chosen: list[int], batch_size: int, ranks: Ranks) -> Iterator[tuple[list[int], bool]]:
+    """This rank's batches of the numbers ``chosen``, as many as every rank has; whether each counts."""
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    for first in range(0, len(batches), ranks.size):
+        number = first + ranks.rank
+        yield batches[min(number, len(batches) - 1)], number < len(batches)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nanokimi.errors import RunError
 from nanokimi.files import atomic_write
@@ -28,17 +28,22 @@ class MetricsLog:
     folder and that ``state`` does not continue is kept as ``training_metrics.jsonl.1`` (``.2``, ...).
 
     Args:
-        folder: the run's output folder; ``logs/`` is made in it.
+        folder: the run's output folder; ``logs/`` is made in it. None writes nothing: for ranks that do not lead.
         state: what ``state()`` returned, to continue that history; ``""`` begins a fresh one.
 
     Raises:
         RunError: the log cannot be written.
     """
 
-    def __init__(self, folder: Path, *, state: str = "") -> None:
+    def __init__(self, folder: Path | None, *, state: str = "") -> None:
+        self._lines = state.splitlines(keepends=True)
+        self._file: TextIO | None = None
+        if folder is not None:
+            self._open(folder, state)
+
+    def _open(self, folder: Path, state: str) -> None:
         self.jsonl_path = folder / "logs" / "training_metrics.jsonl"
         self.json_path = folder / "logs" / "training_metrics.json"
-        self._lines = state.splitlines(keepends=True)
         try:
             self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
             _keep_unrelated(self.jsonl_path, state)
@@ -106,12 +111,14 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the ``.jsonl``; every line is already in it."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(_finite(record), allow_nan=False) + "\n"
         try:
-            self._file.write(line)
+            if self._file is not None:
+                self._file.write(line)
         except OSError as error:
             raise cannot_write(self.jsonl_path, error) from error
         self._lines.append(line)

@@ -24,6 +24,7 @@ class ProgressDisplay:
         plain: lines instead of the bar; None asks whether stderr is a terminal.
         max_seconds: time the run may take, 0 for no limit. ETA and bar follow what ends first.
         spent_seconds: time it has taken in earlier processes.
+        silent: shows nothing: for ranks that do not lead.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ProgressDisplay:
         plain: bool | None = None,
         max_seconds: float = 0,
         spent_seconds: float = 0,
+        silent: bool = False,
     ) -> None:
         self.max_steps, self.start_step, self.interval, self.max_seconds = max_steps, start_step, interval, max_seconds
         self._step = start_step
@@ -43,9 +45,10 @@ class ProgressDisplay:
         self._printed = start_step
         self._started = time.monotonic() - spent_seconds
         self._first_step_done: float | None = None
+        self._silent = silent
         if plain is None:
             plain = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-        self._live = None if plain else self._open_live()
+        self._live = None if plain or silent else self._open_live()
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -74,6 +77,8 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         """Prints ``text`` on stderr, above the bar where there is one."""
+        if self._silent:
+            return
         if self._live is None:
             print(text, file=sys.stderr, flush=True)
         else:

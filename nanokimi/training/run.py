@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
+import torch
 from torch import Tensor
 
 from nanokimi import checkpoint
@@ -19,11 +20,14 @@ from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
-from nanokimi.loading import load_weights, read_model
+from nanokimi.loading import read_model
+from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, restarted, to_bytes
 from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
+from nanokimi.training.distributed import about_layout, choose_layout, replica_fits
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
+from nanokimi.training.saving import candidates, newest_run, place_weights, read_run
 from nanokimi.training.trainer import Trainer
 
 # What a resume may change without being asked twice: none of it alters what a step computes,
@@ -31,9 +35,13 @@ from nanokimi.training.trainer import Trainer
 FREE_TO_CHANGE = frozenset(
     {
         "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
-        "device", "num_workers", "output_dir", "log", "activation_checkpointing",
+        "device", "num_workers", "output_dir", "log", "activation_checkpointing", "parallel", "replicate",
+        "expert_parallel", "async_checkpoints", "timeout",
     }
 )  # fmt: skip
+
+# What belongs to the place and the processes of a run and not to what it learns: never taken from a checkpoint.
+OF_THIS_PLACE = ("output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout")
 
 # Fields of ModelConfig that decide the shape of weights.
 SHAPE_FIELDS = frozenset(
@@ -63,19 +71,23 @@ class Request:
 
 
 def run_training(request: Request) -> int:
-    """Trains as requested; returns the exit code.
+    """Trains as requested, together with the other processes that ``torchrun`` started; returns the exit code.
 
     Raises:
         UserError: a setting, the text, a folder or the checkpoint cannot be used.
         RunError: the run failed on its way.
+        SystemExit: the same on ranks that do not lead.
     """
     if request.checkpoint_path and not request.resume:
         raise UserError("--checkpoint_path names where to go on from: add --resume")
     if auto := request.train.get("batch_size") == AUTO:
         request = replace(request, train={k: v for k, v in request.train.items() if k != "batch_size"})
-    output = Path(from_dict(TrainConfig, request.train).output_dir)
-    with out_of_memory_explained():
-        return (_train_resumed if request.resume else _train_fresh)(request, output, auto)
+    place = from_dict(TrainConfig, {k: v for k, v in request.train.items() if k in (*OF_THIS_PLACE, "device")})
+    output = Path(place.output_dir)
+    with joined(place.device, place.timeout) as ranks, out_of_memory_explained():
+        if restarted() and ranks.agreed(lambda: bool(candidates(output / "checkpoints"))):
+            request = replace(request, resume=True, checkpoint_path="")
+        return (_train_resumed if request.resume else _train_fresh)(request, output, auto, ranks)
 
 
 class Origin(NamedTuple):
@@ -86,41 +98,71 @@ class Origin(NamedTuple):
     weights: Mapping[str, Tensor] | None = None
 
 
-def _train_fresh(request: Request, output: Path, auto_batch: bool) -> int:
-    config = from_dict(TrainConfig, request.train)
-    check_loggers(config.log)
-    if config.init_from:
-        origin = _origin_from_weights(config.init_from, request)
-    else:
-        origin = Origin(ModelConfig.preset(config.preset, **request.model))
-    with _own_folder(output):
-        trainer = _fresh_trainer(config, origin, request, auto_batch)
+def _train_fresh(request: Request, output: Path, auto_batch: bool, ranks: Ranks) -> int:
+    config, origin = ranks.agreed(lambda: _begin(request))
+    with _own_folder(output, ranks):
+        trainer = _fresh_trainer(config, origin, request, auto_batch, ranks)
         del origin  # not two copies of the weights while it trains
-        _put_aside(output / "checkpoints")
+        if ranks.leads:
+            _put_aside(output / "checkpoints")
         return _train(trainer, continues=False)
 
 
-def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_batch: bool) -> Trainer:
+def _begin(request: Request) -> tuple[TrainConfig, Origin]:
+    config = from_dict(TrainConfig, request.train)
+    check_loggers(config.log)
+    if config.init_from:
+        return config, _origin_from_weights(config.init_from, request)
+    return config, Origin(ModelConfig.preset(config.preset, **request.model))
+
+
+def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_batch: bool, ranks: Ranks) -> Trainer:
     model_config, tokenizer = origin.config, origin.tokenizer
     named = "tokenizer_name" in request.model
-    corpus = _open_corpus(config, model_config.tokenizer_name, tokenizer=tokenizer, named=named)
+    corpus = _open_corpus(config, model_config.tokenizer_name, ranks, tokenizer=tokenizer, named=named)
     if corpus.revision:
         config = replace(config, hf_revision=corpus.revision)  # what a resume has to read again
     if tokenizer is None and "vocab_size" not in request.model:
         model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
+    device = ranks.agreed(lambda: _fitting_device(config, model_config, corpus))
+    if auto_batch:
+        config = _fitting_batch(config, model_config, device, ranks)
+    trainer = _trainer(config, model_config, corpus, device, ranks)
+    if origin.weights is not None:
+        place_weights(Path(config.init_from), origin.weights, trainer.spread)
+        say(f"beginning with the {sum(w.numel() for w in origin.weights.values()):,} parameters of {config.init_from}")
+    return trainer
+
+
+def _fitting_batch(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
+    """The largest batch size that fits on every rank."""
+    fitted = ranks.agreed(lambda: with_fitting_batch(config, model_config, device, say, ranks=ranks.size))
+    smallest = -int(ranks.largest([-fitted.batch_size])[0])
+    passes = config.batch_size * config.gradient_accumulation // smallest
+    return replace(config, batch_size=smallest, gradient_accumulation=passes)
+
+
+def _fitting_device(config: TrainConfig, model_config: ModelConfig, corpus: Corpus) -> torch.device:
+    """The device, once vocabulary and tokenizer are known to fit."""
     if model_config.vocab_size < corpus.tokenizer.vocab_size:
         raise UserError(
             f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
             "raise it, or leave it out to follow the tokenizer"
         )
-    device = resolve_device(config.device)
-    if auto_batch:
-        config = with_fitting_batch(config, model_config, device, say)
-    trainer = Trainer(config, model_config, corpus, device)
-    if origin.weights is not None:
-        load_weights(Path(config.init_from), trainer.model, origin.weights)
-        say(f"beginning with the {trainer.model.num_parameters():,} parameters of {config.init_from}")
-    return trainer
+    return resolve_device(config.device)
+
+
+def _trainer(
+    config: TrainConfig, model_config: ModelConfig, corpus: Corpus, device: torch.device, ranks: Ranks,
+    history: str = "",
+) -> Trainer:  # fmt: skip
+    def fits() -> bool:
+        return replica_fits(config, model_config, device, ranks)
+
+    layout = ranks.agreed(lambda: choose_layout(config, model_config, ranks, fits))
+    if line := about_layout(layout, config):
+        say(line)
+    return Trainer(config, model_config, corpus, device, history, ranks=ranks, layout=layout)
 
 
 def _origin_from_weights(path: str, request: Request) -> Origin:
@@ -136,27 +178,33 @@ def _origin_from_weights(path: str, request: Request) -> Origin:
     return Origin(replace(stored.config, **request.model), stored.tokenizer, stored.weights)
 
 
-def _train_resumed(request: Request, output: Path, auto_batch: bool) -> int:
-    path, content = find_checkpoint(output, request.checkpoint_path)
-    checkpoint.require(path, content, "model_config", "tokenizer", "model")
-    if "train_config" not in content or "history" not in content:
+def _train_resumed(request: Request, output: Path, auto_batch: bool, ranks: Ranks) -> int:
+    path, content = find_checkpoint(output, request.checkpoint_path, ranks)
+    config, model_config = ranks.agreed(lambda: _go_on(request, path, content, auto_batch))
+    with _own_folder(output, ranks):
+        tokenizer = Tokenizer.from_state(content["tokenizer"])
+        corpus = _open_corpus(config, model_config.tokenizer_name, ranks, tokenizer=tokenizer)
+        device = ranks.agreed(lambda: resolve_device(config.device))
+        trainer = _trainer(config, model_config, corpus, device, ranks, content["history"])
+        trainer.restore(path, content, override=request.override)
+        newest = candidates(output / "checkpoints")[:1]
+        elsewhere = bool(request.checkpoint_path and newest and not newest[0].samefile(path))
+        ranks.barrier()  # until all have looked
+        if elsewhere and ranks.leads:
+            _put_aside(output / "checkpoints")  # another run's, or later ones of this run
+        say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
+        return _train(trainer, continues=not elsewhere)
+
+
+def _go_on(request: Request, path: Path, content: dict[str, Any], auto_batch: bool) -> tuple[TrainConfig, ModelConfig]:
+    checkpoint.require(path, content, "model_config", "tokenizer")
+    if "train_config" not in content or "history" not in content or "counters" not in content:
         raise UserError(f"{path} holds a model and no run to go on with: begin one with --init_from {path}")
     if auto_batch:
         request = _as_cut_before(request, content["train_config"])
     config, model_config = _resumed_configs(request, path, content)
     check_loggers(config.log)
-    with _own_folder(output):
-        tokenizer = Tokenizer.from_state(content["tokenizer"])
-        corpus = _open_corpus(config, model_config.tokenizer_name, tokenizer=tokenizer)
-        device = resolve_device(config.device)
-        trainer = Trainer(config, model_config, corpus, device, history=content["history"])
-        trainer.restore(path, content, override=request.override)
-        newest = _checkpoints(output)[:1]
-        elsewhere = bool(request.checkpoint_path and newest and not newest[0].samefile(path))
-        if elsewhere:
-            _put_aside(output / "checkpoints")  # another run's, or later ones of this run
-        say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
-        return _train(trainer, continues=not elsewhere)
+    return config, model_config
 
 
 def _train(trainer: Trainer, *, continues: bool) -> int:
@@ -165,6 +213,8 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
         return 0
     if trainer.device.type == "cpu":
         keep_freed_memory()
+    if not trainer.ranks.leads:
+        return trainer.train()
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
     run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, say)
@@ -176,33 +226,37 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
 
 
 def _open_corpus(
-    config: TrainConfig, tokenizer_name: str, *, tokenizer: Tokenizer | None = None, named: bool = False
+    config: TrainConfig, tokenizer_name: str, ranks: Ranks, *, tokenizer: Tokenizer | None = None, named: bool = False
 ) -> Corpus:
-    corpus = open_corpus(config, tokenizer_name, tokenizer=tokenizer, named=named, say=say)
+    """The corpus of ``config``; a tokenizer is trained by the rank that leads, and given to the others."""
+
+    def opened(tokenizer: Tokenizer | None) -> Corpus:
+        return open_corpus(config, tokenizer_name, tokenizer=tokenizer, named=named, say=say)
+
+    leading = ranks.agreed(lambda: opened(tokenizer) if ranks.leads else None)
+    given = ranks.given(to_bytes(leading.tokenizer.to_state()) if leading is not None else None)
+    others = ranks.in_turn(lambda: None if ranks.leads else opened(Tokenizer.from_state(from_bytes(given))))
+    corpus = leading or others
+    assert corpus is not None
     say(corpus.summary)
     return corpus
 
 
-def find_checkpoint(output: Path, named: str) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(output: Path, named: str, ranks: Ranks = ALONE) -> tuple[Path, dict[str, Any]]:
     """The checkpoint to resume: ``named``, or the newest readable one under ``output``; never none."""
+    found = ranks.agreed(lambda: _found(output, named) if ranks.leads else None)
+    path = Path(ranks.given(str(found[0]).encode() if found else None).decode())
+    others = ranks.agreed(lambda: None if ranks.leads else read_run(path))
+    return path, found[1] if found else others or {}
+
+
+def _found(output: Path, named: str) -> tuple[Path, dict[str, Any]]:
     if named:
-        return Path(named), checkpoint.read(Path(named))
-    found = _checkpoints(output)
-    if not found:
-        raise UserError(
-            f"--resume: no checkpoint in {output / 'checkpoints'}: check --output_dir, or start without --resume"
-        )
-    path, content, problems = checkpoint.first_readable(found)
+        return Path(named), read_run(Path(named))
+    path, content, problems = newest_run(output / "checkpoints")
     for problem in problems:
         say(f"warning: {problem}")
     return path, content
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of the run in ``output``, newest first; of two names for one file the plainer one first."""
-    names = ("latest.pt", "final.pt", "best.pt", "previous.pt")
-    found = [path for name in names if (path := output / "checkpoints" / name).is_file()]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> tuple[TrainConfig, ModelConfig]:
@@ -214,8 +268,8 @@ def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> t
     known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))} - {"preset", "init_from"}
     if unknown := sorted(request.override - known):
         raise UserError(f"--override {', '.join(unknown)}: no such field, or none that a resume can change")
-    output = {"output_dir": request.train.get("output_dir", TrainConfig.output_dir)}
-    config = replace(saved_train, **{**request.train, **output})
+    place = {name: request.train.get(name, getattr(TrainConfig, name)) for name in OF_THIS_PLACE}
+    config = replace(saved_train, **{**request.train, **place})
     model_config = replace(saved_model, **request.model)
     differences = [
         f"{name} (saved {earlier!r}, now {value!r})"
@@ -240,19 +294,25 @@ def _as_cut_before(request: Request, saved: Mapping[str, Any]) -> Request:
 
 
 @contextmanager
-def _own_folder(output: Path) -> Iterator[None]:
+def _own_folder(output: Path, ranks: Ranks) -> Iterator[None]:
     """Makes the run's folders and keeps other runs out of them until this one ends."""
+    lock = ranks.agreed(lambda: _locked(output) if ranks.leads else None)
+    with lock or nullcontext():
+        yield
+
+
+def _locked(output: Path) -> TextIO:
     try:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = (output / ".nanokimi.lock").open("w")
     except OSError as error:
         raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not held on by orphaned data workers
-        except OSError:
-            raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
-        yield
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not held on by orphaned data workers
+    except OSError:
+        lock.close()
+        raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
+    return lock
 
 
 def _put_aside(folder: Path) -> None:

@@ -16,6 +16,8 @@ from nanokimi.config import TrainConfig
 from nanokimi.device import has_fast_bf16
 from nanokimi.model.transformer import Losses, Transformer, document_numbers
 from nanokimi.optim.muonclip import MuonClip
+from nanokimi.parallel.layout import share_of_step
+from nanokimi.parallel.spread import Alone, Spread
 from nanokimi.training.compilation import compiles, failed_to_compile, without_compiler
 
 
@@ -35,11 +37,12 @@ class StepReading(NamedTuple):
         return all(map(math.isfinite, (self.cross_entropy, self.balance_loss, self.grad_norm, *logits)))
 
 
-def make_optimizer(model: Transformer, config: TrainConfig) -> MuonClip:
+def make_optimizer(model: Transformer, config: TrainConfig, spread: Spread | None = None) -> MuonClip:
     """The optimizer of a run."""
     return MuonClip(
         model, config.learning_rate, adam_lr=config.adam_lr, momentum=config.momentum,
         weight_decay=config.weight_decay, adjust_lr_fn=config.adjust_lr_fn, tau=config.qk_clip_tau,
+        shards=spread.shards if spread is not None else None,
     )  # fmt: skip
 
 
@@ -49,16 +52,27 @@ class TrainingStep:
     Args:
         model: on ``device``; what it notes of a step (``max_logits``, ``expert_counts``) is read and forgotten here.
         eot_id: the end-of-text token, by which ``config.mask_documents`` tells documents apart.
+        spread: how the model lies on several ranks; None is one process.
 
     Attributes:
+        parts: how a step is cut into passes.
         loss: ``model.loss``, compiled where the config says so.
     """
 
     def __init__(
-        self, model: Transformer, optimizer: MuonClip, config: TrainConfig, device: torch.device, *, eot_id: int = -1
+        self,
+        model: Transformer,
+        optimizer: MuonClip,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        eot_id: int = -1,
+        spread: Spread | None = None,
     ) -> None:
         self.model, self.optimizer, self.config, self.device, self.eot_id = model, optimizer, config, device, eot_id
-        self.loss: Callable[..., Losses] = torch.compile(model.loss) if compiles(config, model, device) else model.loss
+        self.spread: Spread = spread or Alone(model)
+        self.parts = share_of_step(config.batch_size, config.gradient_accumulation, self.spread.ranks.size)
+        self.loss: Callable[..., Losses] = self.spread.loss(compiles(config, model, device))
         self._proven = False  # a first pass went well
         model.checkpointing = config.activation_checkpointing
 
@@ -69,21 +83,23 @@ class TrainingStep:
             what it showed, and the number of tokens it learned from.
         """
         losses, tokens = self.accumulate(batches)
-        seen = self.read(losses, self.clip_gradients())
+        norm = self.clip_gradients()
+        seen = self.read(self.spread.share(losses), norm)
         if seen.finite:
             self.update()
         self.clear()
-        return seen, tokens
+        return seen, tokens * self.spread.ranks.size
 
     def accumulate(self, batches: Iterator[Tensor]) -> tuple[Tensor, int]:
         """Forward and backward over all micro-batches; their mean losses ``[2]`` and the number of tokens."""
-        parts = self.config.gradient_accumulation
         means = torch.zeros(2, device=self.device)
         tokens = 0
         self.model.train()
-        for _ in range(parts):
+        passes = self.parts.passes
+        for number in range(passes):
             batch = next(batches).to(self.device, non_blocking=True)
-            means += self._forward_and_backward(batch, parts) / parts
+            with self.spread.passing(last=number == passes - 1):
+                means += self._forward_and_backward(batch, passes) / passes
             tokens += batch[:, 1:].numel()
         return means, tokens
 
@@ -94,7 +110,7 @@ class TrainingStep:
         except Exception as error:
             if self._proven or not failed_to_compile(error):
                 raise
-            self.loss = without_compiler(error, self.config, self.model.loss)
+            self.loss = without_compiler(error, self.config, self.spread)
             self.clear()
             losses = self._passes(batch, parts)
         self._proven = True
@@ -111,8 +127,7 @@ class TrainingStep:
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to ``max_grad_norm``; returns the norm that they had, a scalar."""
-        limit = self.config.max_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+        return self.spread.clip_gradients(self.config.max_grad_norm or math.inf)
 
     def read(self, losses: Tensor, norm: Tensor) -> StepReading:
         """Brings all that the host needs of a step over at once: the step's one wait for the device."""

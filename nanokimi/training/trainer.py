@@ -16,16 +16,21 @@ from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import printable
 from nanokimi.data.corpus import Corpus, Reading
+from nanokimi.data.loader import merge_states
 from nanokimi.data.packing import PackedSequences
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
-from nanokimi.loading import load_weights
+from nanokimi.loading import build
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.schedule import lr_factor
+from nanokimi.parallel.layout import ONE, Layout
+from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, from_bytes, to_bytes
+from nanokimi.training.distributed import spread_model
 from nanokimi.training.evaluation import evaluate
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.progress import ProgressDisplay
+from nanokimi.training.saving import Checkpoints, take_back
 from nanokimi.training.signals import StopSignals
 from nanokimi.training.step import TrainingStep, make_optimizer
 
@@ -60,29 +65,46 @@ class Trainer:
         corpus: tokenised text.
         device: where the model trains.
         history: ``MetricsLog.state()`` of the checkpoint that is continued, ``""`` for a fresh run.
+        ranks, layout: the processes that train together, and how the model lies on them.
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, corpus: Corpus, device: torch.device, history: str = ""
+        self,
+        config: TrainConfig,
+        model_config: ModelConfig,
+        corpus: Corpus,
+        device: torch.device,
+        history: str = "",
+        *,
+        ranks: Ranks = ALONE,
+        layout: Layout = ONE,
     ) -> None:
         torch.manual_seed(config.seed)
         torch.use_deterministic_algorithms(config.deterministic)
-        self.config, self.corpus, self.device = config, corpus, device
-        self.folder = Path(config.output_dir) / "checkpoints"
-        self.model = Transformer(model_config).to(device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.step = TrainingStep(self.model, self.optimizer, config, device, eot_id=corpus.tokenizer.eot_id)
+        self.config, self.corpus, self.device, self.ranks = config, corpus, device, ranks
+        output = Path(config.output_dir)
+        self.spread = spread_model(model_config, layout, ranks, device)
+        self.model = self.spread.model
+        self.optimizer = make_optimizer(self.model, config, self.spread)
+        self.step = TrainingStep(
+            self.model, self.optimizer, config, device, eot_id=corpus.tokenizer.eot_id, spread=self.spread
+        )
         self.batches = corpus.train.loader(
             Reading(
-                model_config.max_seq_length, config.batch_size, config.seed, num_workers=config.num_workers,
+                model_config.max_seq_length, self.step.parts.batch_size, config.seed, num_workers=config.num_workers,
                 pin_memory=device.type == "cuda", shuffle_buffer=config.shuffle_buffer,
+                rank=ranks.rank, world_size=ranks.size,
             )
         )  # fmt: skip
         self.held_out = self._held_out_sequences()
         self._check_sample_prompt()
-        self.metrics = MetricsLog(Path(config.output_dir), state=history)
+        self.metrics = MetricsLog(output if ranks.leads else None, state=history)
         self.counters = Counters()
-        self._saved: tuple[int, Path] | None = None  # step and name of the last checkpoint written here
+        self.checkpoints = Checkpoints(
+            output / "checkpoints", self.spread, self.optimizer, asynchronous=config.async_checkpoints,
+            timeout=config.timeout,
+        )  # fmt: skip
+        self.hang_watch = HangWatch(output / "logs", ranks, config.timeout)
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -98,27 +120,30 @@ class Trainer:
         config, counters = self.config, self.counters
         began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
-        with StopSignals() as signals, self._display() as display:
+        with StopSignals(self.ranks) as signals, self._display() as display, self.hang_watch as hang_watch:
             while not self.finished() and signals.stop is None:
                 sampled = int(self._progress() * config.samples)
                 values = self._train_step(batches)
                 self.metrics.record(counters.step, values)
-                counters.seconds = time.monotonic() - began
+                counters.seconds = self.ranks.largest([time.monotonic() - began])[0]
+                signals.look()
+                hang_watch.alive()
                 if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
                     values |= self._validate()
                 self._show(values, display, loggers)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
-                    self._give_up()
+                    self.ranks.agreed(self._give_up)
                 if self.finished() or signals.stop is not None:
                     continue
-                if int(self._progress() * config.samples) > sampled:
-                    display.say(self._sample())
+                if int(self._progress() * config.samples) > sampled and (sample := self._sample()):
+                    display.say(sample)
                 if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
                     signals.save = False
                     self.save()
             if self._validates() and signals.stop is None:
                 self._show(self._validate(), display, loggers)
             self.save(final=self.finished())
+            self.checkpoints.finish()
         self.metrics.close()
         return 0 if signals.stop is None else 128 + signals.stop
 
@@ -154,7 +179,7 @@ class Trainer:
     def _give_up(self) -> None:
         """Ends a run whose loss stays non-finite; nothing is saved over the last good checkpoint."""
         self._write_history()
-        saved = any(self.folder.glob("*.pt"))
+        saved = self.checkpoints.exists
         raise RunError(
             f"the loss was not finite in {self.counters.skipped_in_a_row} steps in a row: stopped; "
             + (
@@ -172,7 +197,7 @@ class Trainer:
         measured = evaluate(
             self.model, self.held_out, self.corpus.tokenizer, batch_size=self.config.batch_size,
             max_tokens=self.config.val_tokens, precision=self.step.autocast(),
-            mask_documents=self.config.mask_documents,
+            mask_documents=self.config.mask_documents, ranks=self.ranks,
         )  # fmt: skip
         self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
         if measured.loss < self.counters.best_loss:
@@ -204,16 +229,26 @@ class Trainer:
         config, counters = self.config, self.counters
         return ProgressDisplay(
             config.max_steps, counters.step, interval=config.eval_interval or 25,
-            max_seconds=config.max_seconds, spent_seconds=counters.seconds,
+            max_seconds=config.max_seconds, spent_seconds=counters.seconds, silent=not self.ranks.leads,
         )  # fmt: skip
 
     def _sample(self) -> str:
-        config = self.config
+        """What the model writes, with its heading; empty on ranks that do not lead."""
+        config, model = self.config, self._whole_model()
+        if model is None:
+            return ""
         text = generate(
-            self.model, self.corpus.tokenizer, config.sample_prompt,
+            model, self.corpus.tokenizer, config.sample_prompt,
             max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed,
         )  # fmt: skip
         return printable(f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---")
+
+    def _whole_model(self) -> Transformer | None:
+        """A model that generates, on the rank that leads: of a sharded one a copy. All ranks call it."""
+        if self.spread.layout.mode != "fsdp":
+            return self.model if self.ranks.leads else None
+        weights = self.spread.whole(self.model.state_dict())
+        return build(Path("the model in training"), self.model.config, weights) if self.ranks.leads else None
 
     def _check_sample_prompt(self) -> None:
         length = len(self.corpus.tokenizer.encode(self.config.sample_prompt)) if self.config.samples else 0
@@ -234,37 +269,29 @@ class Trainer:
 
     def save(self, name: str = "latest.pt", *, final: bool = False) -> None:
         """Writes everything a resume or an inference needs; ``latest.pt`` leaves its forerunner as ``previous.pt``."""
-        path = self.folder / name
-        if name == "latest.pt":
-            checkpoint.keep(path, self.folder / "previous.pt")
-        if self._saved is not None and self._saved[0] == self.counters.step:
-            checkpoint.link(self._saved[1], path)  # best.pt was written at this very step
-        else:
-            checkpoint.save(path, self.state())
-            self._saved = (self.counters.step, path)
-        if final:
-            checkpoint.link(path, self.folder / "final.pt")
+        self.checkpoints.save(name, self.counters.step, self.about(), final=final)
         if name == "latest.pt":
             self._write_history()
 
     def _write_history(self) -> None:
         """Writes ``logs/training_metrics.json`` and draws ``logs/training_metrics.png``."""
+        if not self.ranks.leads:
+            return
         from nanokimi.training.plots import plot_training
 
         history = self.metrics.write_json()
         path = Path(self.config.output_dir) / "logs" / "training_metrics.png"
         plot_training(history, path, tau=self.config.qk_clip_tau, title=self.config.init_from or self.config.preset)
 
-    def state(self) -> dict[str, Any]:
-        """The run as plain data; ``restore`` takes it back."""
+    def about(self) -> dict[str, Any]:
+        """The run as plain data, but for weights and optimizer state; ``restore`` takes it back."""
+        positions = [from_bytes(own) for own in self.ranks.gather(to_bytes(self.batches.state_dict()))]
         return {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "tokenizer": self.corpus.tokenizer.to_state(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "counters": asdict(self.counters),
-            "data": {"sha256": self.corpus.train.identity, **self.batches.state_dict()},
+            "data": {"sha256": self.corpus.train.identity, **merge_states(positions)},
             "random": random_state(),
             "exact_logits": self.model.exact_logits,
             "history": self.metrics.state(),
@@ -277,20 +304,13 @@ class Trainer:
             CheckpointError: weights or optimizer state do not fit.
             UserError: the text or its order is another one.
         """
-        checkpoint.require(path, content, "optimizer", "counters", "data", "random", "exact_logits")
+        checkpoint.require(path, content, "counters", "data", "random", "exact_logits")
         moved = bool(override & DATA_FIELDS)
         if content["data"]["sha256"] != self.corpus.train.identity and not moved:
             raise UserError(
                 f"{path} was trained on another text than the settings give now: restore it, or --override data_path"
             )
-        load_weights(path, self.model, content["model"])
-        chosen = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise checkpoint.CheckpointError(f"{path}: the optimizer state does not fit: {error}") from error
-        for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
-            group.update(values)  # the config rules, which a resume may have overridden
+        take_back(path, content, self.spread, self.optimizer)
         self.counters = Counters(**content["counters"])
         if moved:
             self.batches.go_near(content["data"])

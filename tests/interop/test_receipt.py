@@ -11,6 +11,7 @@ import torch
 
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
+from nanokimi.files import sha256_of
 from nanokimi.interop.receipt import (
     RECEIPT,
     TEXT,
@@ -18,7 +19,6 @@ from nanokimi.interop.receipt import (
     NotCompared,
     fixed_tokens,
     mean_loss,
-    sha256_of,
     verify_receipt,
     write_receipt,
 )

@@ -98,7 +98,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(make_
     spoil(trainer, set(range(3, 50)))
     with pytest.raises(RunError, match="not finite in 3 steps in a row"):
         trainer.train()
-    saved = checkpoint.read(trainer.folder / "latest.pt")
+    saved = checkpoint.read(trainer.checkpoints.folder / "latest.pt")
     assert saved["counters"]["step"] == 4
     assert all(bool(t.isfinite().all()) for t in saved["model"].values() if t.is_floating_point())
     assert trainer.metrics.history()["train_loss"][3:] == [None, None, None]

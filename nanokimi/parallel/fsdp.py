@@ -1,0 +1,167 @@
+"""Fully sharded data parallelism (Zhao et al., 2023) by PyTorch's ``fully_shard``; hybrid; with expert parallelism.
+
+Weights, gradients and optimizer state are cut along their first dimension over the ranks of a replica. A block is
+gathered for as long as it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.optim.shards import local
+from nanokimi.parallel.ddp import compile_blocks, share
+from nanokimi.parallel.experts import Exchange
+from nanokimi.parallel.layout import Layout, rows_of
+from nanokimi.parallel.owners import Owners
+from nanokimi.parallel.ranks import Ranks
+
+
+class Sharded:
+    """A model whose rows are dealt out.
+
+    Args:
+        model: on the meta device: no rank ever holds all of it.
+    """
+
+    def __init__(self, model: Transformer, ranks: Ranks, layout: Layout, device: torch.device) -> None:
+        layout.check_experts(model.config.n_routed_experts)
+        self.model, self.ranks, self.layout = model, ranks, layout
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._replica, self._shard = divmod(ranks.rank, layout.shards)
+        by_replica = torch.arange(ranks.size).view(layout.replicas, layout.shards)
+        self._mesh = DeviceMesh(device.type, by_replica, mesh_dim_names=("replicate", "shard"))
+        if layout.expert_parallel:
+            self._expert_mesh = self._deal_out_experts(by_replica, device)
+        self._wrap()
+        model.to_empty(device=device)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._of_experts = {id(p) for moe in model.moe_layers() for p in moe.experts.parameters()}
+        self._initialise()
+        attentions = [block.attention for block in model.blocks()]
+        groups = (self._mesh.get_group("shard"), self._mesh.get_group("replicate"))
+        self.shards = Owners(layout, self, attentions, ranks.rank, *groups)
+
+    # ---- laying out -----------------------------------------------------------------------------
+
+    def _deal_out_experts(self, by_replica: Tensor, device: torch.device) -> DeviceMesh:
+        """Leaves each rank the experts of its own, and sends tokens to the others'."""
+        experts, n = self.layout.expert_parallel, self.model.config.n_routed_experts
+        ranks = by_replica.view(self.layout.replicas, -1, experts).transpose(1, 2)
+        mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "expert", "expert_shard"))
+        for moe in self.model.moe_layers():
+            for name, stack in list(moe.experts.named_parameters()):
+                setattr(moe.experts, name, nn.Parameter(stack[: n // experts].detach().clone()))
+            Exchange(mesh.get_group("expert")).attach(moe.experts)
+        return mesh
+
+    def _wrap(self) -> None:
+        if self.layout.expert_parallel:
+            for moe in self.model.moe_layers():
+                fully_shard(moe.experts, mesh=self._fsdp_mesh(self._expert_mesh, "expert_shard"))
+        for module in (*self.model.blocks(), self.model):
+            fully_shard(module, mesh=self._fsdp_mesh(self._mesh, "shard"))
+        register_fsdp_forward_method(self.model, "loss")
+        for part in self._fsdp_modules():
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+
+    def _fsdp_mesh(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
+        return mesh["replicate", shard] if self.layout.replicas > 1 else mesh[shard]
+
+    def _fsdp_modules(self) -> list[FSDPModule]:
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """The weights that one process would begin with, drawn whole, one after the other."""
+        for role, parameter in self.model.declare():
+            name = self._names[id(parameter)]
+            whole = torch.empty(self._shapes[name], dtype=parameter.dtype)
+            self.model.fill(role, whole)
+            self.place(name, parameter, whole)
+        for moe in self.model.moe_layers():
+            nn.init.zeros_(moe.router.balance_bias)
+        self.model.reset_buffers()
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def loss(self, compiled: bool) -> Callable[..., Losses]:
+        if compiled:
+            compile_blocks(self.model)
+        return self.model.loss
+
+    def passing(self, *, last: bool) -> AbstractContextManager[object]:
+        for module in self._fsdp_modules():
+            module.set_requires_all_reduce(last, recurse=False)
+        return nullcontext()
+
+    def clip_gradients(self, limit: float) -> Tensor:
+        gradients = {id(p): local(p.grad) for p in self.model.parameters() if p.grad is not None}
+        if experts := [grad for key, grad in gradients.items() if key in self._of_experts and self._experts_apart]:
+            # They have the tokens of several ranks already, and FSDP divides by the others alone.
+            torch._foreach_mul_(experts, 1 / self.layout.expert_parallel)
+        grads = list(gradients.values())
+        norms = torch.stack(torch._foreach_norm(grads)).double()
+        square = norms.square().sum() / self.layout.replicas
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+        return norm
+
+    def share(self, losses: Tensor) -> Tensor:
+        return share(self.model, losses, self.ranks.size)
+
+    # ---- rows and wholes ------------------------------------------------------------------------
+
+    @property
+    def _experts_apart(self) -> bool:
+        return self.layout.expert_parallel > 0
+
+    def held_by(self, parameter: Tensor, shard: int) -> slice:
+        return self._held_by(self._names[id(parameter)], shard)
+
+    def _held_by(self, name: str, shard: int) -> slice:
+        rows = self._shapes[name][0]
+        if not self._is_apart(name):
+            return rows_of(rows, self.layout.shards, shard)
+        group_rank, part = self.layout.expert_place(shard)
+        own = rows // self.layout.expert_parallel
+        held = rows_of(own, self.layout.shards // self.layout.expert_parallel, part)
+        return slice(group_rank * own + held.start, group_rank * own + held.stop)
+
+    def _is_apart(self, name: str) -> bool:
+        return self._experts_apart and ".experts." in name
+
+    def place(self, name: str, here: Tensor, whole: Tensor) -> None:
+        rows = self._held_by(name, self._shard) if name in self._shapes else slice(None)
+        local(here.detach()).copy_(whole[rows])
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        if not self._is_apart(name):
+            return tensor
+        shape = self._shapes[name]
+        stride = torch.empty(shape, device="meta").stride()
+        placements = (Replicate(), Shard(0), Shard(0))
+        return DTensor.from_local(
+            local(tensor), self._expert_mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            value = self.stored(name, tensor.detach())
+            if isinstance(value, DTensor):
+                if value.device_mesh.ndim == 3:  # of experts apart; one dimension of the mesh after the other
+                    value = value.redistribute(placements=(Replicate(), Shard(0), Replicate()))
+                value = value.full_tensor()
+            if self.ranks.leads:
+                found[name] = value.cpu()
+        return found

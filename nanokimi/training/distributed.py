@@ -1,0 +1,89 @@
+"""From ``--parallel`` and the ranks there are to a model that lies on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.errors import UserError
+from nanokimi.memory import free_memory
+from nanokimi.model.transformer import Transformer
+from nanokimi.parallel.layout import Layout, share_of_step
+from nanokimi.parallel.ranks import Ranks
+from nanokimi.parallel.spread import Alone, Spread
+
+REPLICA_SHARE = 0.8  # of a rank's memory: what a replica may need, by estimate
+
+
+def choose_layout(
+    config: TrainConfig, model_config: ModelConfig, ranks: Ranks, replica_fits: Callable[[], bool]
+) -> Layout:
+    """What ``--parallel``, ``--replicate`` and ``--expert_parallel`` mean on these ranks.
+
+    ``auto`` shares nothing on one rank; on several every rank holds a replica where one fits, and a shard of one where
+    none does, or where replicas or experts are to be dealt out.
+
+    Raises:
+        UserError: the numbers do not divide, or there is nobody to share with.
+    """
+    mode = config.parallel
+    dealt_out = config.replicate > 1 or config.expert_parallel > 0
+    if mode == "auto" and ranks.size == 1 and not dealt_out:
+        mode = "one"
+    elif mode == "auto":
+        mode = "fsdp" if dealt_out or not replica_fits() else "ddp"
+    if mode != "one" and not ranks.spread:
+        raise UserError(
+            "--parallel, --replicate and --expert_parallel need several processes: start them with "
+            "torchrun --nproc_per_node=N train.py ..., or leave the flag out"
+        )
+    layout = Layout(mode, ranks.size, config.replicate, config.expert_parallel)
+    layout.check_experts(model_config.n_routed_experts)
+    share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
+    return layout
+
+
+def replica_fits(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> bool:
+    """Whether all of the model trains on each of the ranks; where memory cannot be looked at, it is said to."""
+    from nanokimi.insight.planner import replica_bytes
+
+    parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
+    if device.type == "cuda":
+        free: float | None = torch.cuda.get_device_properties(device).total_memory
+    else:
+        free = free_memory()
+        free = None if free is None else free / ranks.on_this_machine
+    need = replica_bytes(model_config, parts.batch_size, checkpointing=config.activation_checkpointing)
+    return free is None or need < REPLICA_SHARE * free
+
+
+def spread_model(config: ModelConfig, layout: Layout, ranks: Ranks, device: torch.device) -> Spread:
+    """A model with fresh weights, the same for every layout, on ``device`` and the other ranks' devices."""
+    if layout.mode == "one":
+        return Alone(Transformer(config).to(device))
+    if layout.mode == "ddp":
+        from nanokimi.parallel.ddp import Replicated
+
+        return Replicated(Transformer(config).to(device), ranks)
+    from nanokimi.parallel.fsdp import Sharded
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    return Sharded(model, ranks, layout, device)
+
+
+def about_layout(layout: Layout, config: TrainConfig) -> str:
+    """One line for the user; empty for one process."""
+    if layout.mode == "one":
+        return ""
+    parts = share_of_step(config.batch_size, config.gradient_accumulation, layout.ranks)
+    kinds = [f"{layout.replicas} replicas"] if layout.replicas > 1 else []
+    kinds += [f"each of {layout.shards} shards"] if layout.shards > 1 else []
+    kinds += [f"experts dealt out over {layout.expert_parallel} ranks"] if layout.expert_parallel else []
+    sequences = config.batch_size * config.gradient_accumulation
+    return (
+        f"{layout.ranks} ranks, {layout.mode}: {', '.join(kinds) or 'one shard'}; a step's {sequences} sequences are "
+        f"{parts.passes} x {parts.batch_size} on each rank"
+    )
