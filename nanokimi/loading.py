@@ -1,9 +1,10 @@
-"""``load``: a model ready for use, from a checkpoint or from a folder in Hugging Face format."""
+"""``load``: a model ready for use, from a checkpoint, whole or sharded, or from a folder in Hugging Face format."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from nanokimi.interop.hf_folder import read_folder
 from nanokimi.interop.model_card import training_figures
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
+from nanokimi.parallel import sharded_checkpoint
+
+WEIGHTS = "model."  # before the names of weights in a sharded checkpoint
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
-    """The model of a checkpoint or of a Hugging Face folder, in evaluation mode on ``device``, and its tokenizer.
+    """The model of a checkpoint (a file, or a folder ``step_N``) or of a Hugging Face folder, and its tokenizer.
 
-    Weights are fp32 in memory, whatever they are stored as.
+    The model is in evaluation mode on ``device``; weights are fp32 in memory, whatever they are stored as.
 
     Raises:
         UserError: missing, damaged or foreign files, an architecture or a feature that nanokimi does not have;
@@ -38,11 +42,25 @@ def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
         tokenizer: takes the place of a folder's own, see ``interop.hf_folder.read_folder``.
     """
     path = Path(path)
+    if sharded_checkpoint.is_sharded(path):
+        return _of_run(path, _read_shards(path))
     if path.is_dir() and ((path / "config.json").exists() or any(path.glob("*.safetensors"))):
         return read_folder(path, tokenizer=tokenizer)
     if path.suffix == ".gguf":
         raise UserError(f"{path}: GGUF files are for other programs: name the checkpoint that it was made from")
-    content = checkpoint.read(path)
+    return _of_run(path, checkpoint.read(path))
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    """What a file of the same run would hold, but for the optimizer state."""
+    sharded_checkpoint.verify(path)
+    names = [name for name in sharded_checkpoint.shapes(path) if name.startswith(WEIGHTS)]
+    found = sharded_checkpoint.read_tensors(path, names)
+    weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in found.items()}
+    return {**sharded_checkpoint.read_about(path), "model": weights}
+
+
+def _of_run(path: Path, content: dict[str, Any]) -> StoredModel:
     checkpoint.require(path, content, "model_config", "model", "tokenizer")
     return StoredModel(
         from_dict(ModelConfig, content["model_config"]),

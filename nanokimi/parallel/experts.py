@@ -25,7 +25,7 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self._back: list[tuple[list[int], list[int], Tensor, Tensor]] = []  # of the forward pass that is under way
+        self._way_back: tuple[list[int], list[int], Tensor, Tensor]  # of the forward pass that is under way
 
     def attach(self, experts: Experts) -> None:
         """From now on ``experts``, which holds those of this rank alone, takes and returns the rows of them all."""
@@ -43,13 +43,13 @@ class Exchange:
         arrived = _AllToAll.apply(rows, sent, received, self.group)  # type: ignore[no-untyped-call]
         here = from_ranks.view(size, -1)
         order, inverse = _by_expert(here)
-        self._back.append((received, sent, inverse, order))
+        self._way_back = received, sent, inverse, order
         return permute(arrived, order, inverse), here.sum(dim=0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def back(self, module: nn.Module, inputs: Any, rows: Tensor) -> Tensor:
         """What the experts here made, to where it came from: ``[n, D]`` in the order that ``there`` was given."""
-        sent, received, order, inverse = self._back.pop()
+        sent, received, order, inverse = self._way_back
         out: Tensor = _AllToAll.apply(permute(rows, order, inverse), sent, received, self.group)  # type: ignore[no-untyped-call]
         return out
 

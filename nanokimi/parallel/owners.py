@@ -199,7 +199,7 @@ class Owners:
         return torch.Size((held.stop - held.start, *declared[piece.number].shape[1:]))
 
     def _exchange(self, sent: list[list[Tensor]], received: list[list[torch.Size]], like: Tensor) -> list[list[Tensor]]:
-        """One all-to-all in the shard group: ``sent[s]`` goes to shard rank s, ``received[s]`` comes from it (shapes)."""
+        """One all-to-all in the shard group: ``sent[s]`` goes to shard rank s, ``received[s]`` comes (shapes)."""
         outgoing = [sum(t.numel() for t in tensors) for tensors in sent]
         incoming = [sum(shape.numel() for shape in shapes) for shapes in received]
         buffer = torch.cat([t.reshape(-1) for tensors in sent for t in tensors] or [like.new_empty(0)])

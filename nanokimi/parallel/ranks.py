@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -169,7 +170,11 @@ def _join(ranks: Ranks, device: str, timeout: float) -> None:
             )
         torch.cuda.set_device(ranks.local)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))  # type: ignore[attr-defined]
+    # After a restart the store may still hold the addresses of processes that have ended.
+    store = dist.PrefixStore(f"attempt_{restarts()}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=patience)
 
 
 @contextmanager
@@ -179,18 +184,19 @@ def contact_lost_explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        line = re.sub(r"\[/\S+\] ", "", line)  # gloo names its source files
         lost = isinstance(error, LOST_TYPES) or any(word in line.lower() for word in LOST)
         if isinstance(error, torch.OutOfMemoryError) or not lost:
             raise
         raise RunError(
-            f"lost contact with another rank ({line[:200]}): it ended, or hangs. Saved checkpoints are intact: start "
+            f"lost contact with another rank ({line[:120]}): it ended, or hangs. Saved checkpoints are intact: start "
             "again with --resume, or let torchrun --max-restarts do it"
         ) from error
 
 
-def restarted() -> bool:
-    """Whether ``torchrun --max-restarts`` started this process in the place of one that ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often ``torchrun --max-restarts`` has started the processes again since one ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 class HangWatch:

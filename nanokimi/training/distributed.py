@@ -79,11 +79,14 @@ def about_layout(layout: Layout, config: TrainConfig) -> str:
     if layout.mode == "one":
         return ""
     parts = share_of_step(config.batch_size, config.gradient_accumulation, layout.ranks)
-    kinds = [f"{layout.replicas} replicas"] if layout.replicas > 1 else []
-    kinds += [f"each of {layout.shards} shards"] if layout.shards > 1 else []
-    kinds += [f"experts dealt out over {layout.expert_parallel} ranks"] if layout.expert_parallel else []
+    kinds = [_count(layout.replicas, "replica"), f"each in {_count(layout.shards, 'shard')}"]
+    kinds += [f"experts dealt out over {_count(layout.expert_parallel, 'rank')}"] if layout.expert_parallel else []
     sequences = config.batch_size * config.gradient_accumulation
     return (
-        f"{layout.ranks} ranks, {layout.mode}: {', '.join(kinds) or 'one shard'}; a step's {sequences} sequences are "
+        f"{_count(layout.ranks, 'rank')}, {layout.mode}: {', '.join(kinds)}; a step's {sequences} sequences are "
         f"{parts.passes} x {parts.batch_size} on each rank"
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

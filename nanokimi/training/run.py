@@ -21,7 +21,7 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
 from nanokimi.loading import read_model
-from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, restarted, to_bytes
+from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, restarts, to_bytes
 from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.distributed import about_layout, choose_layout, replica_fits
@@ -85,7 +85,7 @@ def run_training(request: Request) -> int:
     place = from_dict(TrainConfig, {k: v for k, v in request.train.items() if k in (*OF_THIS_PLACE, "device")})
     output = Path(place.output_dir)
     with joined(place.device, place.timeout) as ranks, out_of_memory_explained():
-        if restarted() and ranks.agreed(lambda: bool(candidates(output / "checkpoints"))):
+        if restarts() and ranks.agreed(lambda: bool(candidates(output / "checkpoints"))):
             request = replace(request, resume=True, checkpoint_path="")
         return (_train_resumed if request.resume else _train_fresh)(request, output, auto, ranks)
 
