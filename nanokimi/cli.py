@@ -19,10 +19,11 @@ from nanokimi.cli_settings import (
     gather_settings,
     spellings,
 )
-from nanokimi.console import say
+from nanokimi.console import say, show
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
 from nanokimi.inference.server.arguments import add_serve_arguments, options_of
+from nanokimi.insight.plan_report import PLAN_FIELDS, add_plan_arguments, plan_lines, question_of
 
 
 def entry() -> NoReturn:
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_import(commands)
     add_demo(commands)
     add_bench(commands)
+    add_plan(commands)
     return parser
 
 
@@ -339,3 +341,21 @@ def bench(args: argparse.Namespace) -> int:
     from nanokimi.bench.run import run_bench
 
     return run_bench(request)
+
+
+def add_plan(commands: Any) -> None:
+    """``nanokimi plan``: what training takes, before a device is rented."""
+    parser = commands.add_parser(
+        "plan", help="memory, traffic and time of training on many devices",
+        description="Memory of a device by component, traffic, FLOPs and time of a step: of the layout that is named, "
+        "or of all that are worth a look. Computed, nothing is run.",
+    )  # fmt: skip
+    add_settings(parser, PLAN_FIELDS)
+    add_plan_arguments(parser)
+    parser.set_defaults(run=plan)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """``nanokimi plan``."""
+    show("\n".join(plan_lines(question_of(args, *gather_settings(args)))))
+    return 0

@@ -30,6 +30,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def as_multiplied(x: Tensor) -> Tensor:
+    """``x`` in the type that autocast multiplies in, as it is where there is no autocast."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` of ``[m, k]`` and ``[k, n]`` in any strides; no gradient.
 
@@ -95,9 +101,7 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[n, out]``; autocast applies, gradients flow.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), weights.to(dtype)
+    x, weights = as_multiplied(x), as_multiplied(weights)
     if _has_grouped_kernel(x, weights):
         return F.grouped_mm(x, weights.mT, offs=ends)
     out: Tensor = torch.ops.nanokimi.grouped_linear(x, weights, ends)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from nanokimi.cli import build_parser, main
 from nanokimi.config import PRESETS, ModelConfig
@@ -55,6 +56,8 @@ def arguments(words: list[str]) -> list[str] | None:
         return words[1:]
     if words[0] == "python" and words[1] in SCRIPTS:
         return [SCRIPTS[words[1]], *words[2:]]
+    if words[0] == "torchrun":
+        return ["train", *words[words.index("train.py") + 1 :]]
     return None
 
 
@@ -78,6 +81,8 @@ def test_every_command_is_understood_as_written(page: Path) -> None:
     for example in examples(page, "bash"):
         for words in example.commands:
             given = arguments(words)
+            if words[0] == "torchrun":
+                torchrun_parser().parse_args(words[1:])
             if given is not None:
                 build_parser().parse_args(given)
             elif words[0] == "make":
@@ -133,8 +138,18 @@ def run_example(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in example.commands:
         monkeypatch.setattr("sys.stdin", io.StringIO("import os\n\n/quit\n"))
         given = arguments(words)
-        code = verify_muon.main() if given is None else main(shortened(given))
+        if words[0] == "torchrun":
+            code = on_ranks(words)
+        else:
+            code = verify_muon.main() if given is None else main(shortened(given))
         assert code == 0, words
+
+
+def on_ranks(words: list[str]) -> int:
+    """The exit code of a documented ``torchrun ... train.py ...``."""
+    words = [str(ROOT / word) if word in SCRIPTS else word for word in shortened(words[1:])]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True).returncode
 
 
 @pytest.mark.slow
@@ -171,7 +186,7 @@ def test_the_scripts_of_the_readme_train_and_continue_a_prompt(tmp_path: Path, s
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
     mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w-])", page.read_text(encoding="utf-8")))
-    assert mentioned <= all_flags(build_parser())
+    assert mentioned <= all_flags(build_parser()) | all_flags(torchrun_parser())
 
 
 def all_flags(parser: argparse.ArgumentParser) -> set[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nanokimi.bench.bench import Bench
-from nanokimi.bench.flops import prefill_flops, token_bytes
 from nanokimi.bench.results import Comparison, compared
 from nanokimi.bench.turns import Candidate, Worker
 from nanokimi.console import say
+from nanokimi.flops import prefill_flops, token_bytes
 
 TOKENS = 16  # decoded in one turn
 BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 8, 32, 128)}

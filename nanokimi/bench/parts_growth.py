@@ -6,9 +6,9 @@ import statistics
 from typing import Any
 
 from nanokimi.bench.bench import Bench
-from nanokimi.bench.flops import cache_bytes
 from nanokimi.bench.parts_decoding import TOKENS
 from nanokimi.bench.turns import Candidate, Worker
+from nanokimi.flops import cache_bytes
 
 SMALL = {"debug": "debug"}  # presets that are trained at their own size here; others at that of "tiny"
 DOUBLINGS = (1, 2, 4, 8, 16)

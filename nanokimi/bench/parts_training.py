@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanokimi.bench.bench import Bench
-from nanokimi.bench.flops import training_flops
 from nanokimi.bench.results import compared
 from nanokimi.bench.turns import Candidate, LeftOut, Worker
+from nanokimi.flops import training_flops
 
 TAU = 100.0
 MUON = "torch.optim.Muon + AdamW"

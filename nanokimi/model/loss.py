@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanokimi.model.layers import at_least_fp32
-from nanokimi.products import product
+from nanokimi.products import as_multiplied, product
 
 ROWS_PER_CHUNK = 512  # 100 MB of fp32 logits with a vocabulary of 49,152
 CPU_STRIP = 4096  # entries of the vocabulary whose gradients are multiplied at once: a caches' worth of operands
@@ -27,9 +27,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         weight: ``[V, D]``.
         labels: int64 ``[n]``.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = as_multiplied(x), as_multiplied(weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         loss: Tensor = _LinearCrossEntropy.apply(x, weight, labels)  # type: ignore[no-untyped-call]
         return loss

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanokimi.model.moe import Experts, permute
+from nanokimi.products import as_multiplied
 
 
 class Exchange:
@@ -40,6 +41,7 @@ class Exchange:
         from_ranks = torch.empty_like(counts)  # [ranks, experts here]
         dist.all_to_all_single(from_ranks, counts.contiguous(), group=self.group)
         sent, received = (c.view(size, -1).sum(dim=1).tolist() for c in (counts, from_ranks))  # waits for the device
+        rows = as_multiplied(rows)  # as the experts would: so fewer bytes travel
         arrived = _AllToAll.apply(rows, sent, received, self.group)  # type: ignore[no-untyped-call]
         here = from_ranks.view(size, -1)
         order, inverse = _by_expert(here)

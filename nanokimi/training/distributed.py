@@ -47,16 +47,18 @@ def choose_layout(
 
 def replica_fits(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> bool:
     """Whether all of the model trains on each of the ranks; where memory cannot be looked at, it is said to."""
-    from nanokimi.insight.planner import replica_bytes
+    from nanokimi.insight.planner import CPU, GPU, replica_bytes
 
     parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
-    if device.type == "cuda":
-        free: float | None = torch.cuda.get_device_properties(device).total_memory
-    else:
-        free = free_memory()
-        free = None if free is None else free / ranks.on_this_machine
-    need = replica_bytes(model_config, parts.batch_size, checkpointing=config.activation_checkpointing)
-    return free is None or need < REPLICA_SHARE * free
+    cuda = device.type == "cuda"
+    need = replica_bytes(
+        model_config, parts.batch_size, ranks=ranks.size, device=GPU if cuda else CPU,
+        checkpointing=config.activation_checkpointing,
+    )  # fmt: skip
+    if cuda:
+        return need < REPLICA_SHARE * torch.cuda.get_device_properties(device).total_memory
+    free = free_memory()
+    return free is None or need * ranks.on_this_machine < REPLICA_SHARE * free
 
 
 def spread_model(config: ModelConfig, layout: Layout, ranks: Ranks, device: torch.device) -> Spread:

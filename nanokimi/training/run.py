@@ -27,7 +27,7 @@ from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.distributed import about_layout, choose_layout, replica_fits
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
-from nanokimi.training.saving import candidates, newest_run, place_weights, read_run
+from nanokimi.training.saving import candidates, holds_a_run, newest_run, place_weights, read_run
 from nanokimi.training.trainer import Trainer
 
 # What a resume may change without being asked twice: none of it alters what a step computes,
@@ -129,7 +129,8 @@ def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_b
         config = _fitting_batch(config, model_config, device, ranks)
     trainer = _trainer(config, model_config, corpus, device, ranks)
     if origin.weights is not None:
-        place_weights(Path(config.init_from), origin.weights, trainer.spread)
+        weights = origin.weights
+        ranks.agreed(lambda: place_weights(Path(config.init_from), weights, trainer.spread))
         say(f"beginning with the {sum(w.numel() for w in origin.weights.values()):,} parameters of {config.init_from}")
     return trainer
 
@@ -186,7 +187,7 @@ def _train_resumed(request: Request, output: Path, auto_batch: bool, ranks: Rank
         corpus = _open_corpus(config, model_config.tokenizer_name, ranks, tokenizer=tokenizer)
         device = ranks.agreed(lambda: resolve_device(config.device))
         trainer = _trainer(config, model_config, corpus, device, ranks, content["history"])
-        trainer.restore(path, content, override=request.override)
+        ranks.agreed(lambda: trainer.restore(path, content, override=request.override))
         newest = candidates(output / "checkpoints")[:1]
         elsewhere = bool(request.checkpoint_path and newest and not newest[0].samefile(path))
         ranks.barrier()  # until all have looked
@@ -200,6 +201,11 @@ def _go_on(request: Request, path: Path, content: dict[str, Any], auto_batch: bo
     checkpoint.require(path, content, "model_config", "tokenizer")
     if "train_config" not in content or "history" not in content or "counters" not in content:
         raise UserError(f"{path} holds a model and no run to go on with: begin one with --init_from {path}")
+    if not holds_a_run(content):
+        raise UserError(
+            f"{path} holds the weights of a model in shards, without optimizer state: name a folder step_N beside it, "
+            f"or begin a run with --init_from {path}"
+        )
     if auto_batch:
         request = _as_cut_before(request, content["train_config"])
     config, model_config = _resumed_configs(request, path, content)

@@ -152,11 +152,16 @@ def newest_run(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
         except checkpoint.CheckpointError as error:
             problems.append(str(error))
             continue
-        if "optimizer" in content or "optimizer_groups" in content:
+        if holds_a_run(content):
             return path, content, problems
     if problems:
         raise checkpoint.CheckpointError("; ".join(problems))
     raise UserError(f"--resume: no checkpoint in {folder}: check --output_dir, or start without --resume")
+
+
+def holds_a_run(content: Mapping[str, Any]) -> bool:
+    """Whether there is optimizer state to go on with, and not weights alone."""
+    return "optimizer" in content or "optimizer_groups" in content
 
 
 def take_back(path: Path, content: Mapping[str, Any], spread: Spread, optimizer: MuonClip) -> None:

@@ -89,16 +89,15 @@ class Trainer:
         self.step = TrainingStep(
             self.model, self.optimizer, config, device, eot_id=corpus.tokenizer.eot_id, spread=self.spread
         )
-        self.batches = corpus.train.loader(
-            Reading(
-                model_config.max_seq_length, self.step.parts.batch_size, config.seed, num_workers=config.num_workers,
-                pin_memory=device.type == "cuda", shuffle_buffer=config.shuffle_buffer,
-                rank=ranks.rank, world_size=ranks.size,
-            )
+        reading = Reading(
+            model_config.max_seq_length, self.step.parts.batch_size, config.seed, num_workers=config.num_workers,
+            pin_memory=device.type == "cuda", shuffle_buffer=config.shuffle_buffer,
+            rank=ranks.rank, world_size=ranks.size,
         )  # fmt: skip
+        self.batches = ranks.agreed(lambda: corpus.train.loader(reading))
         self.held_out = self._held_out_sequences()
-        self._check_sample_prompt()
-        self.metrics = MetricsLog(output if ranks.leads else None, state=history)
+        ranks.agreed(self._check_sample_prompt)
+        self.metrics = ranks.agreed(lambda: MetricsLog(output if ranks.leads else None, state=history))
         self.counters = Counters()
         self.checkpoints = Checkpoints(
             output / "checkpoints", self.spread, self.optimizer, asynchronous=config.async_checkpoints,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanokimi.bench import flops
+from nanokimi import flops
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 

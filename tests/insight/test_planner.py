@@ -1,0 +1,322 @@
+"""The planner's arithmetic against models, optimizers and processes that really exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanokimi.cli import main
+from nanokimi.config import PRESETS, ModelConfig
+from nanokimi.flops import newton_schulz_flops, training_flops
+from nanokimi.insight.plan_layouts import MUON_ROLES, gathered, local, rows_held
+from nanokimi.insight.plan_shares import busiest, shares
+from nanokimi.insight.planner import (
+    CPU,
+    Device,
+    Job,
+    Layout,
+    Machine,
+    Transfer,
+    active_parameters,
+    memory,
+    parameters,
+    peak,
+    replica_bytes,
+    share_of_step,
+    step_time,
+    traffic,
+    transfers,
+    wire,
+)
+from nanokimi.model.transformer import Transformer
+from nanokimi.optim.muonclip import STATE, MuonClip
+from nanokimi.optim.newton_schulz import newton_schulz
+from nanokimi.parallel.owners import deal
+
+ONE = Layout("one")
+DEBUG = ModelConfig.preset("debug", max_seq_length=64)
+WIDE = ModelConfig.preset(
+    "debug", max_seq_length=32, vocab_size=1000, dim=256, n_layers=2, n_routed_experts=16, n_activated_experts=4,
+    qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=32, q_lora_rank=0,
+)  # fmt: skip
+TINY = ModelConfig.preset("tiny", max_seq_length=32)
+PLAIN = ModelConfig.preset(
+    "debug", max_seq_length=64, v_head_dim=24, n_dense_layers=0, n_shared_experts=0, norm_topk_prob=False,
+    aux_loss_coeff=0.0,
+)  # fmt: skip
+SHAPES = {"debug": DEBUG, "tiny": TINY, "wide": WIDE, "plain": PLAIN}
+
+# ---- what lies there ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_is_foreseen_by_name_shape_and_role(preset: str) -> None:
+    config = ModelConfig.preset(preset)
+    with torch.device("meta"):
+        model = Transformer(config)
+    planned = parameters(config)
+    assert [(m.name, m.shape) for m in planned] == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {m.name: m.role for m in planned} == {names[id(p)]: role for role, p in model.declare()}
+    assert active_parameters(config) == model.num_parameters(active=True)
+
+
+@pytest.mark.parametrize("shape", ["debug", "tiny"])
+def test_weights_gradients_and_state_take_the_bytes_foreseen(shape: str) -> None:
+    config = SHAPES[shape]
+    model = Transformer(config)
+    optimizer = MuonClip(model)
+    tokens = torch.randint(config.vocab_size, (2, 9))
+    losses = model.loss(tokens[:, :-1], tokens[:, 1:])
+    (losses.cross_entropy + losses.balance).backward()
+    optimizer.step()
+    planned = memory(config, ONE, 2, device=CPU)
+    assert planned["weights"] == sum(p.nbytes for p in model.parameters())
+    assert planned["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    for name, kind in (("momentum", "muon"), ("adamw", "adamw")):
+        state = [
+            optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if group["kind"] == kind
+        ]
+        assert planned[name] == sum(s[part].nbytes for s in state for part in STATE[kind])
+    assert planned["tables"] == model.cos.nbytes + model.sin.nbytes
+
+
+# ---- what comes and goes ------------------------------------------------------------------------
+
+
+class Kept:
+    """Bytes that autograd keeps while this is entered: each storage once, those of the model itself left out."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.bytes = 0
+        self._seen = {t.untyped_storage()._cdata: t for t in (*model.parameters(), *model.buffers())}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = tensor  # held, so that no other storage takes its place
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+
+def kept_in_a_pass(config: ModelConfig, batch: int, *, checkpointing: bool, half: bool = False) -> int:
+    """With checkpointing: until the block that keeps most has been computed again."""
+    model = Transformer(config).train()
+    model.checkpointing = checkpointing
+    tokens = torch.randint(config.vocab_size, (batch, config.max_seq_length + 1))
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+    with Kept(model) as kept, autocast:
+        losses = model.loss(tokens[:, :-1], tokens[:, 1:])
+    assert losses.cross_entropy.requires_grad
+    again = [kept_in_a_block(model, layer, batch, half) for layer in range(config.n_layers if checkpointing else 0)]
+    return kept.bytes + max(again, default=0)
+
+
+def kept_in_a_block(model: Transformer, layer: int, batch: int, half: bool) -> int:
+    """Beside its input."""
+    x = torch.randn(batch, model.config.max_seq_length, model.config.dim, requires_grad=True)
+    with Kept(model) as kept, torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        out, _ = model.blocks()[layer](x, (model.cos, model.sin), None, exact=False)
+    assert out.requires_grad
+    return kept.bytes - x.nbytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_what_is_kept_for_the_backward_pass_is_foreseen(shape: str, checkpointing: bool) -> None:
+    for batch, half in ((1, False), (3, False), (2, True)):
+        planned = memory(SHAPES[shape], ONE, batch, device=Device(half, cuda=False), checkpointing=checkpointing)
+        measured = kept_in_a_pass(SHAPES[shape], batch, checkpointing=checkpointing, half=half)
+        head = SHAPES[shape].vocab_size * SHAPES[shape].dim * (2 if half else 4)  # its gradient is made with the loss
+        assert planned["activations"] + planned["half_weights"] + head == pytest.approx(measured, rel=0.02), (
+            batch,
+            half,
+        )
+
+
+def test_the_height_is_in_a_pass_or_in_the_update_whichever_is_more() -> None:
+    parts = memory(DEBUG, ONE, 1, device=CPU)
+    static = sum(parts[name] for name in ("weights", "gradients", "momentum", "adamw", "tables"))
+    assert peak(parts | {"newton_schulz": 1e9}) == static + 1e9
+    assert peak(parts | {"newton_schulz": 0}) == static + parts["activations"] + parts["logits"]
+
+
+def test_a_replica_needs_more_for_more_sequences_and_less_with_checkpointing() -> None:
+    config = ModelConfig.preset("nano-243m")
+    need = [replica_bytes(config, n) for n in (1, 8, 64)]
+    assert need == sorted(need)
+    assert replica_bytes(config, 64, checkpointing=True) < need[2] / 3
+    assert need[0] > 4 * 243_263_104 * 3
+
+
+# ---- on several ranks ---------------------------------------------------------------------------
+
+
+def test_rows_that_do_not_divide_are_padded_in_memory_and_on_their_way() -> None:
+    stack = next(m for m in parameters(DEBUG) if m.role == "experts")  # [8, 16, 32]
+    over_16 = Layout("fsdp", 16)
+    assert rows_held(stack, over_16) == [1] * 8 + [0] * 8
+    assert (local(stack, over_16), gathered(stack, over_16)) == (16 * 32, 16 * 16 * 32)
+    dealt = Layout("fsdp", 16, 1, 2)  # four experts over eight ranks, twice
+    assert rows_held(stack, dealt) == [1] * 8 + [0] * 8
+    assert (local(stack, dealt), gathered(stack, dealt)) == (16 * 32, 8 * 16 * 32)
+    assert gathered(stack, Layout("ddp", 16)) == 8 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout("ddp", 5), Layout("fsdp", 4), Layout("fsdp", 6, 3), Layout("fsdp", 32, 2, 4)], ids=str
+)
+def test_the_shares_of_the_ranks_are_those_that_the_optimizer_deals_out(layout: Layout) -> None:
+    for role, share in zip(MUON_ROLES, shares(DEBUG, layout), strict=True):
+        alike = [m for m in parameters(DEBUG) if m.role == role]
+        held = [[slice(0, n) for n in rows_held(m, layout)] for m in alike]
+        flops, sizes = [0] * layout.ranks, [[0] * layout.replicas for _ in range(layout.shards)]
+        for piece in deal([torch.Size(m.shape) for m in alike], held, layout):
+            matrix, rows = alike[piece.number], piece.rows
+            count = 1 if rows is None else rows.stop - rows.start
+            flops[piece.replica * layout.shards + piece.shard] += count * newton_schulz_flops(*matrix.shape[-2:])
+            for shard in range(layout.shards) if rows is None else [piece.shard]:
+                here = rows_held(matrix, layout)[shard] if rows is None else count * matrix.shape[1]
+                sizes[shard][piece.replica] += here * matrix.shape[-1]
+        assert share.flops == flops
+        assert share.longest == ([max(of_replicas) for of_replicas in sizes] if layout.replicas > 1 else [])
+
+
+def test_rings_send_all_but_their_own_share_and_sums_take_two_rounds() -> None:
+    found = [Transfer("", kind, 800, 4, 1, "wait") for kind in ("all_gather", "all_reduce", "all_to_all")]
+    assert wire(found) == {"all_gather": 600, "reduce_scatter": 0, "all_reduce": 1200, "all_to_all": 600}
+
+
+def test_traffic_of_shards_grows_with_passes_and_that_of_replicas_does_not() -> None:
+    config, sharded, replicas = DEBUG, Layout("fsdp", 4), Layout("ddp", 4)
+    assert traffic(config, sharded, 1, 6)["all_gather"] == 6 * traffic(config, sharded, 2, 1)["all_gather"]
+    assert traffic(config, replicas, 1, 6) == traffic(config, replicas, 2, 1)
+    weights = 4 * sum(m.numel for m in parameters(config))
+    assert traffic(config, replicas, 1, 1)["all_reduce"] == pytest.approx(weights, rel=0.01)
+
+
+def test_a_transfer_takes_the_slower_way_of_its_group() -> None:
+    machine = Machine(bandwidth=400, network=50, ranks_per_node=4)
+    by = {kind: Transfer("", kind, 1600, 8, 1, "wait") for kind in ("all_gather", "all_to_all")}
+    assert machine.seconds(replace(by["all_gather"], group=4)) == 1600 * 3 / 4 / 400
+    assert machine.seconds(by["all_gather"]) == 1600 * 7 / 8 / (50 * 4)  # a ring through four devices of each node
+    assert machine.seconds(replace(by["all_gather"], stride=4)) == 1600 * 7 / 8 / 50
+    assert machine.seconds(by["all_to_all"]) == 1600 * 4 / 8 / 50  # to the four of the other node
+
+
+# ---- FLOPs and time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (384, 96), (8, 48, 160)])
+def test_newton_schulz_takes_the_flops_foreseen(shape: tuple[int, ...]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(torch.empty(shape, device="meta"))
+    count = shape[0] if len(shape) == 3 else 1
+    assert counter.get_total_flops() == pytest.approx(count * newton_schulz_flops(*shape[-2:]), rel=0.01)
+
+
+def test_a_step_without_traffic_takes_what_its_products_take() -> None:
+    job = Job(DEBUG, ONE, share_of_step(2, 3, 1))
+    time = step_time(job, Machine(peak_flops=1e9, efficiency=0.25))
+    model = training_flops(DEBUG, active_parameters(DEBUG), 6, 64)
+    assert time.seconds == pytest.approx((model + busiest(DEBUG, ONE)) / 0.25e9)
+    assert time.utilisation == pytest.approx(model / time.seconds / 1e9)
+    again = step_time(replace(job, checkpointing=True), Machine(peak_flops=1e9, efficiency=0.25))
+    assert 0.2 * model < again.again < model / 3
+    assert again.utilisation < time.utilisation
+
+
+def test_traffic_that_takes_longer_than_what_it_is_beside_is_waited_for() -> None:
+    job = Job(DEBUG, Layout("fsdp", 4), share_of_step(1, 4, 4))
+    fast, slow = (step_time(job, Machine(1e12, 0.5, bandwidth, 1, 4)) for bandwidth in (1e15, 1e6))
+    assert fast.seconds == pytest.approx(fast.computing, rel=0.01)
+    seconds = sum(map(Machine(1e12, 0.5, 1e6, 1, 4).seconds, transfers(job)))
+    assert slow.exposed + slow.hidden == pytest.approx(seconds)
+    assert slow.hidden < slow.computing < slow.exposed
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+LARGE = "plan --preset kimi-k2 --ranks 1024 --batch_size 1 --gradient_accumulation 1024 --set max_seq_length=4096"
+
+
+def test_the_quickest_layout_that_fits_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LARGE.split(), "--activation_checkpointing"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("--parallel")]
+    marked = [line for line in rows if "quickest" in line]
+    assert "--parallel ddp" in rows[0]
+    assert sum("--expert_parallel" in line for line in rows) >= 3
+    fitting = [float(line.split(" yes ")[1].split()[1]) for line in rows if " yes " in line]
+    assert [float(line.split(" yes ")[1].split()[1]) for line in marked] == [min(fitting)]
+
+
+def test_nothing_fits_and_the_plan_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LARGE.split(), "--device_memory", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing fits into --device_memory 16: try --activation_checkpointing, more --ranks" in out
+    assert "quickest" not in out
+
+
+def test_one_layout_is_shown_part_by_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "debug", "--ranks", "4", "--batch_size", "4", "--expert_parallel", "2"]) == 0
+    out = capsys.readouterr().out
+    for part in ("momentum (Muon)", "does not fit", "tokens to their experts", "Newton-Schulz, the busiest", "MFU"):
+        assert (part in out) == (part != "does not fit"), part
+    assert "--parallel fsdp --expert_parallel 2: 1 x 4 shards" in out
+
+
+def test_the_largest_plan_needs_no_torch() -> None:
+    code = f"import sys; from nanokimi.cli import main; main({LARGE.split()!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_plans_of_the_page_are_those_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```bash\nnanokimi (plan [^\n]+)\n```\n\n```text\n(.+?)```", page, re.DOTALL)
+    assert len(shown) >= 3
+    for command, output in shown:
+        assert main(command.split()) == 0
+        assert capsys.readouterr().out == output
+
+
+WRONG = {
+    "--ranks 3": "does not divide over 3 ranks",
+    "--ranks 4 --replicate 3": "--replicate 3 does not divide the 4 ranks",
+    "--ranks 4 --expert_parallel 3": "--expert_parallel 3 does not divide the 4 ranks of a replica",
+    "--ranks 16 --gradient_accumulation 8 --expert_parallel 16": "--expert_parallel 16 does not divide the 8 routed",
+    "--ranks 4 --parallel ddp --replicate 2": "--replicate 2 belongs to --parallel fsdp",
+    "--ranks 0": "--ranks must be 1 or more, got 0",
+    "--ranks_per_node 0": "--ranks_per_node must be 1 or more, got 0",
+    "--device_memory -1": "--device_memory must be positive and finite, got -1",
+    "--network nan": "--network must be positive and finite, got nan",
+    "--efficiency 1.5": "--efficiency is a share of the peak, 1 or less, got 1.5",
+    "--batch_size auto": "--batch_size takes a whole number",
+    "--preset gpt": "--preset is 'gpt': choose one of",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_plan_that_cannot_be_is_refused_in_one_line(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "debug", *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert WRONG[flags] in err
+    assert err.count("\n") == 1
+    assert out == ""

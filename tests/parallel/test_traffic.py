@@ -1,0 +1,58 @@
+"""Bytes that a step exchanges and holds, counted on real processes, against the formulas of the planner."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import traffic_worker as worker
+
+from nanokimi.insight.planner import CPU, Device, Layout, memory, traffic
+from nanokimi.optim.newton_schulz import best_dtype
+
+LAYOUTS = [  # ranks, mode, replicas, ranks that experts are dealt out to, checkpointing, memory measured
+    "2,ddp,1,0,0,1", "2,fsdp,1,0,0,0", "2,fsdp,1,2,1,1",
+    "4,ddp,1,0,0,0", "4,fsdp,2,0,0,1", "4,fsdp,1,2,0,0", "4,fsdp,2,2,1,0",
+]  # fmt: skip
+NS_BYTES = best_dtype(torch.device("cpu")).itemsize
+
+
+@pytest.mark.slow
+def test_what_is_exchanged_and_held_is_what_the_planner_says(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", worker.__file__, str(tmp_path / "store"), *LAYOUTS],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words, values in zip(LAYOUTS, json.loads(done.stdout), strict=True):
+        ranks, mode, replicate, experts, checkpointing, measured = words.split(",")
+        layout, found = Layout(mode, int(ranks), int(replicate), int(experts)), worker.Found(*values)
+        check_traffic(layout, checkpointing == "1", found.sent)
+        if measured == "1":
+            check_memory(layout, checkpointing == "1", found)
+
+
+def check_traffic(layout: Layout, checkpointing: bool, sent: dict[str, float]) -> None:
+    config = worker.small_config()
+    planned = traffic(
+        config, layout, worker.SEQUENCES, worker.PASSES, activation_bytes=4, ns_bytes=NS_BYTES,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    assert {name: size for name, size in planned.items() if size} == pytest.approx(sent, rel=0.05), layout
+
+
+def check_memory(layout: Layout, checkpointing: bool, found: worker.Found) -> None:
+    """In a pass never too little, and at most three tenths too much: not all is there when the largest block is."""
+    config = worker.small_config()
+    parts = memory(config, layout, worker.SEQUENCES, device=CPU, checkpointing=checkpointing)
+    assert parts["weights"] == found.weights, layout
+    passing = parts["activations"] + parts["root"] + max(parts["blocks"], parts["logits"])
+    assert found.passing <= passing <= 1.3 * found.passing, layout
+    products = Device(half=False, cuda=NS_BYTES == 2)  # whose Newton-Schulz this processor does
+    updating = memory(config, layout, worker.SEQUENCES, device=products)["newton_schulz"]
+    assert updating == pytest.approx(found.updating, rel=0.1), layout
