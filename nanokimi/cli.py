@@ -19,7 +19,7 @@ from nanokimi.cli_settings import (
     gather_settings,
     spellings,
 )
-from nanokimi.console import say, show
+from nanokimi.console import complain, say, show
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
 from nanokimi.inference.server.arguments import add_serve_arguments, options_of
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         code: int = args.run(args)
         return code
     except UserError as error:
-        print(f"nanokimi: {error}", file=sys.stderr)
+        complain(f"nanokimi: {error}")
         return 2
     except RunError as error:
         print(f"nanokimi: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanokimi.config import ModelConfig, TrainConfig, parse_value, suggest
+from nanokimi.console import complain
 from nanokimi.errors import UserError
 
 MODEL_FIELDS = {f.name for f in fields(ModelConfig)}
@@ -28,7 +29,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
+        complain(f"{self.prog}: {message} (--help lists what there is)")
+        self.exit(2)
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:

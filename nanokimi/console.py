@@ -22,6 +22,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def complain(line: str) -> None:
+    """Tells of a mistake; of the processes that ``torchrun`` starts on a machine, which all find it, the first does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
 def show(text: str) -> None:
     """Prints a result, to a terminal that may lack a character or to a reader who may leave (``| head``)."""
     tolerate_odd_characters()

@@ -185,7 +185,8 @@ def test_the_scripts_of_the_readme_train_and_continue_a_prompt(tmp_path: Path, s
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w-])", page.read_text(encoding="utf-8")))
+    text = re.sub(r"^#SBATCH .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)  # Slurm's flags
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w-])", text))
     assert mentioned <= all_flags(build_parser()) | all_flags(torchrun_parser())
 
 

@@ -35,14 +35,14 @@ class Ranks:
     Attributes:
         rank, size: this process, and how many there are.
         local, on_this_machine: number of this process on its machine, and how many there are.
-        spread: whether there is a process group, also of one rank.
+        launched: whether by ``torchrun``: there is a process group, also of one rank.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, local: int = 0, on_this_machine: int = 1, *, spread: bool = False
+        self, rank: int = 0, size: int = 1, local: int = 0, on_this_machine: int = 1, *, launched: bool = False
     ) -> None:
         self.rank, self.size, self.local, self.on_this_machine = rank, size, local, on_this_machine
-        self.spread = spread
+        self.launched = launched
 
     @property
     def leads(self) -> bool:
@@ -145,7 +145,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     local, on_this_machine = (
         int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    ranks = Ranks(rank, size, local, on_this_machine, spread=True)
+    ranks = Ranks(rank, size, local, on_this_machine, launched=True)
     if not ranks.leads:
         mute()
     try:

@@ -34,7 +34,7 @@ def choose_layout(
         mode = "one"
     elif mode == "auto":
         mode = "fsdp" if dealt_out or not replica_fits() else "ddp"
-    if mode != "one" and not ranks.spread:
+    if mode != "one" and not ranks.launched:
         raise UserError(
             "--parallel, --replicate and --expert_parallel need several processes: start them with "
             "torchrun --nproc_per_node=N train.py ..., or leave the flag out"

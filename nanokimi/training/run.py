@@ -27,7 +27,7 @@ from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.distributed import about_layout, choose_layout, replica_fits
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
-from nanokimi.training.saving import candidates, holds_a_run, newest_run, place_weights, read_run
+from nanokimi.training.saving import candidates, has_run, holds_a_run, newest_run, place_weights, read_run
 from nanokimi.training.trainer import Trainer
 
 # What a resume may change without being asked twice: none of it alters what a step computes,
@@ -85,7 +85,7 @@ def run_training(request: Request) -> int:
     place = from_dict(TrainConfig, {k: v for k, v in request.train.items() if k in (*OF_THIS_PLACE, "device")})
     output = Path(place.output_dir)
     with joined(place.device, place.timeout) as ranks, out_of_memory_explained():
-        if restarts() and ranks.agreed(lambda: bool(candidates(output / "checkpoints"))):
+        if restarts() and any(ranks.largest([ranks.leads and has_run(output / "checkpoints")])):
             request = replace(request, resume=True, checkpoint_path="")
         return (_train_resumed if request.resume else _train_fresh)(request, output, auto, ranks)
 
@@ -137,7 +137,13 @@ def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_b
 
 def _fitting_batch(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
     """The largest batch size that fits on every rank."""
-    fitted = ranks.agreed(lambda: with_fitting_batch(config, model_config, device, say, ranks=ranks.size))
+
+    def measured() -> TrainConfig:
+        if config.parallel == "fsdp" or config.replicate > 1 or config.expert_parallel:
+            raise UserError("--batch_size auto measures whole models: name a number (nanokimi plan says what it takes)")
+        return with_fitting_batch(config, model_config, device, say, ranks=ranks.size)
+
+    fitted = ranks.agreed(measured)
     smallest = -int(ranks.largest([-fitted.batch_size])[0])
     passes = config.batch_size * config.gradient_accumulation // smallest
     return replace(config, batch_size=smallest, gradient_accumulation=passes)

@@ -159,6 +159,19 @@ def newest_run(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     raise UserError(f"--resume: no checkpoint in {folder}: check --output_dir, or start without --resume")
 
 
+def has_run(folder: Path) -> bool:
+    """Whether a run was saved in ``folder``, and not the weights of one alone; a damaged file counts as one."""
+    files = [path for path in candidates(folder) if not sharded_checkpoint.is_sharded(path)]
+    return any(sharded_checkpoint.step_folders(folder)) or any(map(_is_more_than_weights, files))
+
+
+def _is_more_than_weights(path: Path) -> bool:
+    try:
+        return holds_a_run(checkpoint.read(path))
+    except checkpoint.CheckpointError:
+        return True
+
+
 def holds_a_run(content: Mapping[str, Any]) -> bool:
     """Whether there is optimizer state to go on with, and not weights alone."""
     return "optimizer" in content or "optimizer_groups" in content

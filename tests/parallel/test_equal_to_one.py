@@ -1,7 +1,7 @@
 """However a run is spread over ranks, it is the run of one process: same losses, same clipped heads, same weights.
 
-In fp64 nothing but the order of sums differs, and 30 steps leave it at about 1e-13. So a factor that is wrong
-anywhere, a reduction too few or a token at the wrong expert is far outside of these bounds.
+In fp64 nothing but the order of sums differs, and after 30 steps weights differ by about 1e-13. So a factor that is
+wrong anywhere, a reduction too few or a token at the wrong expert is far outside of these bounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_losses_gradient_norms_and_attention_logits_are_those_of_one_process(run
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_qk_clip_scales_the_same_rows_of_every_replica_by_the_same_factors(runs: Runs, name: str) -> None:
-    """At the high rate of the other run even one process ends 3e-12 away when it cuts its steps otherwise."""
+    """At the high rate of the other run even one process that cuts its steps otherwise ends a few 1e-12 away."""
     bound = {"plain": 1e-12, "other": 1e-10}[WAYS[name].reference]
     one, many = pair(runs, name)
     (expected,) = one["factors"]

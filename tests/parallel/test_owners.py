@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MUON_ROLES, parameters_by_role
+from nanokimi.optim.newton_schulz import newton_schulz
 from nanokimi.parallel.layout import Layout, rows_of
 from nanokimi.parallel.owners import Owners, Piece, cost, deal
 
@@ -117,6 +119,14 @@ def test_the_busiest_rank_of_nano_243m_does_hardly_more_than_it_must(ranks: int,
         )
         pigeonhole = max(-(-(i + 1) // ranks) * c for i, c in enumerate(costs))
         assert max(busy.values()) <= 1.05 * max(pigeonhole, sum(busy.values()) / ranks), role
+
+
+def test_matrices_cost_what_a_step_of_newton_schulz_multiplies() -> None:
+    for shape in ((3, 5), (5, 3), (4, 4), (2, 64)):
+        with FlopCounterMode(display=False) as counted:
+            newton_schulz(torch.empty(shape, device="meta"), steps=1)
+        assert counted.get_total_flops() == 2 * cost(shape)
+        assert cost((7, *shape)) == cost(shape)
 
 
 def test_ranks_without_a_row_and_without_a_matrix_are_left_in_peace() -> None:

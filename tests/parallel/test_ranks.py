@@ -94,7 +94,7 @@ def test_one_process_shares_with_nobody() -> None:
     assert ALONE.largest([3.0]) == ALONE.total([3.0]) == [3.0]
     assert ALONE.gather(b"x") == [b"x"]
     assert ALONE.in_turn(lambda: 5) == 5
-    with pytest.raises(UserError, match="^bad$"):
+    with pytest.raises(UserError, match=r"^bad$"):
         ALONE.agreed(lambda: fail(UserError("bad")))
 
 
@@ -108,8 +108,9 @@ def test_one_process_shares_with_nobody() -> None:
     ],
 )
 def test_a_lost_rank_is_one_line_that_says_how_to_go_on(error: Exception) -> None:
-    with pytest.raises(RunError, match="lost contact with another rank .*--resume.*--max-restarts") as told, (
-        contact_lost_explained()
+    with (
+        pytest.raises(RunError, match=r"lost contact with another rank .*--resume.*--max-restarts") as told,
+        contact_lost_explained(),
     ):
         raise error
     assert "\n" not in str(told.value)

@@ -144,7 +144,7 @@ def together(ranks: list[Found]) -> Found:
 def run(rank: int, size: int, store: str, layouts: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    found = [one_layout(words, Ranks(rank, size, rank, spread=True)) for words in layouts]
+    found = [one_layout(words, Ranks(rank, size, rank, launched=True)) for words in layouts]
     Path(f"{store}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.errors import UserError
+from nanokimi.insight import planner
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import ALONE, Ranks
 from nanokimi.training import distributed
@@ -20,7 +21,7 @@ DEBUG = ModelConfig.preset("debug")
 
 
 def ranks(size: int, on_this_machine: int = 1) -> Ranks:
-    return Ranks(size=size, on_this_machine=on_this_machine, spread=True)
+    return Ranks(size=size, on_this_machine=on_this_machine, launched=True)
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -94,23 +95,30 @@ def test_experts_that_do_not_divide_are_refused() -> None:
         choose_layout(config(batch_size=3, expert_parallel=3), DEBUG, ranks(3), answer(True))
 
 
-def test_a_replica_fits_by_the_share_of_memory_that_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("free", "on_this_machine", "fits"),
+    [(710.0, 8, True), (690.0, 8, False), (690.0, 4, True), (1.0, 1, False), (None, 8, True)],
+)
+def test_a_replica_fits_where_the_ranks_of_a_machine_leave_a_fifth_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, free: float | None, on_this_machine: int, fits: bool
+) -> None:
+    """Where memory cannot be looked at, nobody is kept from trying."""
     monkeypatch.setattr(distributed, "free_memory", lambda: free)
-    free: float | None = 1e12
-    assert replica_fits(config(), DEBUG, CPU, ranks(8, 8))
-    free = 1e3
-    assert not replica_fits(config(), DEBUG, CPU, ranks(8, 8))
-    free = None
-    assert replica_fits(config(), DEBUG, CPU, ranks(8, 8))
-    free = 2 * smallest_memory_that_fits(monkeypatch)
-    assert replica_fits(config(), DEBUG, CPU, ranks(2, 1))
-    assert not replica_fits(config(), DEBUG, CPU, ranks(2, 8))
+    monkeypatch.setattr(planner, "replica_bytes", lambda *_, **__: 70.0)
+    assert replica_fits(config(), DEBUG, CPU, ranks(8, on_this_machine)) is fits
 
 
-def smallest_memory_that_fits(monkeypatch: pytest.MonkeyPatch) -> float:
-    from nanokimi.insight.planner import replica_bytes
+def test_what_a_replica_needs_is_that_of_a_pass_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
 
-    return replica_bytes(DEBUG, 4) / distributed.REPLICA_SHARE
+    def need(model: ModelConfig, sequences: int, *, checkpointing: bool, **_: Any) -> float:
+        asked.append((model, sequences, checkpointing))
+        return 0.0
+
+    monkeypatch.setattr(planner, "replica_bytes", need)
+    replica_fits(config(batch_size=6), DEBUG, CPU, ranks(4))
+    replica_fits(config(activation_checkpointing=True), DEBUG, CPU, ranks(1))
+    assert asked == [(DEBUG, 3, False), (DEBUG, 4, True)]
 
 
 def test_one_process_has_all_of_the_model_and_nothing_else() -> None:
