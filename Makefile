@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/nanokimi demo --seconds $(DEMO_SECONDS)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

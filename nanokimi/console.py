@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 import unicodedata
+
+PATIENCE = 5.0  # seconds
 
 _speaks = True
 
@@ -23,9 +26,15 @@ def say(text: str) -> None:
 
 
 def complain(line: str) -> None:
-    """Tells of a mistake; of the processes that ``torchrun`` starts on a machine, which all find it, the first does."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+    """Tells of a mistake; where ``torchrun`` started several processes, which all find it, the first of them does."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        let_others_speak()
+    print(line, file=sys.stderr, flush=True)
+
+
+def let_others_speak() -> None:
+    """Does not end before the process that tells the user what is wrong: ``torchrun`` ends all with the first."""
+    time.sleep(PATIENCE)
 
 
 def show(text: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanokimi.data.corpus import Corpus, Finite
@@ -77,17 +78,38 @@ class PreparedText:
     def _token_set(self, tokenizer: Tokenizer) -> TokenSet:
         name = f"{self.stem}-{short_hash(tokenizer.fingerprint)}"
         for folder in self.folders:
-            with suppress(TokenFileError):  # not there yet, or damaged
-                return TokenSet.open(folder / name)
+            if found := _whole_set(folder / name):
+                return found
         roles = self.text.roles  # looks at the text: what is wrong with it shows before anything is written
         assert roles
         folder = _writable(self.folders)
-        with disk_errors_explained("token cache", folder):
+        with disk_errors_explained("token cache", folder), _to_itself(folder):
+            if found := _whole_set(folder / name):
+                return found
             if not can_go_on(folder / name, self.text.identity(tokenizer)):
                 shutil.rmtree(folder / name, ignore_errors=True)
             found = write_token_set(self.text, tokenizer, folder / name)
         _remove_outdated(folder, self._state)
         return found
+
+
+@contextmanager
+def _to_itself(folder: Path) -> Iterator[None]:
+    """A second run that wants to write into ``folder`` waits here for the first."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _whole_set(folder: Path) -> TokenSet | None:
+    """The token set there; None where there is none yet, or a damaged one."""
+    with suppress(TokenFileError):
+        return TokenSet.open(folder)
+    return None
 
 
 def corpus_of(found: TokenSet, tokenizer: Tokenizer) -> Corpus:

@@ -36,7 +36,7 @@ class Sharded:
         layout.check_experts(model.config.n_routed_experts)
         self.model, self.ranks, self.layout = model, ranks, layout
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
-        self._replica, self._shard = divmod(ranks.rank, layout.shards)
+        self._shard = ranks.rank % layout.shards
         by_replica = torch.arange(ranks.size).view(layout.replicas, layout.shards)
         self._mesh = DeviceMesh(device.type, by_replica, mesh_dim_names=("replicate", "shard"))
         if layout.expert_parallel:
@@ -44,7 +44,6 @@ class Sharded:
         self._wrap()
         model.to_empty(device=device)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._of_experts = {id(p) for moe in model.moe_layers() for p in moe.experts.parameters()}
         self._initialise()
         attentions = [block.attention for block in model.blocks()]
         groups = (self._mesh.get_group("shard"), self._mesh.get_group("replicate"))
@@ -104,8 +103,8 @@ class Sharded:
         return nullcontext()
 
     def clip_gradients(self, limit: float) -> Tensor:
-        gradients = {id(p): local(p.grad) for p in self.model.parameters() if p.grad is not None}
-        if experts := [grad for key, grad in gradients.items() if key in self._of_experts and self._experts_apart]:
+        gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+        if experts := [grad for name, grad in gradients.items() if self._is_apart(name)]:
             # They have the tokens of several ranks already, and FSDP divides by the others alone.
             torch._foreach_mul_(experts, 1 / self.layout.expert_parallel)
         grads = list(gradients.values())
@@ -121,10 +120,6 @@ class Sharded:
 
     # ---- rows and wholes ------------------------------------------------------------------------
 
-    @property
-    def _experts_apart(self) -> bool:
-        return self.layout.expert_parallel > 0
-
     def held_by(self, parameter: Tensor, shard: int) -> slice:
         return self._held_by(self._names[id(parameter)], shard)
 
@@ -138,7 +133,8 @@ class Sharded:
         return slice(group_rank * own + held.start, group_rank * own + held.stop)
 
     def _is_apart(self, name: str) -> bool:
-        return self._experts_apart and ".experts." in name
+        """Whether ``name`` is a stack of experts that are dealt out."""
+        return self.layout.expert_parallel > 0 and ".experts." in name
 
     def place(self, name: str, here: Tensor, whole: Tensor) -> None:
         rows = self._held_by(name, self._shard) if name in self._shapes else slice(None)

@@ -17,7 +17,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 import torch.distributed as dist
 
-from nanokimi.console import mute
+from nanokimi.console import let_others_speak, mute
 from nanokimi.errors import RunError, UserError
 
 T = TypeVar("T")
@@ -157,6 +157,9 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
             raise
         print(f"nanokimi: rank {rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from error
+    except SystemExit:
+        let_others_speak()
+        raise
     dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -300,22 +301,25 @@ def test_a_run_killed_half_way_leaves_nothing_that_is_used(path: Path, monkeypat
     assert "".join(texts(corpus, train_row(corpus)) + texts(corpus, corpus.val)) == LINES
 
 
-def test_two_runs_that_start_at_once_do_not_hurt_each_other(
+def test_a_run_that_starts_while_another_tokenises_the_text_waits_for_its_tokens(
     path: Path, built: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode_batch = Tokenizer.encode_batch
-    second: list[Any] = []
+    later: list[Future[Corpus]] = []
 
     def overtaken(self: Tokenizer, batch: list[str]) -> list[list[int]]:
-        if not second:
-            second.append(None)
-            second[0] = open_corpus(path, "byte")
+        if not later:
+            later.append(runs.submit(open_corpus, path, "byte"))
+            wait(later, timeout=0.5)
+            assert not later[0].done()
         return encode_batch(self, batch)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", overtaken)
-    first = open_corpus(path, "byte")
-    assert len(built) == 2
-    assert texts(first, train_row(first)) == texts(second[0], train_row(second[0]))
+    with ThreadPoolExecutor(1) as runs:
+        first = open_corpus(path, "byte")
+        second = later[0].result(timeout=60)
+    assert len(built) == 1
+    assert texts(first, train_row(first)) == texts(second, train_row(second))
     TokenSet.open(built[0], verify=True)
 
 

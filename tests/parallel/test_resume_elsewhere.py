@@ -45,6 +45,7 @@ def sequences(folder: Path, name: str) -> Counter[tuple[int, ...]]:
     return Counter(map(tuple, rows.reshape(-1, LENGTH + 1).tolist()))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_replicas_shards_alone_and_with_experts_dealt_out(tmp_path: Path) -> None:
     """Fault 69: the losses and weights of one process, and every sequence of an epoch once."""
     (tmp_path / "text").write_text(real_text(EPOCH * LENGTH))
@@ -68,6 +69,7 @@ def test_a_run_goes_on_as_replicas_shards_alone_and_with_experts_dealt_out(tmp_p
     assert set(seen.values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_stream_gives_every_sequence_once_whoever_reads_it(tmp_path: Path) -> None:
     """Fault 69: with what waits in the shuffle buffers."""
     (tmp_path / "text").mkdir()

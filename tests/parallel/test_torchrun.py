@@ -136,6 +136,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_happen
     assert losses(place, name) == undisturbed
 
 
+@pytest.mark.slow
 def test_replicas_are_started_again_as_well(place: Path) -> None:
     """Under the other kind of rendezvous, and as users have it: nothing is forked."""
     kind = ("--parallel", "ddp")
@@ -147,6 +148,7 @@ def test_replicas_are_started_again_as_well(place: Path) -> None:
     assert losses(place, "again") == pytest.approx(losses(place, "replicas"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_hang_ends_the_job_and_leaves_the_stacks_of_those_that_waited(place: Path) -> None:
     """Fault 51."""
     hangs = Launch(arguments(place, "hangs", *FSDP, "--timeout", "6"), stumble=(1, 6, signal.SIGSTOP))
@@ -232,7 +234,8 @@ def test_saving_beside_the_training_survives_the_end_of_the_whole_job(place: Pat
     ],
 )
 def test_a_mistake_is_one_line_over_all_ranks(place: Path, flags: list[str], message: str) -> None:
-    code, job = run(Launch(arguments(place, "mistakes", *flags)), place)
+    """Also when the rank that tells is the last to find it, and torchrun ends all with the first that ends."""
+    code, job = run(Launch(arguments(place, "mistakes", *flags), late=0.5), place)
     assert code != 0
     told = [line for line in job.said().splitlines() if line.startswith("nanokimi")]
     assert len(told) == 1, job.said()

@@ -40,6 +40,7 @@ class Launch:
         afresh: whether ranks are processes of their own that torchrun starts, as users' are, and not forks.
         call: ``module:function`` that each rank calls with the folder of the launch, instead of ``nanokimi``.
         fp64: whether numbers are of double precision where no type is named.
+        late: seconds that rank 0 begins after the others.
         record: where each rank notes the sequences that it trains on; empty for nowhere.
         part_bytes: size of a stream's parts, so that a small one has many; 0 leaves it.
         stumble: rank, step and number of the signal that this rank sends itself before this step, once.
@@ -51,6 +52,7 @@ class Launch:
     afresh: bool = False
     call: str = ""
     fp64: bool = False
+    late: float = 0.0
     record: str = ""
     part_bytes: int = 0
     stumble: tuple[int, int, int] | None = None
@@ -201,6 +203,8 @@ def as_rank(folder: Path, launch: Launch) -> None:
 
     rank, first = int(os.environ.get("RANK", 0)), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     (folder / f"rank_{rank}").write_text(str(os.getpid()))
+    if rank == 0:
+        time.sleep(launch.late)
     do_not_draw()
     if launch.fp64:
         torch.set_default_dtype(torch.float64)
