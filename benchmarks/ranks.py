@@ -1,6 +1,6 @@
 """What several processes cost, and what they cost who has one.
 
-    python benchmarks/ranks.py one_process --against ../earlier   # a step of this checkout and of another, by turns
+    python benchmarks/ranks.py one_process ../earlier             # a step of this checkout and of another, by turns
     python benchmarks/ranks.py layouts --nproc_per_node 2         # a step in every layout, by turns; on CUDA by NCCL
 
 Both write benchmarks/results/ranks-PART-DATE.json. The text is the standard library (``nanokimi prepare stdlib``).
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     one = parts.add_parser("one_process")
-    one.add_argument("--against", type=Path, required=True, help="another checkout")
+    one.add_argument("against", type=Path, help="another checkout")
     one.add_argument("--presets", default="debug,tiny")
     layouts = parts.add_parser("layouts")
     layouts.add_argument("--nproc_per_node", type=int, default=2)

@@ -6,6 +6,7 @@ import faulthandler
 import io
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,6 +201,16 @@ def contact_lost_explained() -> Iterator[None]:
 def restarts() -> int:
     """How often ``torchrun --max-restarts`` has started the processes again since one ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launcher() -> str:
+    """The ``torchrun`` that started this process: machine, process, when that began; empty where none can be told."""
+    parent = os.getppid()
+    try:
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # starttime (man 5 proc)
+    except OSError:
+        return ""
+    return f"{socket.gethostname()} {parent} {began}"
 
 
 class HangWatch:

@@ -21,7 +21,7 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
 from nanokimi.loading import read_model
-from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, restarts, to_bytes
+from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, launcher, restarts, to_bytes
 from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.distributed import about_layout, choose_layout, replica_fits
@@ -42,6 +42,8 @@ FREE_TO_CHANGE = frozenset(
 
 # What belongs to the place and the processes of a run and not to what it learns: never taken from a checkpoint.
 OF_THIS_PLACE = ("output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout")
+
+LOCK = ".nanokimi.lock"  # in the folder of a run, held while it trains
 
 # Fields of ModelConfig that decide the shape of weights.
 SHAPE_FIELDS = frozenset(
@@ -85,9 +87,26 @@ def run_training(request: Request) -> int:
     place = from_dict(TrainConfig, {k: v for k, v in request.train.items() if k in (*OF_THIS_PLACE, "device")})
     output = Path(place.output_dir)
     with joined(place.device, place.timeout) as ranks, out_of_memory_explained():
-        if restarts() and any(ranks.largest([ranks.leads and has_run(output / "checkpoints")])):
+        if ranks.launched and _started_again(output, ranks):
             request = replace(request, resume=True, checkpoint_path="")
         return (_train_resumed if request.resume else _train_fresh)(request, output, auto, ranks)
+
+
+def _started_again(output: Path, ranks: Ranks) -> bool:
+    """Whether it is the run in ``output`` that ``torchrun`` has started again, and there is something to go on from.
+
+    It does so when a process has ended, which it counts, and when machines join or leave, which it does not.
+    """
+    launchers = _launchers(ranks)
+    lock = output / LOCK
+    earlier = set(lock.read_text().splitlines()) if ranks.leads and lock.is_file() else set()
+    again = (restarts() > 0 or bool(earlier & launchers)) and has_run(output / "checkpoints")
+    return bool(ranks.largest([ranks.leads and again])[0])
+
+
+def _launchers(ranks: Ranks) -> set[str]:
+    """Every ``torchrun`` that takes part; none in a process that was started alone."""
+    return {told.decode() for told in ranks.gather(launcher().encode())} - {""} if ranks.launched else set()
 
 
 class Origin(NamedTuple):
@@ -308,15 +327,17 @@ def _as_cut_before(request: Request, saved: Mapping[str, Any]) -> Request:
 @contextmanager
 def _own_folder(output: Path, ranks: Ranks) -> Iterator[None]:
     """Makes the run's folders and keeps other runs out of them until this one ends."""
-    lock = ranks.agreed(lambda: _locked(output) if ranks.leads else None)
+    launchers = _launchers(ranks)
+    lock = ranks.agreed(lambda: _locked(output, launchers) if ranks.leads else None)
     with lock or nullcontext():
         yield
 
 
-def _locked(output: Path) -> TextIO:
+def _locked(output: Path, launchers: set[str]) -> TextIO:
+    """The run's lock, which says who started the run; held until it is closed."""
     try:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (output / ".nanokimi.lock").open("w")
+        lock = (output / LOCK).open("a")
     except OSError as error:
         raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
     try:
@@ -324,12 +345,15 @@ def _locked(output: Path) -> TextIO:
     except OSError:
         lock.close()
         raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
+    lock.truncate(0)
+    lock.writelines(f"{name}\n" for name in sorted(launchers))
+    lock.flush()
     return lock
 
 
 def _put_aside(folder: Path) -> None:
     """Renames a folder that holds an earlier run's checkpoints: a fresh run never overwrites them."""
-    if not any(folder.glob("*.pt")):
+    if not candidates(folder):
         return
     number = next(n for n in range(1, 1 << 20) if not folder.with_name(f"{folder.name}.{n}").exists())
     kept = folder.with_name(f"{folder.name}.{number}")

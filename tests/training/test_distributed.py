@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.errors import UserError
 from nanokimi.insight import planner
 from nanokimi.parallel.layout import ONE, Layout
-from nanokimi.parallel.ranks import ALONE, Ranks
+from nanokimi.parallel.ranks import ALONE, Ranks, launcher
 from nanokimi.training import distributed
 from nanokimi.training.distributed import about_layout, choose_layout, replica_fits, spread_model
+from nanokimi.training.run import LOCK, _own_folder, _started_again
 
 CPU = torch.device("cpu")
 DEBUG = ModelConfig.preset("debug")
@@ -148,3 +151,31 @@ def test_the_user_is_told_in_one_line_how_the_model_lies(layout: Layout, parts: 
 
 def test_one_process_has_nothing_to_be_told() -> None:
     assert about_layout(ONE, config()) == ""
+
+
+# ---- started again ------------------------------------------------------------------------------
+
+
+def test_what_the_same_torchrun_starts_again_goes_on_and_what_another_starts_begins_afresh(tmp_path: Path) -> None:
+    ranks = Ranks(launched=True)
+    text = tmp_path / "text.txt"
+    text.write_text("def main() -> None:\n" * 300)
+    arguments = ["--preset", "debug", "--set", "max_seq_length=32", "--max_steps", "1", "--eval_interval", "0"]
+    assert main(["train", "--data_path", str(text), "--output_dir", str(tmp_path / "run"), *arguments]) == 0
+    with _own_folder(tmp_path / "run", ranks):
+        pass
+    assert _started_again(tmp_path / "run", ranks)
+    (tmp_path / "run" / LOCK).write_text("node7 4711 815\n")
+    assert not _started_again(tmp_path / "run", ranks)
+
+
+def test_a_run_that_was_never_saved_begins_afresh(tmp_path: Path) -> None:
+    ranks = Ranks(launched=True)
+    with _own_folder(tmp_path, ranks):
+        assert (tmp_path / LOCK).read_text() == f"{launcher()}\n"
+    assert not _started_again(tmp_path, ranks)
+
+
+def test_a_process_that_was_started_alone_leaves_no_name(tmp_path: Path) -> None:
+    with _own_folder(tmp_path, Ranks()):
+        assert (tmp_path / LOCK).read_text() == ""
