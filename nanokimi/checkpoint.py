@@ -127,21 +127,6 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged (its contents do not match their checksum): use another checkpoint")
 
 
-def first_readable(paths: list[Path]) -> tuple[Path, dict[str, Any], list[str]]:
-    """The first of ``paths`` that can be read, its content, and what was wrong with those before it.
-
-    Raises:
-        CheckpointError: none can be read; the message lists why.
-    """
-    problems: list[str] = []
-    for path in paths:
-        try:
-            return path, read(path), problems
-        except CheckpointError as error:
-            problems.append(str(error))
-    raise CheckpointError("; ".join(problems))
-
-
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's state without the prefix that ``torch.compile`` puts before every name."""
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}

@@ -111,7 +111,7 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def _has_grouped_kernel(x: Tensor, weights: Tensor) -> bool:
     """Whether the device multiplies groups in one kernel, which never tells the host how long they are."""
     aligned = weights.shape[1] % 8 == 0 and weights.shape[2] % 8 == 0  # rows begin at multiples of 16 bytes
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned and len(x) > 0
 
 
 # Operators of their own: torch.compile does not look inside, where the host has to know how long the groups are.

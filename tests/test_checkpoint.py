@@ -207,16 +207,6 @@ def test_a_checkpoint_that_lacks_a_part_says_which(saved: Path) -> None:
         load(saved)
 
 
-def test_the_first_readable_of_several_is_taken_and_the_others_are_named(saved: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.pt"
-    bad.write_bytes(b"")
-    path, content, problems = checkpoint.first_readable([bad, saved])
-    assert (path, content["step"]) == (saved, 7)
-    assert "bad.pt" in problems[0]
-    with pytest.raises(CheckpointError, match=r"bad\.pt"):
-        checkpoint.first_readable([bad])
-
-
 def model_file(path: Path, *, prefix: str = "") -> Transformer:
     torch.manual_seed(3)
     model = Transformer(ModelConfig.preset("debug"))

@@ -188,6 +188,8 @@ def _trainer(
     layout = ranks.agreed(lambda: choose_layout(config, model_config, ranks, fits))
     if line := about_layout(layout, config):
         say(line)
+    if config.async_checkpoints and layout.mode != "fsdp":
+        say("note: --async_checkpoints: nothing is in shards here, so checkpoints are written at once")
     return Trainer(config, model_config, corpus, device, history, ranks=ranks, layout=layout)
 
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import forked
 from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
@@ -159,23 +157,6 @@ def rank_of(folder: Path, rank: int, size: int) -> None:
                 torch.save(found, folder / f"{name}.pt")
     if size > 1:
         dist.destroy_process_group()
-
-
-def forked(work: Callable[[int], None], size: int) -> int:
-    """``work(rank)`` in so many processes; the number of those that failed."""
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                work(rank)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
-        children.append(child)
-    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
 
 
 if __name__ == "__main__":

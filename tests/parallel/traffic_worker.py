@@ -7,11 +7,9 @@ was found for each layout, if MEASURED is 1 with the heights of memory. The proc
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from forks import forked
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -147,25 +146,6 @@ def run(rank: int, size: int, store: str, layouts: list[str]) -> None:
     found = [one_layout(words, Ranks(rank, size, rank, launched=True)) for words in layouts]
     Path(f"{store}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def forked(work: Callable[[int], None], size: int) -> int:
-    """``work(rank)`` in so many processes; the number of those that failed."""
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                work(rank)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
-    return sum(os.waitpid(child, 0)[1] != 0 for child in children)
 
 
 def main(store: str, layouts: list[str]) -> int:
