@@ -71,14 +71,7 @@ class Ranks:
 
     def gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, in their order, on all of them."""
-        if self.size == 1:
-            return [data]
-        lengths = [int(n) for n in self.total([len(data) if i == self.rank else 0 for i in range(self.size)])]
-        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
-        everyone = padded.new_empty(self.size, len(padded))
-        dist.all_gather(list(everyone), padded)
-        return [row[:length].numpy().tobytes() for row, length in zip(everyone, lengths, strict=True)]
+        return [data] if self.size == 1 else gather(data)
 
     def given(self, data: bytes | None) -> bytes:
         """The leader's ``data``, on all ranks."""
@@ -245,6 +238,18 @@ class HangWatch:
             self._file.close()
             if not self._path.stat().st_size:
                 self._path.unlink()
+
+
+def gather(data: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """``data`` of every rank of ``group`` (None: of all), in their order, on all of them; between hosts' memories."""
+    lengths = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
+    lengths[dist.get_rank(group)] = len(data)
+    dist.all_reduce(lengths, group=group)
+    padded = torch.zeros(max(1, int(lengths.max())), dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
+    everyone = padded.new_empty(len(lengths), len(padded))
+    dist.all_gather(list(everyone), padded, group=group)
+    return [row[:length].numpy().tobytes() for row, length in zip(everyone, lengths.tolist(), strict=True)]
 
 
 def to_bytes(state: object) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import os
 import shutil
 import warnings
@@ -33,7 +34,7 @@ from nanokimi import checkpoint
 from nanokimi.checkpoint import CheckpointError
 from nanokimi.errors import RunError
 from nanokimi.files import disk_errors_explained, move_into, sha256_of
-from nanokimi.parallel.ranks import contact_lost_explained
+from nanokimi.parallel.ranks import contact_lost_explained, gather
 
 VERSION = 1
 SIDECAR = "run.pt"
@@ -262,7 +263,7 @@ def _prepare(inside: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _write_part(
     inside: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
-) -> dict[str, tuple[int, str]]:
+) -> dict[str, list[int | str]]:
     """Writes this rank's part, flushed; returns size and SHA-256 of its files. The ranks agree on who writes what."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -271,11 +272,11 @@ def _write_part(
         writer = HuggingFaceStorageWriter(str(inside), save_distributed=True)
         save(_with_dimensions(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     own = inside.glob(f"shard-{(group.rank() if group else 0) + 1:05d}-*.safetensors")
-    return {file.name: (file.stat().st_size, sha256_of(file)) for file in own}
+    return {file.name: [file.stat().st_size, sha256_of(file)] for file in own}
 
 
 def _publish(
-    inside: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], parts: list[dict[str, tuple[int, str]]]
+    inside: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], parts: list[dict[str, list[int | str]]]
 ) -> None:
     files = {name: found for part in parts for name, found in part.items()}
     if files.keys() != {path.name for path in inside.iterdir()}:
@@ -294,7 +295,7 @@ def _publish(
 
 
 def _together(group: dist.ProcessGroup | None, folder: Path, work: Callable[[], T]) -> list[T]:
-    """``work()`` of every rank; RunError on all of them when it failed on one."""
+    """``work()`` of every rank, as JSON knows it; RunError on all of them when it failed on one."""
     done, failure = None, None
     try:
         with disk_errors_explained("checkpoint", folder):
@@ -303,10 +304,8 @@ def _together(group: dist.ProcessGroup | None, folder: Path, work: Callable[[], 
         failure = error
     except Exception as error:
         failure = RunError(f"the checkpoint {folder} cannot be written: {error}")
-    told: list[Any] = [(done, failure and str(failure))]
-    if group is not None:
-        told *= group.size()
-        dist.all_gather_object(told, told[0], group)
+    own = json.dumps([done, failure and str(failure)]).encode()
+    told = [json.loads(data) for data in (gather(own, group) if group is not None else [own])]
     for _, problem in told:
         if problem:
             raise RunError(problem) from failure

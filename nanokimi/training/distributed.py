@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.device import resolve_device
 from nanokimi.errors import UserError
 from nanokimi.memory import free_memory
 from nanokimi.model.transformer import Transformer
@@ -15,6 +16,17 @@ from nanokimi.parallel.ranks import Ranks
 from nanokimi.parallel.spread import Alone, Spread
 
 REPLICA_SHARE = 0.8  # of a rank's memory: what a replica may need, by estimate
+
+
+def device_of(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank; UserError where several would have the same one."""
+    several = f"--device {name} cannot be that of {ranks.size} ranks: use cuda, of which each takes its own, or cpu"
+    if ranks.size > 1 and name.startswith("cuda:"):
+        raise UserError(several)
+    device = resolve_device(name)
+    if ranks.size > 1 and device.type == "mps":
+        raise UserError(several)
+    return device
 
 
 def choose_layout(

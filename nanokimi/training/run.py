@@ -18,13 +18,13 @@ from nanokimi.console import say
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.device import out_of_memory_explained, resolve_device
+from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import UserError
 from nanokimi.loading import read_model
 from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, launcher, restarts, to_bytes
 from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
-from nanokimi.training.distributed import about_layout, choose_layout, replica_fits
+from nanokimi.training.distributed import about_layout, choose_layout, device_of, replica_fits
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
 from nanokimi.training.saving import candidates, has_run, holds_a_run, newest_run, place_weights, read_run
@@ -143,7 +143,7 @@ def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_b
         config = replace(config, hf_revision=corpus.revision)  # what a resume has to read again
     if tokenizer is None and "vocab_size" not in request.model:
         model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-    device = ranks.agreed(lambda: _fitting_device(config, model_config, corpus))
+    device = ranks.agreed(lambda: _fitting_device(config, model_config, corpus, ranks))
     if auto_batch:
         config = _fitting_batch(config, model_config, device, ranks)
     trainer = _trainer(config, model_config, corpus, device, ranks)
@@ -168,14 +168,14 @@ def _fitting_batch(config: TrainConfig, model_config: ModelConfig, device: torch
     return replace(config, batch_size=smallest, gradient_accumulation=passes)
 
 
-def _fitting_device(config: TrainConfig, model_config: ModelConfig, corpus: Corpus) -> torch.device:
+def _fitting_device(config: TrainConfig, model_config: ModelConfig, corpus: Corpus, ranks: Ranks) -> torch.device:
     """The device, once vocabulary and tokenizer are known to fit."""
     if model_config.vocab_size < corpus.tokenizer.vocab_size:
         raise UserError(
             f"vocab_size {model_config.vocab_size} is below the tokenizer's {corpus.tokenizer.vocab_size}: "
             "raise it, or leave it out to follow the tokenizer"
         )
-    return resolve_device(config.device)
+    return device_of(config.device, ranks)
 
 
 def _trainer(
@@ -212,7 +212,7 @@ def _train_resumed(request: Request, output: Path, auto_batch: bool, ranks: Rank
     with _own_folder(output, ranks):
         tokenizer = Tokenizer.from_state(content["tokenizer"])
         corpus = _open_corpus(config, model_config.tokenizer_name, ranks, tokenizer=tokenizer)
-        device = ranks.agreed(lambda: resolve_device(config.device))
+        device = ranks.agreed(lambda: device_of(config.device, ranks))
         trainer = _trainer(config, model_config, corpus, device, ranks, content["history"])
         ranks.agreed(lambda: trainer.restore(path, content, override=request.override))
         newest = candidates(output / "checkpoints")[:1]

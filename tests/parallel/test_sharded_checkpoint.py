@@ -26,7 +26,7 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
 def start(mode: str, size: int, folder: Path) -> subprocess.Popen[str]:
-    """``size`` ranks that do ``mode``, in a session of their own."""
+    """``size`` ranks that do ``mode``, in a process group of their own."""
     command = [sys.executable, str(WORKER), mode, str(size), str(folder)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 

@@ -16,7 +16,7 @@ from nanokimi.insight import planner
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import ALONE, Ranks, launcher
 from nanokimi.training import distributed
-from nanokimi.training.distributed import about_layout, choose_layout, replica_fits, spread_model
+from nanokimi.training.distributed import about_layout, choose_layout, device_of, replica_fits, spread_model
 from nanokimi.training.run import LOCK, _own_folder, _started_again
 
 CPU = torch.device("cpu")
@@ -151,6 +151,20 @@ def test_the_user_is_told_in_one_line_how_the_model_lies(layout: Layout, parts: 
 
 def test_one_process_has_nothing_to_be_told() -> None:
     assert about_layout(ONE, config()) == ""
+
+
+# ---- devices ------------------------------------------------------------------------------------
+
+
+def test_several_ranks_never_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--device cuda:0 cannot be that of 2 ranks: use cuda"):
+        device_of("cuda:0", ranks(2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device auto cannot be that of 2 ranks"):
+        device_of("auto", ranks(2))
+    assert device_of("auto", ranks(1)).type == "mps"
+    assert device_of("cpu", ranks(2)) == CPU
 
 
 # ---- started again ------------------------------------------------------------------------------
