@@ -18,7 +18,8 @@ demo: install
 	$(BIN)/nanokimi demo --seconds $(DEMO_SECONDS)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from torchrun import Launch, run
 from nanokimi.errors import RunError, UserError
 from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, contact_lost_explained, from_bytes, joined, to_bytes
 
+pytestmark = pytest.mark.alone
+
 
 def tell(folder: Path) -> None:
     """What each of two ranks finds; called by torchrun's processes."""

@@ -13,6 +13,8 @@ from torchrun import ALONE, Launch, history, real_text, run
 from nanokimi import checkpoint
 from nanokimi.loading import load
 
+pytestmark = pytest.mark.alone
+
 LENGTH, PER_STEP, STEPS = 32, 8, 12
 EPOCH = STEPS * PER_STEP  # sequences
 FILE = EPOCH // 8 * LENGTH  # bytes of each of eight files, of which every rank reads some

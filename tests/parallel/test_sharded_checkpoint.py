@@ -22,6 +22,8 @@ from nanokimi.checkpoint import CheckpointError
 from nanokimi.errors import RunError
 from nanokimi.parallel import sharded_checkpoint as sharded
 
+pytestmark = pytest.mark.alone
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 

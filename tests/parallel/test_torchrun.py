@@ -17,6 +17,8 @@ from nanokimi.cli import main
 from nanokimi.loading import load
 from nanokimi.parallel import sharded_checkpoint
 
+pytestmark = pytest.mark.alone
+
 STEPS = 12
 FSDP = ("--parallel", "fsdp")
 RESTARTS = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")

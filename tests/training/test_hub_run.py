@@ -12,6 +12,8 @@ import pytest
 from hub import LoopbackHub, fineweb, hub_environment
 from test_run import assert_same_run, history, wait_for_steps
 
+pytestmark = pytest.mark.alone
+
 COMMAND = [sys.executable, "-c", "import sys; from nanokimi.cli import main; sys.exit(main(sys.argv[1:]))", "train"]
 
 

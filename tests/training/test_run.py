@@ -21,6 +21,8 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.loading import load
 
+pytestmark = pytest.mark.alone
+
 TIMES = {"tokens_per_second"}
 
 
