@@ -125,13 +125,13 @@ class Trainer:
                 values = self._train_step(batches)
                 self.metrics.record(counters.step, values)
                 counters.seconds = self.ranks.largest([time.monotonic() - began])[0]
-                signals.look()
                 hang_watch.alive()
                 if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
                     values |= self._validate()
                 self._show(values, display, loggers)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
                     self.ranks.agreed(self._give_up)
+                signals.look()
                 if self.finished() or signals.stop is not None:
                     continue
                 if int(self._progress() * config.samples) > sampled and (sample := self._sample()):
