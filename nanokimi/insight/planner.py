@@ -18,7 +18,7 @@ from nanokimi.parallel.layout import Layout, StepParts, share_of_step
 
 __all__ = [
     "CPU", "GPU", "Device", "Job", "Layout", "Machine", "Matrix", "StepTime", "Transfer", "active_parameters", "memory",
-    "parameters", "peak", "replica_bytes", "share_of_step", "step_time", "traffic", "transfers", "wire",
+    "parameters", "peak", "replica_bytes", "share_of_step", "step_time", "traffic", "transfers",
 ]  # fmt: skip
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
@@ -189,11 +189,6 @@ def traffic(
     job = Job(config, layout, StepParts(sequences_per_pass, passes), checkpointing=checkpointing)
     found = transfers(job, weight_bytes=weight_bytes, activation_bytes=activation_bytes, ns_bytes=ns_bytes)
     return {kind: sum(t.payload for t in found if t.collective == kind) for kind in COLLECTIVES}
-
-
-def wire(found: Sequence[Transfer]) -> dict[str, float]:
-    """Bytes that a rank sends in a step, by collective."""
-    return {kind: sum(t.wire for t in found if t.collective == kind) for kind in COLLECTIVES}
 
 
 # ---- time ---------------------------------------------------------------------------------------

@@ -40,11 +40,12 @@ class Exchange:
         size = self.group.size()
         from_ranks = torch.empty_like(counts)  # [ranks, experts here]
         dist.all_to_all_single(from_ranks, counts.contiguous(), group=self.group)
-        sent, received = (c.view(size, -1).sum(dim=1).tolist() for c in (counts, from_ranks))  # waits for the device
+        by_rank = torch.stack((counts, from_ranks)).view(2, size, -1).sum(dim=2)
+        sent, received = by_rank.tolist()  # waits for the device, once
         rows = as_multiplied(rows)  # as the experts would: so fewer bytes travel
         arrived = _AllToAll.apply(rows, sent, received, self.group)  # type: ignore[no-untyped-call]
         here = from_ranks.view(size, -1)
-        order, inverse = _by_expert(here)
+        order, inverse = _by_expert(here, sum(received))
         self._way_back = received, sent, inverse, order
         return permute(arrived, order, inverse), here.sum(dim=0)
 
@@ -56,14 +57,15 @@ class Exchange:
         return out
 
 
-def _by_expert(counts: Tensor) -> tuple[Tensor, Tensor]:
+def _by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """The order that sorts rows, which lie by rank and by expert within, by expert; and its inverse.
 
     Args:
         counts: ``[ranks, experts]``.
+        rows: their sum, which the host knows.
     """
     numbers = torch.arange(counts.shape[1], device=counts.device).repeat(len(counts))
-    order = numbers.repeat_interleave(counts.flatten()).argsort(stable=True)
+    order = numbers.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return order, inverse
 
