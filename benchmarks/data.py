@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nanokimi.bench.about import ROOT, about
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Reading
 from nanokimi.data.prepare import prepare_tokens
 from nanokimi.data.sources import open_corpus, train_tokenizer_on
@@ -143,7 +143,7 @@ def read_tokens(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         next(batches)
         began = time.perf_counter()
         for batch in islice(batches, n):
-            batch[0, 0].item()
+            batch.tokens[0, 0].item()
         found[f"context {length}, {workers} workers"] = n * length * batch_size / (time.perf_counter() - began)
     return found
 
@@ -163,13 +163,13 @@ def measure_waiting(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 class Timed:
     """An iterator that counts the seconds its user waits."""
 
-    def __init__(self, batches: Iterator[Tensor]) -> None:
+    def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches, self.seconds = batches, 0.0
 
     def __iter__(self) -> Timed:
         return self
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Batch:
         began = time.perf_counter()
         batch = next(self.batches)
         self.seconds += time.perf_counter() - began

@@ -82,7 +82,7 @@ def bits_here(model: Transformer, tokenizer: Tokenizer) -> float:
     nats = 0.0
     for piece in pieces(tokenizer, model):
         inputs, labels = torch.tensor([piece[:-1]]), torch.tensor([piece[1:]])
-        nats += float(model.loss(inputs, labels).cross_entropy) * labels.numel()
+        nats += float(model(inputs, labels, label_count=1).cross_entropy)
     return nats / math.log(2) / scored_bytes(tokenizer, model)
 
 

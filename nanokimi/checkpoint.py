@@ -22,7 +22,7 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.files import atomic_write, is_full_disk
 
 FORMAT = "nanokimi-checkpoint"
-VERSION = 1
+VERSION = 2
 
 _MARK = b"nanokimi-sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
@@ -127,9 +127,13 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: damaged (its contents do not match their checksum): use another checkpoint")
 
 
+RENAMED = {"embed": "embed.weight"}  # weights that version 1 called otherwise
+
+
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state without the prefix that ``torch.compile`` puts before every name."""
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    """A model's state by present names, without the prefix that ``torch.compile`` puts before every name."""
+    plain = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    return {RENAMED.get(name, name): tensor for name, tensor in plain.items()}
 
 
 def check_fits(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

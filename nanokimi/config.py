@@ -32,6 +32,7 @@ class ModelConfig:
         vocab_size: rows of embedding and head; in training it follows the tokenizer unless set.
         max_seq_length: context in tokens.
         n_dense_layers: leading layers with a plain SwiGLU MLP of width ``inter_dim``.
+        attention: ``mla`` is Multi-head Latent Attention.
         n_shared_experts: experts every token visits, stored as one MLP.
         kv_lora_rank: width of the shared key/value latent, the thing that is cached.
         q_lora_rank: width of the query latent; 0 projects queries directly.
@@ -68,6 +69,7 @@ class ModelConfig:
     route_scale: float = 1.0
     bias_update_rate: float = 0.001
     aux_loss_coeff: float = 0.0001
+    attention: str = _choice("mla", "kind of attention", "mla")
     kv_lora_rank: int = 256
     q_lora_rank: int = 640
     qk_nope_head_dim: int = 56
@@ -130,6 +132,11 @@ class ModelConfig:
     def qk_head_dim(self) -> int:
         """Width of one query or key head: its position-free part and its rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        """Numbers that a cache holds of each token in a layer, by part: the latent and the rotary key."""
+        return self.kv_lora_rank, self.qk_rope_head_dim
 
     @property
     def n_moe_layers(self) -> int:
@@ -275,6 +282,7 @@ class TrainConfig:
     shuffle_buffer: int = _choice(1024, "sequences of a stream among which the next is drawn; 1 keeps their order")
     encoding_errors: str = _choice("strict", "bytes that are not UTF-8", "strict", "replace")
     mask_documents: bool = _choice(False, "attend within a document only")
+    optimizer: str = _choice("muonclip", "MuonClip, or without QK-Clip Muon", "muonclip", "muon")
     batch_size: int = _choice(2, "sequences per forward pass; auto: as many of a step's as the memory holds")
     gradient_accumulation: int = _choice(2, "forward passes per optimizer step")
     max_steps: int = _choice(1000, "optimizer steps")

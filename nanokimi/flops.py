@@ -53,7 +53,7 @@ def training_flops(config: ModelConfig, active_parameters: int, batch_size: int,
 
 
 def newton_schulz_flops(rows: int, cols: int, steps: int = 5) -> int:
-    """FLOPs of ``optim.newton_schulz`` of one matrix, with l its long and s its short side: ``2 steps s² (2 l + s)``.
+    """FLOPs of ``ops.newton_schulz`` of one matrix, with l its long and s its short side: ``2 steps s² (2 l + s)``.
 
     Three products a step: s x l by l x s, s x s by s x s, s x s by s x l. Half-products by symmetry count in full.
     """
@@ -62,8 +62,8 @@ def newton_schulz_flops(rows: int, cols: int, steps: int = 5) -> int:
 
 
 def cache_bytes(config: ModelConfig, length: int, *, bytes_per_value: float = 4.0) -> float:
-    """Bytes of the latent cache of one sequence: ``L S (R + P)`` values."""
-    return config.n_layers * length * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
+    """Bytes of the cache of one sequence: ``L S (R + P)`` values with MLA."""
+    return config.n_layers * length * sum(config.cache_widths) * bytes_per_value
 
 
 def token_bytes(config: ModelConfig, active_parameters: int, length: int, weights: str) -> float:

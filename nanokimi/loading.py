@@ -13,7 +13,8 @@ from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.interop.hf_folder import read_folder
+from nanokimi.interop.download import download_model
+from nanokimi.interop.hf_folder import read_folder, read_weights
 from nanokimi.interop.model_card import training_figures
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
@@ -35,6 +36,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transfor
     return build(Path(path), stored.config, stored.weights, device), stored.tokenizer
 
 
+def load_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """``load`` without the tokenizer, which the folder need not have; ``name`` may be a hub repository too.
+
+    Raises:
+        UserError: as for ``load``, or the hub has no such repository or cannot be reached.
+    """
+    path = Path(name)
+    if not path.exists() and path.suffix not in (".pt", ".gguf") and str(name).count("/") == 1:
+        path = download_model(str(name))
+    stored = read_weights(path) if _is_huggingface(path) else read_model(path)
+    return build(path, stored.config, stored.weights, device)
+
+
 def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
     """What lies at ``path``, not built yet; errors as for ``load``.
 
@@ -44,11 +58,16 @@ def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
     path = Path(path)
     if sharded_checkpoint.is_sharded(path):
         return _of_run(path, _read_shards(path))
-    if path.is_dir() and ((path / "config.json").exists() or any(path.glob("*.safetensors"))):
+    if _is_huggingface(path):
         return read_folder(path, tokenizer=tokenizer)
     if path.suffix == ".gguf":
         raise UserError(f"{path}: GGUF files are for other programs: name the checkpoint that it was made from")
     return _of_run(path, checkpoint.read(path))
+
+
+def _is_huggingface(path: Path) -> bool:
+    described = (path / "config.json").exists() or any(path.glob("*.safetensors"))
+    return path.is_dir() and described and not sharded_checkpoint.is_sharded(path)
 
 
 def _read_shards(path: Path) -> dict[str, Any]:

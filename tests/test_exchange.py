@@ -182,7 +182,7 @@ def test_what_an_import_says(capsys: pytest.CaptureFixture[str], folder: Path, t
     assert "tie_word_embeddings" in err
     assert "model.layers.3.eh_proj.weight" in err
     assert f"--init_from {target}" in out
-    assert torch.equal(read_model(target).weights["head.weight"], stored_model().weights["embed"])
+    assert torch.equal(read_model(target).weights["head.weight"], stored_model().weights["embed.weight"])
 
 
 def test_an_imported_model_is_no_run_to_resume(

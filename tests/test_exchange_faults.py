@@ -172,11 +172,11 @@ def test_weights_that_cannot_be_written_are_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, target: Path
 ) -> None:
     large, broken = stored_model(), stored_model()
-    large.weights["embed"][1, 1] = 1e5
+    large.weights["embed.weight"][1, 1] = 1e5
     broken.weights["norm.weight"][0] = float("nan")
     large_path, broken_path = saved(large, tmp_path / "large.pt"), saved(broken, tmp_path / "broken.pt")
     for form in ("hf", "gguf"):
-        line_of(capsys, ["export", form, large_path, target, "--dtype", "f16"], "embed", "f32")
+        line_of(capsys, ["export", form, large_path, target, "--dtype", "f16"], "embed.weight", "f32")
         for flags in ([], ["--dtype", "bf16"], ["--no_compare"]):
             line_of(capsys, ["export", form, broken_path, target, *flags], "norm.weight", "not finite", "earlier")
         line_of(capsys, ["export", form, large_path, target, "--dtype", "int4"], "int4", "bf16")

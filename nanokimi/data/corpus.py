@@ -22,7 +22,7 @@ class Reading:
     Attributes:
         length: T, tokens of a sequence.
         batch_size: B, sequences of a batch.
-        num_workers, pin_memory, rank, world_size: see ``BatchLoader``.
+        num_workers, pin_memory, eot_id, rank, world_size: see ``BatchLoader``.
         shuffle_buffer: see ``StreamLoader``.
     """
 
@@ -31,6 +31,7 @@ class Reading:
     seed: int
     num_workers: int = 0
     pin_memory: bool = False
+    eot_id: int | None = None
     shuffle_buffer: int = 1024
     rank: int = 0
     world_size: int = 1
@@ -58,7 +59,7 @@ class Finite:
         """Batches in the order of a seeded permutation."""
         return BatchLoader(
             PackedSequences(self.tokens, reading.length), reading.batch_size, seed=reading.seed,
-            num_workers=reading.num_workers, pin_memory=reading.pin_memory,
+            num_workers=reading.num_workers, pin_memory=reading.pin_memory, eot_id=reading.eot_id,
             rank=reading.rank, world_size=reading.world_size,
         )  # fmt: skip
 
@@ -81,7 +82,8 @@ class Streamed:
         stream = TokenStream(self.role.documents, self.role.split, self.tokenizer, reading.length, reading.seed)
         return StreamLoader(
             stream, reading.batch_size, num_workers=reading.num_workers, pin_memory=reading.pin_memory,
-            shuffle_buffer=reading.shuffle_buffer, rank=reading.rank, world_size=reading.world_size,
+            eot_id=reading.eot_id, shuffle_buffer=reading.shuffle_buffer,
+            rank=reading.rank, world_size=reading.world_size,
         )  # fmt: skip
 
 

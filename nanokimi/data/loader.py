@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from nanokimi.data.batch import Batch
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.shuffle import permutation
 from nanokimi.data.workers import read_ahead
@@ -31,8 +31,8 @@ class Loader(Protocol):
     def oddities(self) -> Counter[str]:
         """See above."""
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Batches, int64 [B, T + 1]: inputs ``[:, :-1]``, labels ``[:, 1:]``, from the present position on."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the present position on."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors; what was merely read ahead does not count."""
@@ -55,7 +55,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class BatchLoader:
-    """Iterates forever over batches, int64 [B, T + 1]; epoch after epoch, each in an order of its own.
+    """Iterates forever over batches; epoch after epoch, each in an order of its own.
 
     Sample k of a run is ``permutation(seed, epoch=k // n)[k % n]``, whatever the number of workers and ranks: every
     B samples go to the next rank, and a batch may straddle two epochs. So the position is k alone, and a resume
@@ -66,6 +66,7 @@ class BatchLoader:
         batch_size: B, of one rank.
         num_workers: processes that read ahead; 0 reads in this one.
         pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
+        eot_id: see ``Batch.of_rows``.
         rank, world_size: this process and how many share the data.
 
     Attributes:
@@ -84,18 +85,19 @@ class BatchLoader:
         seed: int,
         num_workers: int = 0,
         pin_memory: bool = False,
+        eot_id: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         if len(sequences) < batch_size * world_size:
             raise UserError(too_few(batch_size, len(sequences), sequences.length, world_size))
         self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers, self.pin_memory, self.eot_id = num_workers, pin_memory, eot_id
         self.rank, self.world_size = rank, world_size
         self.samples = 0
         self.oddities: Counter[str] = Counter()
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on.
 
         Raises:
@@ -106,7 +108,7 @@ class BatchLoader:
         order = _Order(len(self.sequences), together, slice(first, first + self.batch_size), self.seed, self.samples)
         for ids in read_ahead(_Batches(self.sequences), order, self.num_workers):
             self.samples += together
-            batch = torch.from_numpy(ids).long()
+            batch = Batch.of_rows(torch.from_numpy(ids).long(), self.eot_id)
             yield batch.pin_memory() if self.pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from nanokimi.data.batch import Batch
 from nanokimi.data.loader import Loader
 
 # B batch, T sequence length
 
 
 class MixLoader:
-    """Batches, int64 [B, T + 1], whose sequences come from several loaders in fixed shares.
+    """Batches whose sequences come from several loaders in fixed shares.
 
     The next sequence comes from the source, of those behind their share, that would first be a whole sequence behind
     it. So after k sequences each has given its weight times k, less than one more or less, on every rank (Baruah et
@@ -42,11 +40,11 @@ class MixLoader:
         """Those of all sources."""
         return sum((loader.oddities for loader in self.loaders.values()), Counter())
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""
         sources = {name: iter(loader) for name, loader in self.loaders.items()}
         while True:
-            batch = torch.cat([next(sources[self._next()]) for _ in range(self.batch_size)])
+            batch = Batch.joined([next(sources[self._next()]) for _ in range(self.batch_size)])
             yield batch.pin_memory() if self.pin_memory else batch
 
     def _next(self) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from nanokimi.data.batch import Batch
 from nanokimi.data.loader import require_same_order, too_few
 from nanokimi.data.packing import too_short
 from nanokimi.data.shuffle import draw
@@ -25,7 +25,7 @@ Sequence = NDArray[np.int32]
 
 
 class StreamLoader:
-    """Iterates forever over batches, int64 [B, T + 1], of a stream of documents.
+    """Iterates forever over batches of a stream of documents.
 
     Lanes give one sequence each in turn until all have ended their epoch; what fills no sequence opens the next
     epoch. Each sequence goes through a shuffle buffer, which is emptied at the end of an epoch. The order is the same
@@ -36,6 +36,7 @@ class StreamLoader:
         batch_size: B.
         num_workers: processes that read, parse and tokenise ahead; those that would get no lane are not started.
         pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
+        eot_id: see ``Batch.of_rows``.
         shuffle_buffer: sequences among which the next one is drawn; 1 keeps the order.
         rank, world_size: this process and how many share the stream.
 
@@ -50,11 +51,12 @@ class StreamLoader:
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
+        eot_id: int | None = None,
         shuffle_buffer: int = 1024,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.stream, self.batch_size, self.pin_memory = stream, batch_size, pin_memory
+        self.stream, self.batch_size, self.pin_memory, self.eot_id = stream, batch_size, pin_memory, eot_id
         self.capacity, self.rank, self.world_size = shuffle_buffer, rank, world_size
         lanes = range(stream.n_lanes)
         self._lanes = list(lanes[rank::world_size] if stream.n_lanes >= world_size else lanes)
@@ -71,7 +73,7 @@ class StreamLoader:
         self._emptying = False
         self.oddities: Counter[str] = Counter()
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on.
 
         Raises:
@@ -80,7 +82,8 @@ class StreamLoader:
         """
         sequences = self._shuffled()
         while True:
-            batch = torch.from_numpy(np.stack([next(sequences) for _ in range(self.batch_size)]).astype(np.int64))
+            rows = torch.from_numpy(np.stack([next(sequences) for _ in range(self.batch_size)]).astype(np.int64))
+            batch = Batch.of_rows(rows, self.eot_id)
             yield batch.pin_memory() if self.pin_memory else batch
 
     @property

@@ -271,7 +271,7 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         path = _download(name)
     except Exception as error:  # besides its own errors, those of whichever HTTP client the hub library uses
-        raise UserError(f"tokenizer_name {name}: {_hub_problem(error)}; or use {_ALTERNATIVES}") from error
+        raise UserError(f"tokenizer_name {name}: {hub_problem(error)}; or use {_ALTERNATIVES}") from error
     return _from_file(path, name)
 
 
@@ -288,7 +288,8 @@ def _download(name: str) -> Path:
         return Path(hf_hub_download(name, "tokenizer.json"))
 
 
-def _hub_problem(error: Exception) -> str:
+def hub_problem(error: Exception) -> str:
+    """Why the hub gave nothing, in words for the user."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):

@@ -98,7 +98,8 @@ def new_decoder(
 
     ``auto`` is ``graph`` on CUDA; on a CPU ``native`` for models of ``WORTH_COMPILING`` parameters or more, where a
     compiler is found and the model is one that the kernels know; else ``eager``. A model in training mode is decoded
-    eagerly: its weights are about to change. The choice depends on nothing else, so that a seed keeps its meaning.
+    eagerly: its weights are about to change; so is one with adapters or hooks (see ``extended``). The choice depends on
+    nothing else, so that a seed keeps its meaning.
 
     Args:
         slots: sequences decoded together.
@@ -115,9 +116,12 @@ def new_decoder(
     if kind == "native":
         return _native(model, slots, max_length, weights)
     device = next(model.parameters()).device.type
-    if kind == "graph" or (kind == "auto" and device == "cuda" and not model.training):
-        if device != "cuda":
-            raise UserError("--decoder graph needs a CUDA device: use --decoder auto")
+    reason = extended(model)
+    if kind == "graph" or (kind == "auto" and device == "cuda" and not model.training and not reason):
+        if device != "cuda" or reason:
+            raise UserError(
+                f"--decoder graph {'needs a CUDA device' if device != 'cuda' else reason}: use --decoder auto"
+            )
         from nanokimi.inference.graph_decoder import GraphDecoder
 
         return GraphDecoder(model, slots=slots, max_length=max_length)
@@ -125,6 +129,15 @@ def new_decoder(
         with suppress(UserError, RunError):
             return _native(model, slots, max_length, weights)
     return EagerDecoder(model, slots=slots, max_length=max_length)
+
+
+def extended(model: Transformer) -> str | None:
+    """Why ``model`` has to be called module by module, or None where its own weights say all that it does."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "the model has hooks, which --decoder eager alone calls"
+    if len(model.declare()) < sum(1 for _ in model.parameters()):
+        return "the model carries adapters, which --decoder eager alone calls: use that, or merge them"
+    return None
 
 
 def _native(model: Transformer, slots: int, max_length: int | None, weights: str) -> Decoder:
@@ -177,7 +190,7 @@ def store_parameters_(model: Transformer, dtype: torch.dtype) -> None:
 
     What ``model.to(dtype)`` does would cost the rotary tables their precision.
     """
-    routers = {id(moe.router.weight) for moe in model.moe_layers()}
+    routers = {id(router.weight) for router in model.routers()}
     for parameter in model.parameters():
         if id(parameter) not in routers:
             parameter.data = parameter.data.to(dtype)

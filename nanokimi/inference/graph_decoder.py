@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from nanokimi.inference.decoder import EagerDecoder
 from nanokimi.model.cache import ragged_place
-from nanokimi.model.layers import at_least_fp32
 from nanokimi.model.moe import Experts, MoE
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.products import at_least_fp32
 
 SHORTEST_SPAN = 128  # S doubles from here on
 GATHER_COST = 3  # a gathered weight is read, written and read again
@@ -111,7 +111,7 @@ class FixedStep:
         rows = torch.arange(len(tokens), device=tokens.device)
         place = ragged_place(self.entries, rows, positions, seen=slice(None), span=self.span)
         rope = (self.model.cos[positions], self.model.sin[positions])
-        x = F.embedding(tokens, self.model.embed)
+        x = self.model.embed(tokens)
         for block in self.model.blocks():
             x = x + block.attention(block.attention_norm(x), rope, place)[0]
             h = block.mlp_norm(x)

@@ -6,14 +6,15 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, fitting_length
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, extended, fitting_length
 from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
+from nanokimi.model.attention import MLA
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.layers import LATENT_EPS
 from nanokimi.model.moe import MoE
@@ -30,6 +31,10 @@ SHORT_PROMPT = 32  # up to so many they are quicker than the PyTorch model, with
 
 def supports(model: Transformer) -> str | None:
     """Why ``model`` cannot be decoded by compiled kernels, or None; whether they can be built is another question."""
+    if model.config.attention != "mla":
+        return f"the compiled kernels know mla alone, the attention of this model is {model.config.attention}"
+    if reason := extended(model):
+        return reason
     for parameter in model.parameters():
         if parameter.device.type != "cpu":
             return f"the compiled kernels run on a CPU, the model is on {parameter.device}"
@@ -179,7 +184,7 @@ class NativeDecoder:
             cache=self._cache.data_ptr(),
         )
         for name, tensor in (
-            ("embed", model.embed),
+            ("embed", model.embed.weight),
             ("cos", model.cos),
             ("sin", model.sin),
             ("norm", model.norm.weight),
@@ -188,7 +193,7 @@ class NativeDecoder:
         return packed
 
     def _pack_layer(self, block: Block) -> _Layer:
-        attention, mlp = block.attention, block.mlp
+        attention, mlp = cast(MLA, block.attention), block.mlp
         layer = _Layer(
             attention_norm=self._address(block.attention_norm.weight),
             kv_norm=self._address(attention.kv_norm.weight),

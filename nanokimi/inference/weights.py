@@ -54,7 +54,7 @@ def round_weights_(model: Transformer, weight_format: str) -> None:
 
 
 def _decoding_matrices(model: Transformer) -> list[nn.Parameter]:
-    routers = {id(moe.router.weight) for moe in model.moe_layers()}
+    routers = {id(router.weight) for router in model.routers()}
     return [weight for role, weight in model.declare() if role not in (NORM, EMBEDDING) and id(weight) not in routers]
 
 

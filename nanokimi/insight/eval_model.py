@@ -145,7 +145,7 @@ def _about(path: str, subject: Subject, config: TrainConfig, request: Request) -
         },
         "settings": {
             **asdict(request),
-            "device": str(model.embed.device),
+            "device": str(model.embed.weight.device),
             "batch_size": config.batch_size,
             "mixed_precision": config.mixed_precision,
         },

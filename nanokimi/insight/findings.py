@@ -103,7 +103,7 @@ def _once(loader: Loader, wanted: int) -> Iterator[Tokens]:
     """Up to ``wanted`` sequences, int64 [T + 1]; fewer where a source would begin again."""
     batches = iter(loader)
     while (count := min(wanted, _left(loader))) > 0:
-        yield from (batch[0].numpy() for batch in islice(batches, count))
+        yield from (batch.rows()[0].numpy() for batch in islice(batches, count))
         wanted -= count
 
 

@@ -72,7 +72,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
             raise UserError("the harness's model nanokimi needs checkpoint=PATH")
         self.model, self.text_tokenizer = loaded or load(checkpoint, device=resolve_device(device))
         self.scoring = Scoring(int(batch_size), precision)
-        self._device = self.model.embed.device
+        self._device = self.model.embed.weight.device
 
     # ---- what the harness asks about a model ------------------------------------------------------
 
@@ -111,7 +111,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness reports of the model beside the results."""
-        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.embed.dtype)}
+        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.embed.weight.dtype)}
 
     # ---- log-probabilities ------------------------------------------------------------------------
 

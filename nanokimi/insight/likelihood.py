@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nanokimi.errors import RunError
-from nanokimi.model.layers import at_least_fp32
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.products import at_least_fp32
 
 # B batch, T sequence, D model width, S scored positions of a batch
 
@@ -121,8 +121,9 @@ def _score_batch(model: Transformer, batch: Sequence[Window]) -> list[Score]:
     ends = torch.tensor([[len(window.tokens) - 1] for window in batch])
     starts = ends - torch.tensor([[window.scored] for window in batch])
     places = torch.arange(length - 1)
-    rows, chosen = rows.to(model.embed.device), ((places >= starts) & (places < ends)).to(model.embed.device)  # [B, T]
-    hidden, _ = model.hidden(rows[:, :-1])
+    device = model.embed.weight.device
+    rows, chosen = rows.to(device), ((places >= starts) & (places < ends)).to(device)  # [B, T]
+    hidden = model.hidden(rows[:, :-1])
     log_probs, hits = _read_off(model, hidden[chosen], rows[:, 1:][chosen])
     counts = [window.scored for window in batch]
     sums = [float(part.sum()) for part in log_probs.split(counts)]

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie when several ranks train it: shapes by formulas, so that any size costs nothing.
+"""Where the weights of a model lie when several ranks train it: any size, as a model on the meta device costs nothing.
 
 Letters: W ranks, R replicas, S = W / R ranks that one replica is sharded over, N ranks that the routed experts are
 dealt out to; those of a model as in ``model.layers``.
@@ -44,52 +44,18 @@ class Matrix:
 @lru_cache
 def parameters(config: ModelConfig) -> tuple[Matrix, ...]:
     """Every parameter of ``Transformer(config)``, in the order of ``named_parameters``."""
-    blocks = [matrix for layer in range(config.n_layers) for matrix in _block(config, layer)]
-    embed = Matrix("embed", (config.vocab_size, config.dim), "embedding")
-    head = Matrix("head.weight", (config.vocab_size, config.dim), "head")
-    return (embed, *blocks, Matrix("norm.weight", (config.dim,), "norm"), head)
+    import torch  # here: the command line asks for no more than help
+
+    from nanokimi.model.transformer import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    roles = {id(parameter): role for role, parameter in model.declare()}
+    return tuple(Matrix(name, tuple(p.shape), roles[id(p)], _block(name)) for name, p in model.named_parameters())
 
 
-def _block(config: ModelConfig, layer: int) -> list[Matrix]:
-    dim = config.dim
-    mlp = _mlp("mlp", dim, config.inter_dim) if layer < config.n_dense_layers else _moe(config)
-    norms = [(f"{part}_norm.weight", (dim,), "norm") for part in ("attention", "mlp")]
-    parts: list[tuple[str, tuple[int, ...], str]] = [norms[0], *_attention(config), norms[1], *mlp]
-    return [Matrix(f"layers.{layer}.{name}", shape, role, layer) for name, shape, role in parts]
-
-
-def _attention(config: ModelConfig) -> list[tuple[str, tuple[int, ...], str]]:
-    dim, heads, rank, query = config.dim, config.n_heads, config.kv_lora_rank, config.q_lora_rank
-    out = heads * config.qk_head_dim
-    queries: list[tuple[str, tuple[int, ...], str]] = [("attention.wq.weight", (out, dim), "query_key")]
-    if query:
-        queries = [
-            ("attention.wq_a.weight", (query, dim), "query_key"),
-            ("attention.q_norm.weight", (query,), "norm"),
-            ("attention.wq_b.weight", (out, query), "query_key"),
-        ]
-    return [
-        *queries,
-        ("attention.wkv_a.weight", (rank + config.qk_rope_head_dim, dim), "query_key"),
-        ("attention.kv_norm.weight", (rank,), "norm"),
-        ("attention.wkv_b.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), rank), "query_key"),
-        ("attention.wo.weight", (dim, heads * config.v_head_dim), "matrix"),
-    ]
-
-
-def _moe(config: ModelConfig) -> list[tuple[str, tuple[int, ...], str]]:
-    experts, dim, width = config.n_routed_experts, config.dim, config.moe_inter_dim
-    routed = [
-        (f"mlp.experts.{name}", (experts, *shape), "experts")
-        for name, shape in (("w1", (width, dim)), ("w2", (dim, width)), ("w3", (width, dim)))
-    ]
-    shared = _mlp("mlp.shared", dim, config.n_shared_experts * width) if config.n_shared_experts else []
-    return [("mlp.router.weight", (experts, dim), "matrix"), *routed, *shared]
-
-
-def _mlp(name: str, dim: int, width: int) -> list[tuple[str, tuple[int, ...], str]]:
-    shapes = {"w1": (width, dim), "w2": (dim, width), "w3": (width, dim)}
-    return [(f"{name}.{part}.weight", shape, "matrix") for part, shape in shapes.items()]
+def _block(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
 # ---- on the ranks of a layout -------------------------------------------------------------------

@@ -17,7 +17,7 @@ from nanokimi.insight.plan_shares import Shares, shares
 from nanokimi.parallel.layout import ONE, Layout
 
 FP32, INT64 = 4, 8
-LOGIT_ROWS = 512  # that model.loss takes at once; on a CPU so many entries of the vocabulary:
+LOGIT_ROWS = 512  # that ops.loss takes at once; on a CPU so many entries of the vocabulary:
 CPU_STRIP = 4096
 CPU_BATCHED = 64 * 1024  # elements of a matrix up to which a CPU orthogonalises all of one shape together
 STATIC = ("weights", "gradients", "momentum", "adamw", "tables")  # from step to step
@@ -130,7 +130,7 @@ def kept_by_attention(config: ModelConfig, device: Device) -> int:
     """Bytes per token of a block's first half."""
     heads, value, number = config.n_heads, config.v_head_dim, device.product
     multiple = 8 if device.cuda else 1
-    width = -(-max(config.qk_head_dim, value) // multiple) * multiple  # see model.kernels
+    width = -(-max(config.qk_head_dim, value) // multiple) * multiple  # see ops.attention
     kept = kept_by_norm(config.dim, device) + kept_for_products(config.dim, device)
     for rank in filter(None, (config.q_lora_rank, config.kv_lora_rank)):
         kept += kept_by_norm(rank, device, mixed=True) + rank * number
@@ -206,7 +206,7 @@ def _blocks(matrices: Sequence[Matrix], layout: Layout) -> int:
 
 
 def _logits(config: ModelConfig, tokens: int, device: Device) -> float:
-    """Of ``model.loss``: a chunk of logits, the gradient of the head in fp32, what is added to it and their sum."""
+    """Of ``ops.loss``: a chunk of logits, the gradient of the head in fp32, what is added to it and their sum."""
     vocab, dim = config.vocab_size, config.dim
     chunk = min(LOGIT_ROWS, tokens) * vocab * (FP32 + 2 if device.half else FP32)
     added = dim * (vocab if device.cuda else min(vocab, CPU_STRIP)) * (device.product + FP32)

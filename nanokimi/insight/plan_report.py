@@ -109,6 +109,10 @@ def question_of(args: argparse.Namespace, train: Mapping[str, Any], model: Mappi
         args.peak_tflops * TERA, args.efficiency, args.bandwidth * GB, args.network * GB, args.ranks_per_node
     )
     model_config = ModelConfig.preset(config.preset, **model)
+    if model_config.attention != "mla":
+        raise UserError(f"--set attention={model_config.attention}: the plan's formulas are those of mla: leave it out")
+    if config.optimizer not in ("muonclip", "muon"):
+        raise UserError(f"--optimizer {config.optimizer}: the plan's formulas are those of muonclip: leave it out")
     return Question(config, model_config, args.ranks, args.device_memory * GB, machine)
 
 

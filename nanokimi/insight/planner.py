@@ -1,6 +1,6 @@
 """What training takes before anyone rents a device: memory, traffic and FLOPs of a step, and the time they add up to.
 
-Plain arithmetic on shapes, without torch: the largest preset on any number of ranks takes a fraction of a second.
+Plain arithmetic on shapes, which a model on the meta device has: the largest preset takes seconds and no memory.
 Letters as in ``plan_layouts`` and ``model.layers``; formulas and assumptions in docs/scaling.md.
 """
 
@@ -167,9 +167,9 @@ def _of_newton_schulz(job: Job, number: int, ns_bytes: int) -> list[Transfer]:
 
 
 def _statistics(job: Job, number: int) -> list[Transfer]:
-    """Largest logits; losses and loads of experts, and where weights are cut the gradient norm, in fp64."""
+    """Largest logits; losses, labels, loads of experts, and where weights are cut the gradient norm: 8 bytes each."""
     config = job.config
-    reduced = number * config.n_layers * config.n_heads + 8 * (2 + config.n_moe_layers * config.n_routed_experts)
+    reduced = number * config.n_layers * config.n_heads + 8 * (3 + config.n_moe_layers * config.n_routed_experts)
     norm = 8 if job.layout.mode == "fsdp" else 0
     return [Transfer("statistics", "all_reduce", reduced + norm, job.layout.ranks, 1, "wait")]
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
+from nanokimi.model.attention import MLA
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.newton_schulz import best_dtype, newton_schulz
 from nanokimi.optim.muonclip import ADAMW_ROLES, MUON_ROLES, MuonClip
-from nanokimi.optim.newton_schulz import best_dtype, newton_schulz
 
 LOWEST, HIGHEST = 0.68, 1.21  # singular values that five quintic steps can leave
 TAU = 5.0
@@ -104,12 +106,11 @@ def check_qk_clip() -> Iterator[Check]:
     """Clip-only steps (learning rate 0): logits of the same inputs land on tau, values stay to the bit."""
     model = Transformer(ModelConfig.preset("debug"))
     with torch.no_grad():
-        for heads in model.qk_heads():
-            for view in heads:
-                view[0].mul_(60)  # the first head only: the second must not change
+        for rows in (rows for layer in model.qk_rows() for rows in layer):
+            rows.of(rows.weight)[0].mul_(60)  # the first head only: the second must not change
     x = torch.randn(2, 32, model.config.dim)
     rope = (model.cos[:32], model.sin[:32])
-    attentions = [block.attention for block in model.blocks()]
+    attentions = [cast(MLA, block.attention) for block in model.blocks()]
     before = torch.stack([exact_logits(attention, x, rope) for attention in attentions])
     model.max_logits.copy_(before)
     values = [attention.wkv_b_heads()[1].detach().clone() for attention in attentions]

@@ -52,7 +52,11 @@ LAYER_NAMES = {
     "mlp.shared.w2.weight": "ffn_down_shexp.weight",
     "mlp.shared.w3.weight": "ffn_up_shexp.weight",
 }
-TOP_NAMES = {"embed": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
+TOP_NAMES = {
+    "embed.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+}
 
 
 def write_gguf(
@@ -103,6 +107,10 @@ def require_expressible(config: ModelConfig) -> None:
     Raises:
         UserError: it cannot; the message names the field.
     """
+    if config.attention != "mla":
+        raise UserError(
+            f"attention is {config.attention}: llama.cpp's deepseek2 has mla alone, so it cannot be exported"
+        )
     lite = config.n_layers in (26, 27) or (config.n_layers == 48 and config.vocab_size == 128256)
     yarn = config.rope_factor > 1
     turns = config.original_seq_len / (2 * math.pi)  # of the fastest pair; the slowest makes theta times fewer

@@ -66,8 +66,12 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
     """``config.json`` of the same model; every field that other engines read is explicit.
 
     Raises:
-        UserError: softmax scores in a way that DeepSeek-V2 does not have.
+        UserError: another attention than MLA, or softmax scores in a way that DeepSeek-V2 does not have.
     """
+    if config.attention != "mla":
+        raise UserError(
+            f"attention is {config.attention}: transformers' DeepSeek models have mla alone, so it cannot be exported"
+        )
     if config.score_func == "softmax" and config.norm_topk_prob:
         raise UserError(
             "norm_topk_prob with score_func softmax: transformers' DeepseekV2ForCausalLM does not normalise gate "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import CHAT_TEMPLATE, CONFIG, Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
+from nanokimi.files import new_folder
 from nanokimi.interop.hf_config import FIELDS, huggingface_config, model_values
 from nanokimi.interop.huggingface import from_huggingface, to_huggingface
 from nanokimi.interop.model_card import model_card
@@ -27,6 +28,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # What only we have, and config.json has no place for.
 _OWN_FIELDS = set(ModelConfig.__dataclass_fields__) - {*FIELDS, "rope_theta", "rope_factor", "score_func"}
+_ALWAYS_SO = ("attention",)  # fields that have but one value in such a folder
 
 
 # ---- writing --------------------------------------------------------------------------------------------
@@ -49,17 +51,44 @@ def write_folder(folder: Path, model: StoredModel, *, shard_bytes: int = SHARD_B
     dtype = str(DTYPES[dtype_of(model)]).removeprefix("torch.")
     eot = model.tokenizer.eot_id
     special = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eot, "pad_token_id": eot}
-    own = {"model_config": {**asdict(model.config), "tokenizer_name": _without_folders(model.config.tokenizer_name)}}
     texts = {
         "config.json": _json({**huggingface_config(model.config), **special, "torch_dtype": dtype}),
         "generation_config.json": _json(special),
         **tokenizer_files(model.tokenizer, model.config.max_seq_length),
-        OWN: _json(own | {"training": dict(model.training)}),
+        OWN: _json({"model_config": _own_config(model.config), "training": dict(model.training)}),
         "README.md": model_card(model, dtype),
     }
+    return [*_write_texts(folder, texts), *_write_weights(folder, model.config, model.weights, shard_bytes)]
+
+
+def save_model(target: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Makes the folder ``target`` of a model without its tokenizer, by the names of ``Transformer.state_dict()``.
+
+    Raises:
+        UserError: as for ``write_folder``, or ``target`` exists.
+    """
+    dtype = str(weights["head.weight"].dtype).removeprefix("torch.")
+    texts = {
+        "config.json": _json({**huggingface_config(config), "torch_dtype": dtype}),
+        OWN: _json({"model_config": _own_config(config), "training": {}}),
+    }
+    try:
+        with new_folder(target) as folder:
+            _write_texts(folder, texts)
+            _write_weights(folder, config, weights, SHARD_BYTES)
+    except FileExistsError as error:
+        raise UserError(f"{target}: exists already: choose another name, or remove it") from error
+
+
+def _own_config(config: ModelConfig) -> dict[str, Any]:
+    values = {**asdict(config), "tokenizer_name": _without_folders(config.tokenizer_name)}
+    return {name: value for name, value in values.items() if name not in _ALWAYS_SO}
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    return [*(folder / name for name in texts), *_write_weights(folder, model, shard_bytes)]
+    return [folder / name for name in texts]
 
 
 def dtype_of(model: StoredModel) -> str:
@@ -133,8 +162,10 @@ def _without_folders(tokenizer_name: str) -> str:
     return path.name if path.is_absolute() or path.suffix == ".json" else tokenizer_name
 
 
-def _write_weights(folder: Path, model: StoredModel, shard_bytes: int) -> list[Path]:
-    renamed = to_huggingface(model.weights, model.config)
+def _write_weights(
+    folder: Path, config: ModelConfig, weights: Mapping[str, torch.Tensor], shard_bytes: int
+) -> list[Path]:
+    renamed = to_huggingface(weights, config)
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in renamed.items():
@@ -176,21 +207,38 @@ def read_folder(folder: Path, *, tokenizer: str = "") -> StoredModel:
         UserError: missing, damaged or truncated files, another architecture, features that our network lacks,
             shapes that do not fit ``config.json``, no tokenizer; one line that says which.
     """
+    read = read_weights(folder, () if tokenizer else ("tokenizer.json", CONFIG, CHAT_TEMPLATE))
+    return StoredModel(read.config, read.weights, find_tokenizer(folder, tokenizer, read.config), *read[2:])
+
+
+class StoredWeights(NamedTuple):
+    """What ``StoredModel`` holds, but for the tokenizer."""
+
+    config: ModelConfig
+    weights: Mapping[str, torch.Tensor]
+    training: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def read_weights(folder: Path, others: Collection[str] = ()) -> StoredWeights:
+    """The model of a folder without its tokenizer; errors as for ``read_folder``.
+
+    Args:
+        others: files that will be read too, which the folder's receipt has to vouch for.
+    """
     content = read_json(folder / "config.json")
     weights = Shards(folder)
-    own_tokenizer = () if tokenizer else ("tokenizer.json", CONFIG, CHAT_TEMPLATE)
-    verify_receipt(folder / RECEIPT, ("config.json", *own_tokenizer, OWN, INDEX, *weights.files))
+    verify_receipt(folder / RECEIPT, ("config.json", *others, OWN, INDEX, *weights.files))
     values, notes = model_values(content, str(folder / "config.json"))
     kept, training = _own_values(folder / OWN)
     config = from_dict(ModelConfig, {"tokenizer_name": folder.resolve().name, **kept, **values})
-    found = find_tokenizer(folder, tokenizer, config)
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     if content.get("tie_word_embeddings"):
         weights.alias("lm_head.weight", "model.embed_tokens.weight")
     notes += weights.fit(to_huggingface(expected, config), config.n_layers)
     renamed = from_huggingface(weights, config, expected)
-    return StoredModel(config, renamed, found, training, tuple(notes))
+    return StoredWeights(config, renamed, training, tuple(notes))
 
 
 def _own_values(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

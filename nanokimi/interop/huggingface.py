@@ -30,7 +30,11 @@ LAYER_NAMES = {
     "mlp.shared.w2.weight": "mlp.shared_experts.down_proj.weight",
     "mlp.shared.w3.weight": "mlp.shared_experts.up_proj.weight",
 }
-TOP_NAMES = {"embed": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+TOP_NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
 EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 

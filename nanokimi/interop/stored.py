@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.model.transformer import weight_shapes
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,6 @@ def with_shared_expert(model: StoredModel) -> StoredModel:
     config = model.config
     if config.n_shared_experts or not config.n_moe_layers:
         return model
-    like = model.weights["head.weight"]
-    shapes = {"w1": (config.moe_inter_dim, config.dim), "w2": (config.dim, config.moe_inter_dim)}
-    zeros = {part: like.new_zeros(shape) for part, shape in (shapes | {"w3": shapes["w1"]}).items()}
-    added = {
-        f"layers.{layer}.mlp.shared.{part}.weight": zero
-        for layer in range(config.n_dense_layers, config.n_layers)
-        for part, zero in zeros.items()
-    }
-    return replace(model, config=replace(config, n_shared_experts=1), weights={**model.weights, **added})
+    config, like = replace(config, n_shared_experts=1), model.weights["head.weight"]
+    added = {n: like.new_zeros(shape) for n, shape in weight_shapes(config).items() if n not in model.weights}
+    return replace(model, config=config, weights={**model.weights, **added})

@@ -59,8 +59,8 @@ class LatentCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.max_length = config.max_seq_length if max_length is None else max_length
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.entries = torch.zeros(config.n_layers, batch_size, self.max_length, width, device=device, dtype=dtype)
+        shape = (config.n_layers, batch_size, self.max_length, sum(config.cache_widths))
+        self.entries = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
         self.rows: Sequence[int] = range(batch_size)
 

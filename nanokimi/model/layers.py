@@ -1,4 +1,7 @@
-"""The small parts every layer is made of: Linear, RMSNorm, SwiGLU.
+"""The small parts every layer is made of: Linear, Embedding, RMSNorm, SwiGLU.
+
+They are PyTorch's own, but that they draw no random numbers when they are made (``Transformer.reset_parameters``
+does), and that each says what its weight is (``model.roles``).
 
 Letters, the same in every file of the package: B batch, T sequence, S cached sequence, D model width,
 H heads, N position-free, P rotary and V value head width, R latent rank, Q query rank,
@@ -7,39 +10,64 @@ E experts, K experts per token, F expert width, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from nanokimi.products import linear
+from nanokimi.model.roles import EMBEDDING, MATRIX, NORM, Role
+from nanokimi.ops.gated import gated
+from nanokimi.ops.products import linear
 
 LATENT_EPS = 1e-6  # of the norms inside attention: every engine that reads these weights hard-wires it
 
 
-class Linear(nn.Module):
-    """``x Wᵀ`` with weight ``[out, in]``, no bias; the weight is left for ``Transformer`` to initialise."""
+class Linear(nn.Linear):
+    """``x Wᵀ`` with weight ``[out, in]``, no bias; multiplied by the fastest library."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+    weight: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int, role: Role = MATRIX) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.role = role
+
+    def reset_parameters(self) -> None:
+        """Leaves the weight as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich, 2019)."""
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` does no more than ``x Wᵀ`` by its ``weight``: then who needs the weight may read it.
+
+    A parametrised weight reads as its present value. A module with an adapter around it, or with hooks, has to be
+    called: they would be passed over.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return isinstance(module, Linear) and not any(hooks)
+
+
+class Embedding(nn.Embedding):
+    """A row of width D for each of the vocabulary's entries."""
+
+    role = EMBEDDING
+
+    def reset_parameters(self) -> None:
+        """Leaves the weight as it is."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich, 2019), in the type of ``x``."""
+
+    role = NORM
 
     def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        super().__init__(dim, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).type_as(x)
+        return super().forward(x).type_as(x)
 
 
 class SwiGLU(nn.Module):
@@ -52,35 +80,24 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(dim, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.w1.weight, self.w2.weight, self.w3.weight)
+        out: Tensor = self.w2(gated(self.w1(x), self.w3(x)))
+        return out
 
 
-def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """``[..., D] -> [..., D]`` with ``w1``, ``w3`` ``[F, D]`` and ``w2`` ``[D, F]``."""
-    return linear(gated(linear(x, w1), linear(x, w3)), w2)
+class PreciseBuffers(nn.Module):
+    """A module whose own buffers stay in fp32 or better: ``model.to(torch.bfloat16)`` casts weights alone."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            if buffer is not None:
+                self._buffers[name] = precise(fn, buffer)
+        return self
 
 
-def gated(gate: Tensor, x: Tensor) -> Tensor:
-    """``silu(gate) * x``; keeps its operands for the backward pass and nothing else."""
-    out: Tensor = _Gated.apply(gate, x)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, x)
-        return F.silu(gate) * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, x = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        return grad * x * (sigmoid + silu * (1 - sigmoid)), grad * silu
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """``x`` in fp32, or in fp64 where it already is: for what must not be computed in half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def precise(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``fn(tensor)``, where ``fn`` moves or casts, without the loss of any digit that fp32 holds."""
+    after = fn(tensor)
+    wanted = torch.promote_types(after.dtype, torch.float32) if after.is_floating_point() else after.dtype
+    return after if after.dtype == wanted else tensor.to(after.device, wanted)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.layers import SwiGLU, at_least_fp32, gated
-from nanokimi.model.roles import EXPERTS, MATRIX, Declaration
-from nanokimi.products import grouped_linear
+from nanokimi.model.layers import PreciseBuffers, SwiGLU
+from nanokimi.model.roles import EXPERTS, MATRIX
+from nanokimi.ops.gated import gated
+from nanokimi.ops.grouped import grouped_linear, permute
+from nanokimi.ops.products import at_least_fp32
 
 
 class Routing(NamedTuple):
@@ -28,10 +29,23 @@ class Routing(NamedTuple):
     scores: Tensor
 
 
-class Router(nn.Module):
+class Load(NamedTuple):
+    """How even the experts' load was, over the tokens that count.
+
+    Attributes:
+        counts: ``[E]`` tokens that each expert saw.
+        imbalance: ``[B]``, of each sequence: what the balance loss is the mean of; 1 at an even load.
+    """
+
+    counts: Tensor
+    imbalance: Tensor
+
+
+class Router(PreciseBuffers):
     """Scores in fp32; the bias steers the selection and never enters a gate value."""
 
     balance_bias: Tensor
+    role = MATRIX
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,6 +86,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts, each a SwiGLU: ``w1``, ``w3`` ``[E, F, D]`` and ``w2`` ``[E, D, F]``."""
 
+    role = EXPERTS
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         n, dim, width = config.n_routed_experts, config.dim, config.moe_inter_dim
@@ -89,25 +105,6 @@ class Experts(nn.Module):
         return grouped_linear(hidden, self.w2, ends)
 
 
-def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """``x[order]`` of rows, whose gradient is gathered by ``inverse``: nothing is filled with zeros and added to."""
-    out: Tensor = _Permutation.apply(x, order, inverse)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Permutation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-
 class MoE(nn.Module):
     """Routed experts plus the shared ones, which every token visits."""
 
@@ -119,17 +116,17 @@ class MoE(nn.Module):
         width = config.n_shared_experts * config.moe_inter_dim
         self.shared = SwiGLU(config.dim, width) if width else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, D]`` -> output ``[B, T, D]``, tokens per expert ``[E]``, balance loss (a scalar)."""
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Load | None]:
+        """``[B, T, D] -> [B, T, D]``, and the load by the tokens ``counted``, bool ``[B, T]``; None: nobody asks."""
         flat = x.flatten(0, 1)
         routing = self.router(flat)
-        out, counts = self.routed(flat, routing)
+        out = self.routed(flat, routing)
         if self.shared is not None:
             out = out + self.shared(flat)
-        return out.view_as(x), counts, self.balance_loss(routing, x.shape[0])
+        return out.view_as(x), None if counted is None else self.load(routing, counted)
 
-    def routed(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """``[tokens, D] -> [tokens, D]``: each token's experts, weighted and summed; and the tokens of each, ``[E]``.
+    def routed(self, x: Tensor, routing: Routing) -> Tensor:
+        """``[tokens, D] -> [tokens, D]``: what each token's experts make of it, weighted and summed.
 
         Copies of the tokens are sorted by expert, and their results sorted back.
         """
@@ -142,21 +139,20 @@ class MoE(nn.Module):
         copies = x.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1)
         results = self.experts(permute(copies, order, place), counts)
         out = permute(results, place, order).unflatten(0, (tokens, chosen))
-        return (out * routing.weights.unsqueeze(-1).type_as(out)).sum(dim=1), counts
+        weighted: Tensor = (out * routing.weights.unsqueeze(-1).type_as(out)).sum(dim=1)
+        return weighted
 
-    def balance_loss(self, routing: Routing, sequences: int) -> Tensor:
-        """Sequence-wise balance loss (DeepSeek-V3, equations 17 to 20), the mean over the sequences."""
-        if not self.training or not self.config.aux_loss_coeff:
-            return routing.scores.new_zeros(())
-        scores = routing.scores.unflatten(0, (sequences, -1))
-        chosen = torch.zeros_like(routing.scores).scatter_(-1, routing.experts, 1.0).view_as(scores)
-        load = chosen.mean(dim=1) * self.config.n_routed_experts / self.config.n_activated_experts
-        share = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
-        loss: Tensor = (load * share).sum(dim=-1).mean()
-        return self.config.aux_loss_coeff * loss
-
-    def declare(self) -> list[Declaration]:
-        """The role of each own parameter; see ``model.roles``."""
-        stacks = [(EXPERTS, self.experts.w1), (EXPERTS, self.experts.w2), (EXPERTS, self.experts.w3)]
-        shared = [(MATRIX, p) for p in self.shared.parameters()] if self.shared is not None else []
-        return [(MATRIX, self.router.weight), *stacks, *shared]
+    def load(self, routing: Routing, counted: Tensor) -> Load:
+        """The load of the tokens ``counted``; its imbalance as in DeepSeek-V3, equations 17 to 20."""
+        visited = torch.zeros_like(routing.scores, dtype=torch.bool).scatter_(-1, routing.experts, True)
+        visited = visited.view(*counted.shape, -1) & counted.unsqueeze(-1)  # [B, T, E]
+        tokens = counted.sum(dim=1, keepdim=True).clamp(min=1)
+        scores = routing.scores.view(visited.shape)
+        share = (scores / scores.sum(dim=-1, keepdim=True) * counted.unsqueeze(-1)).sum(dim=1) / tokens
+        load = (
+            visited.sum(dim=1).to(scores.dtype)
+            / tokens
+            * self.config.n_routed_experts
+            / self.config.n_activated_experts
+        )
+        return Load(visited.sum(dim=(0, 1)), (load * share).sum(dim=-1))

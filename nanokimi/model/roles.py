@@ -1,4 +1,7 @@
-"""What a parameter is, so that an optimizer can treat it rightly without knowing the model."""
+"""What a parameter is, so that an optimizer can treat it rightly without knowing the model.
+
+A module that holds parameters has an attribute ``role``, which goes for all of them.
+"""
 
 from __future__ import annotations
 

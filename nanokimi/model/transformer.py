@@ -1,38 +1,45 @@
-"""The network: embedding, blocks of MLA and SwiGLU or MoE, head, the losses and the state a step leaves behind."""
+"""The network: embedding, blocks of attention and SwiGLU or MoE, head, losses, and the state a step leaves behind."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.attention import MLA, QKHeads
+from nanokimi.model.attention import ATTENTIONS, Attention, QKRows
 from nanokimi.model.cache import LatentCache, Place
-from nanokimi.model.layers import Linear, RMSNorm, SwiGLU, at_least_fp32
-from nanokimi.model.loss import linear_cross_entropy
-from nanokimi.model.moe import MoE
-from nanokimi.model.roles import EMBEDDING, HEAD, MATRIX, NORM, Declaration, Role
+from nanokimi.model.layers import Embedding, Linear, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
+from nanokimi.model.moe import Load, MoE, Router
+from nanokimi.model.roles import HEAD, NORM, Declaration, Role
 from nanokimi.model.rope import rotary_tables
+from nanokimi.ops.loss import IGNORED, linear_cross_entropy, linear_log_probabilities, log_probabilities_by
+from nanokimi.ops.products import at_least_fp32
 
 
 class BlockStats(NamedTuple):
     """What a block reports beside its output: for QK-Clip, for the balance bias, for the loss."""
 
     max_logits: Tensor | None  # [H]
-    expert_counts: Tensor | None  # [E]
-    balance_loss: Tensor | None  # scalar
+    load: Load | None
 
 
 class Losses(NamedTuple):
-    """Mean cross-entropy per token in nats, and the experts' balance loss; both are minimised."""
+    """Cross-entropy in nats, and the experts' balance loss; training minimises their sum ``loss``."""
 
     cross_entropy: Tensor
     balance: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """What to call ``backward()`` on."""
+        return self.cross_entropy + self.balance
 
 
 class Block(nn.Module):
@@ -41,7 +48,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = MLA(config, layer)
+        self.attention: Attention = ATTENTIONS[config.attention](config, layer)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         dense = layer < config.n_dense_layers
         self.mlp: SwiGLU | MoE = SwiGLU(config.dim, config.inter_dim) if dense else MoE(config)
@@ -53,27 +60,22 @@ class Block(nn.Module):
         place: Place | None,
         *,
         documents: Tensor | None = None,
+        counted: Tensor | None = None,
         exact: bool,
         last_only: bool = False,
     ) -> tuple[Tensor, BlockStats]:
         """``[B, T, D] -> [B, T, D]`` (``last_only``: ``[B, 1, D]``) and what the layer has to report."""
         out, max_logits = self.attention(
-            self.attention_norm(x), rope, place, documents=documents, exact=exact, last_only=last_only
+            self.attention_norm(x), rope, place, documents=documents, counted=counted, exact=exact, last_only=last_only
         )
         x = (x[:, -1:] if last_only else x) + out
         if isinstance(self.mlp, MoE):
-            out, counts, balance_loss = self.mlp(self.mlp_norm(x))
-            return x + out, BlockStats(max_logits, counts, balance_loss)
-        return x + self.mlp(self.mlp_norm(x)), BlockStats(max_logits, None, None)
-
-    def declare(self) -> list[Declaration]:
-        """The role of each own parameter; see ``model.roles``."""
-        norms = [(NORM, self.attention_norm.weight), (NORM, self.mlp_norm.weight)]
-        mlp = self.mlp.declare() if isinstance(self.mlp, MoE) else [(MATRIX, p) for p in self.mlp.parameters()]
-        return [*norms, *self.attention.declare(), *mlp]
+            out, load = self.mlp(self.mlp_norm(x), counted)
+            return x + out, BlockStats(max_logits, load)
+        return x + self.mlp(self.mlp_norm(x)), BlockStats(max_logits, None)
 
 
-class Transformer(nn.Module):
+class Transformer(PreciseBuffers):
     """A language model in the DeepSeek-V3 / Kimi K2 layout.
 
     Attributes:
@@ -84,37 +86,44 @@ class Transformer(nn.Module):
         exact_logits: measure ``max_logits`` exactly instead of from above; costs most of an attention pass.
         checkpointing: keep only the input of each block in training, and compute the block again for its gradient
             (Chen et al., 2016): less memory, a third more time, the same results.
+
+    Padding, and what comes after the last label of a sequence, enters neither statistic and no loss. The statistics
+    are no buffers: DistributedDataParallel would give every rank those of the first one.
     """
 
     cos: Tensor
     sin: Tensor
-    max_logits: Tensor
-    expert_counts: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.exact_logits = False
         self.checkpointing = False
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size)
+        self.head = Linear(config.dim, config.vocab_size, HEAD)
         for name in ("cos", "sin"):
             angles = torch.empty(config.max_seq_length, config.qk_rope_head_dim // 2)
             self.register_buffer(name, angles, persistent=False)
-        self.register_buffer("max_logits", torch.empty(config.n_layers, config.n_heads), persistent=False)
-        counts = torch.empty(config.n_moe_layers, config.n_routed_experts, dtype=torch.int64)
-        self.register_buffer("expert_counts", counts, persistent=False)
+        self.max_logits = torch.empty(config.n_layers, config.n_heads)
+        self.expert_counts = torch.empty(config.n_moe_layers, config.n_routed_experts, dtype=torch.int64)
         self.reset_parameters()
         self.reset_buffers()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.max_logits, self.expert_counts = precise(fn, self.max_logits), precise(fn, self.expert_counts)
+        return self
+
+    # ---- initial values, files ------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
         """Fresh weights: matrices and embedding normal with ``init_std``, norms one, balance biases zero."""
         for role, parameter in self.declare():
             self.fill(role, parameter)
-        for moe in self.moe_layers():
-            nn.init.zeros_(moe.router.balance_bias)
+        for router in self.routers():
+            nn.init.zeros_(router.balance_bias)
 
     def fill(self, role: Role, parameter: Tensor) -> None:
         """Fresh values for one parameter."""
@@ -130,42 +139,96 @@ class Transformer(nn.Module):
         self.sin.copy_(sin)
         self.reset_stats()
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None, *, last_only: bool = False) -> Tensor:
-        """Next-token logits.
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Transformer:
+        """The model of a checkpoint, of a Hugging Face folder, or of a hub repository ``owner/name``, for inference.
+
+        Args:
+            dtype: of the weights; tables, balance biases and statistics stay fp32.
+
+        Raises:
+            UserError: missing, damaged or foreign files, another architecture; the message says which and why.
+        """
+        from nanokimi.loading import load_pretrained
+
+        return load_pretrained(name, device).to(dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes weights and configuration as a Hugging Face folder, which transformers opens too; no tokenizer.
+
+        Raises:
+            UserError: ``folder`` is there already, or transformers has no such model.
+        """
+        from nanokimi.interop.hf_folder import save_model
+
+        save_model(Path(folder), self.config, self.state_dict())
+
+    # ---- forward --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        cache: LatentCache | None = None,
+        label_count: float | Tensor | None = None,
+        per_token: bool = False,
+        last_only: bool = False,
+    ) -> Tensor | Losses:
+        """Next-token logits, or with ``labels`` the losses of predicting them.
 
         Args:
             tokens: ``[B, T]`` int64, each below ``vocab_size``.
-            cache: continue behind the tokens it holds, and add these to it.
+            labels: ``[B, T]`` int64, the token to predict at each place; -100 where none counts.
+            documents: ``[B, T]`` int64: tokens attend to those with their own number only; -1 is padding.
+            cache: continue after the tokens it holds, and add these to it.
+            label_count: what the losses are divided by, a number or a scalar: the labels that count, of these
+                sequences by default. With those of a whole step (under DistributedDataParallel or FSDP, which average
+                over the ranks: divided by their number) the gradients of its parts add up to those of its mean.
+            per_token: ``cross_entropy`` is that of each token, ``[B, T]``, 0 where no label counts: the negative
+                log-probability of the label.
             last_only: logits of the last position only.
 
         Returns:
-            ``[B, T, vocab]`` (``last_only``: ``[B, 1, vocab]``) in fp32.
+            logits ``[B, T, vocab]`` (``last_only``: ``[B, 1, vocab]``) in fp32, or ``Losses``.
 
         Raises:
             ValueError: more tokens than the context or the cache holds.
         """
-        x, _ = self.hidden(tokens, cache, last_only=last_only)
-        return at_least_fp32(self.head(x[:, -1:] if last_only else x))
+        if labels is None:
+            x, _ = self._run(tokens, cache=cache, documents=documents, last_only=last_only)
+            return at_least_fp32(self.head(x[:, -1:] if last_only else x))
+        assert cache is None, "losses are those of whole sequences"
+        labelled = labels != IGNORED
+        x, reports = self._run(tokens, documents=documents, labelled=labelled)
+        count = labelled.sum().clamp(min=1) if label_count is None else label_count
+        if isinstance(count, Tensor):
+            count = count.to(torch.promote_types(x.dtype, torch.float32))  # not to change the losses' type
+        cross_entropy = self._per_token(x, labels) if per_token else self._cross_entropy(x, labels, count)
+        return Losses(cross_entropy, self._balance(reports, labelled, count, like=x))
 
-    def loss(self, tokens: Tensor, labels: Tensor, documents: Tensor | None = None) -> Losses:
-        """The losses of predicting ``labels`` ``[B, T]`` from ``tokens`` ``[B, T]``.
+    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None) -> Tensor:
+        """Normalised output of the last block, ``[B, T] -> [B, T, D]``: what the head makes logits of."""
+        return self._run(tokens, documents=documents)[0]
 
-        With ``documents`` ``[B, T]`` (see ``document_numbers``) tokens attend within their document only.
-        """
-        x, balance = self.hidden(tokens, documents=documents)
-        return Losses(linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten()), balance)
-
-    def hidden(
+    def _run(
         self,
         tokens: Tensor,
-        cache: LatentCache | None = None,
         *,
+        cache: LatentCache | None = None,
         documents: Tensor | None = None,
+        labelled: Tensor | None = None,
         last_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised output of the last block ``[B, T, D]``, and the sum of the layers' balance losses.
+    ) -> tuple[Tensor, list[BlockStats]]:
+        """Normalised output of the last block ``[B, T, D]``, and what each block had to report.
 
-        ``last_only`` with a cache: ``[B, 1, D]``. The last layer then computes no more than that and what it caches.
+        Args:
+            labelled: bool ``[B, T]``, where a label counts; None: nobody knows.
+            last_only: with a cache the output is ``[B, 1, D]``, and the last layer computes no more than that and what
+                it caches.
         """
         assert documents is None or (cache is None and documents.shape == tokens.shape)
         place = cache.place(tokens.shape[1]) if cache is not None else None
@@ -175,26 +238,53 @@ class Transformer(nn.Module):
         # Positions run on across documents: rotated logits depend on distances alone (Su et al., 2021, section 3.2).
         positions = place.positions if place is not None else slice(end)
         rope = (self.cos[positions], self.sin[positions])
-        x = F.embedding(tokens, self.embed)
-        reports = []
+        counted = _counted(tokens, labelled, documents) if self.training and cache is None else None
+        x, reports = self.embed(tokens), []
         for layer in self.blocks():
             narrow = last_only and place is not None and layer is self.layers[-1]
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
-            x, stats = run(x, rope, place, documents=documents, exact=self.exact_logits, last_only=narrow)
+            x, stats = run(
+                x, rope, place, documents=documents, counted=counted, exact=self.exact_logits, last_only=narrow
+            )
             reports.append(stats)
         if cache is not None:
             cache.advance(tokens.shape[1])
         elif self.training:
             self.accumulate_stats(reports)
-        balance = [stats.balance_loss for stats in reports if stats.balance_loss is not None]
-        return self.norm(x), torch.stack(balance).sum() if balance else x.new_zeros(())
+        return self.norm(x), reports
+
+    # ---- losses ---------------------------------------------------------------------------------
+
+    def _cross_entropy(self, x: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
+        """Sum over the labels that count, divided by ``count``."""
+        if is_plain(self.head):
+            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten(), count)
+        return self._per_token(x, labels).sum() / count
+
+    def _per_token(self, x: Tensor, labels: Tensor) -> Tensor:
+        rows, targets = x.flatten(0, 1), labels.flatten()
+        if is_plain(self.head):
+            found = linear_log_probabilities(rows, self.head.weight, targets)
+        else:
+            found = log_probabilities_by(self.head, rows, targets)
+        return -found.view_as(labels)
+
+    def _balance(self, reports: list[BlockStats], labelled: Tensor, count: float | Tensor, *, like: Tensor) -> Tensor:
+        """Sum of the layers' balance losses: of each the mean over the sequences, weighted by the labels that count."""
+        coefficient, weights = self.config.aux_loss_coeff, labelled.sum(dim=1)
+        loads = [stats.load for stats in reports if stats.load is not None]
+        if not loads or not coefficient:
+            return like.new_zeros(())
+        return torch.stack([coefficient * ((load.imbalance * weights).sum() / count) for load in loads]).sum()
+
+    # ---- what a step leaves behind --------------------------------------------------------------
 
     @torch.no_grad()
     def accumulate_stats(self, reports: list[BlockStats]) -> None:
         """Adds one forward pass to ``max_logits`` and ``expert_counts``, without waiting for the device."""
         logits = torch.stack([stats.max_logits for stats in reports if stats.max_logits is not None])
         self.max_logits.copy_(torch.maximum(self.max_logits, logits))
-        counts = [stats.expert_counts for stats in reports if stats.expert_counts is not None]
+        counts = [stats.load.counts for stats in reports if stats.load is not None]
         if counts:
             self.expert_counts += torch.stack(counts)
 
@@ -206,8 +296,10 @@ class Transformer(nn.Module):
 
     def update_balance(self) -> None:
         """Moves the balance biases of all MoE layers by the load seen since ``reset_stats``."""
-        for moe, counts in zip(self.moe_layers(), self.expert_counts, strict=True):
-            moe.router.update_balance(counts)
+        for router, counts in zip(self.routers(), self.expert_counts, strict=True):
+            router.update_balance(counts)
+
+    # ---- parts ----------------------------------------------------------------------------------
 
     def blocks(self) -> list[Block]:
         """The layers, first to last, by their type."""
@@ -217,14 +309,23 @@ class Transformer(nn.Module):
         """The sparse layers, first to last."""
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
 
-    def declare(self) -> list[Declaration]:
-        """The role of every parameter, each once; what ``MuonClip`` goes by."""
-        blocks = [declaration for block in self.blocks() for declaration in block.declare()]
-        return [(EMBEDDING, self.embed), *blocks, (NORM, self.norm.weight), (HEAD, self.head.weight)]
+    def routers(self) -> list[Router]:
+        """Those of the sparse layers, first to last; an adapter around one is passed over."""
+        return [module for module in self.modules() if isinstance(module, Router)]
 
-    def qk_heads(self) -> list[QKHeads]:
-        """Per layer, the views of the weights that QK-Clip scales."""
-        return [block.attention.qk_heads() for block in self.blocks()]
+    def declare(self) -> list[Declaration]:
+        """The role of every parameter, each once; what ``MuonClip`` goes by.
+
+        In this order initial weights are drawn, and optimizer state lies in checkpoints.
+        """
+        blocks = [(b.attention_norm, b.mlp_norm, b.attention, b.mlp) for b in self.blocks()]
+        parts = (self.embed, *chain.from_iterable(blocks), self.norm, self.head)
+        holders = [module for part in parts for module in part.modules() if hasattr(module, "role")]
+        return [(cast(Role, module.role), p) for module in holders for p in module.parameters(recurse=False)]
+
+    def qk_rows(self) -> list[list[QKRows]]:
+        """Per layer, the rows of weights that QK-Clip scales."""
+        return [block.attention.qk_rows() for block in self.blocks()]
 
     def num_parameters(self, active: bool = False) -> int:
         """Parameters in all, or those that work on one token: all but the routed experts it does not visit."""
@@ -237,10 +338,16 @@ class Transformer(nn.Module):
         )
 
 
-def document_numbers(tokens: Tensor, eot_id: int) -> Tensor:
-    """Numbers the documents of packed sequences: int64 ``[B, T] -> [B, T]``, from 0 in each sequence.
+def _counted(tokens: Tensor, labelled: Tensor | None, documents: Tensor | None) -> Tensor:
+    """What enters the statistics of a pass: all that a label can depend on, without padding. Bool ``[B, T]``."""
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    if labelled is not None:
+        positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        counted = positions <= (labelled * positions).amax(dim=1, keepdim=True)  # up to the last label of a sequence
+    return counted if documents is None else counted & (documents >= 0)
 
-    An end-of-text token belongs to the document that it ends; the token behind it begins the next one.
-    """
-    ends = (tokens == eot_id).long()
-    return ends.cumsum(-1) - ends
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Of every tensor in the state of ``Transformer(config)``, by name; takes no memory."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}

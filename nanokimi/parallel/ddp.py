@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.owners import Owners
 from nanokimi.parallel.ranks import Ranks
@@ -24,50 +22,28 @@ class Replicated(Alone):
 
     def __init__(self, model: Transformer, ranks: Ranks) -> None:
         super().__init__(model, ranks, Layout("ddp", ranks.size))
-        attentions = [block.attention for block in model.blocks()]
-        self.shards = Owners(self.layout, self, attentions, ranks.rank, None, dist.group.WORLD)
+        self.orthogonalise = Owners(self.layout, self, ranks.rank, None, dist.group.WORLD).orthogonalise
         with warnings.catch_warnings():  # torch 2.13 has another name for what 2.11 calls broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            self._losses = DistributedDataParallel(
-                _Losses(model), broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._watched = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def loss(self, compiled: bool) -> Callable[..., Losses]:
+    def called(self, compiled: bool) -> nn.Module:
         if compiled:
             compile_blocks(self.model)
-        return self._losses
+        return self._watched
 
     def passing(self, *, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last else self._losses.no_sync()
+        return nullcontext() if last else self._watched.no_sync()
 
-    def share(self, losses: Tensor) -> Tensor:
-        return share(self.model, losses, self.ranks.size)
+    def sum(self, numbers: Tensor) -> Tensor:
+        dist.all_reduce(numbers)
+        return numbers
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors) if self.ranks.leads else {}
-
-
-class _Losses(nn.Module):
-    """``model.loss`` as the forward pass of a module: DistributedDataParallel watches over nothing else."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: Any) -> Losses:
-        return self.model.loss(*arguments)
 
 
 def compile_blocks(model: Transformer) -> None:
     """Compiles block by block: between blocks, what travels overlaps with what is computed."""
     for block in model.blocks():
         block.compile()
-
-
-def share(model: Transformer, losses: Tensor, ranks: int) -> Tensor:
-    """See ``Spread.share``; one MAX and one SUM over all ranks."""
-    dist.all_reduce(model.max_logits, dist.ReduceOp.MAX)
-    numbers = torch.cat([losses.double() / ranks, model.expert_counts.flatten().double()])
-    dist.all_reduce(numbers)
-    model.expert_counts.copy_(numbers[len(losses) :].view_as(model.expert_counts))
-    return numbers[: len(losses)]

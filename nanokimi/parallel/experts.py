@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanokimi.model.moe import Experts, permute
-from nanokimi.products import as_multiplied
+from nanokimi.model.moe import Experts
+from nanokimi.ops.grouped import permute
+from nanokimi.ops.products import as_multiplied
 
 
 class Exchange:

@@ -6,19 +6,19 @@ gathered for as long as it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.model.transformer import Transformer
 from nanokimi.optim.shards import local
-from nanokimi.parallel.ddp import compile_blocks, share
+from nanokimi.parallel.ddp import compile_blocks
 from nanokimi.parallel.experts import Exchange
 from nanokimi.parallel.layout import Layout, rows_of
 from nanokimi.parallel.owners import Owners
@@ -45,9 +45,8 @@ class Sharded:
         model.to_empty(device=device)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._initialise()
-        attentions = [block.attention for block in model.blocks()]
         groups = (self._mesh.get_group("shard"), self._mesh.get_group("replicate"))
-        self.shards = Owners(layout, self, attentions, ranks.rank, *groups)
+        self.orthogonalise = Owners(layout, self, ranks.rank, *groups).orthogonalise
 
     # ---- laying out -----------------------------------------------------------------------------
 
@@ -68,7 +67,6 @@ class Sharded:
                 fully_shard(moe.experts, mesh=self._fsdp_mesh(self._expert_mesh, "expert_shard"))
         for module in (*self.model.blocks(), self.model):
             fully_shard(module, mesh=self._fsdp_mesh(self._mesh, "shard"))
-        register_fsdp_forward_method(self.model, "loss")
         for part in self._fsdp_modules():
             part.set_force_sum_reduction_for_comms(True)  # gloo has no mean
 
@@ -86,16 +84,16 @@ class Sharded:
             whole = torch.empty(self._shapes[name], dtype=parameter.dtype)
             self.model.fill(role, whole)
             self.place(name, parameter, whole)
-        for moe in self.model.moe_layers():
-            nn.init.zeros_(moe.router.balance_bias)
+        for router in self.model.routers():
+            nn.init.zeros_(router.balance_bias)
         self.model.reset_buffers()
 
     # ---- training -------------------------------------------------------------------------------
 
-    def loss(self, compiled: bool) -> Callable[..., Losses]:
+    def called(self, compiled: bool) -> nn.Module:
         if compiled:
             compile_blocks(self.model)
-        return self.model.loss
+        return self.model
 
     def passing(self, *, last: bool) -> AbstractContextManager[object]:
         for module in self._fsdp_modules():
@@ -115,8 +113,9 @@ class Sharded:
         torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
         return norm
 
-    def share(self, losses: Tensor) -> Tensor:
-        return share(self.model, losses, self.ranks.size)
+    def sum(self, numbers: Tensor) -> Tensor:
+        dist.all_reduce(numbers)
+        return numbers
 
     # ---- rows and wholes ------------------------------------------------------------------------
 

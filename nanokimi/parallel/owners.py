@@ -13,11 +13,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanokimi.optim.newton_schulz import batches_of, best_dtype, orthogonalise
-from nanokimi.optim.qk_clip import QKViews, qk_clip_
-from nanokimi.optim.shards import local
+from nanokimi.ops.newton_schulz import batches_of, best_dtype, orthogonalise
 from nanokimi.parallel.layout import Layout
 
 
@@ -26,14 +24,6 @@ class Rows(Protocol):
 
     def held_by(self, parameter: Tensor, shard: int) -> slice:
         """The rows, of the first dimension, that shard rank ``shard`` of a replica holds of ``parameter``."""
-
-
-class Attention(Protocol):
-    """What QK-Clip needs of a layer; ``model.attention.MLA`` has it."""
-
-    def qk_weights(self) -> tuple[nn.Parameter, nn.Parameter]: ...
-
-    def qk_heads(self, query: Tensor, wkv_b: Tensor) -> QKViews: ...
 
 
 class Piece(NamedTuple):
@@ -105,11 +95,10 @@ class Plan(NamedTuple):
 
 
 class Owners:
-    """``optim.shards.Shards`` on the ranks of a ``Layout``.
+    """The ranks of a ``Layout``, among which the matrices are dealt out.
 
     Args:
         rows: what each shard rank holds.
-        attentions: the layers, first to last.
         rank: of this process.
         shard_group, replica_group: the ranks of this replica; the ranks that hold the same as this one.
     """
@@ -118,22 +107,19 @@ class Owners:
         self,
         layout: Layout,
         rows: Rows,
-        attentions: Sequence[Attention],
         rank: int,
         shard_group: dist.ProcessGroup | None,
         replica_group: dist.ProcessGroup | None,
     ) -> None:
-        self.layout, self.rows, self.attentions = layout, rows, attentions
+        self.layout, self.rows = layout, rows
         self.replica, self.shard = divmod(rank, layout.shards)
         self.shard_group, self.replica_group = shard_group, replica_group
         self._plans: dict[tuple[int, ...], Plan] = {}
 
-    # ---- orthogonalisation ----------------------------------------------------------------------
-
     def orthogonalise(
         self, declared: Sequence[Tensor], updates: Sequence[Tensor], *, dtype: torch.dtype | None
     ) -> list[Tensor]:
-        """See ``optim.shards.Shards``; all ranks call it with the same parameters."""
+        """See ``optim.shards.Orthogonalise``."""
         plan = self._plan(declared)
         dtype = dtype or best_dtype(updates[0].device, updates[0].dtype)
         matrices = iter(self._to_owners(plan, declared, updates))
@@ -222,18 +208,6 @@ class Owners:
             if replica != self.replica:
                 for place, part in zip(share, _split(everyone[replica], [t.shape for t in share]), strict=True):
                     place.copy_(part)
-
-    # ---- QK-Clip --------------------------------------------------------------------------------
-
-    def qk_clip_(self, max_logits: Tensor, tau: float) -> None:
-        """See ``optim.shards.Shards``. A column of ones shows the rule, which scales whole rows, wherever they lie."""
-        for attention, logits in zip(self.attentions, max_logits, strict=True):
-            weights = attention.qk_weights()
-            factors = [max_logits.new_ones(w.shape[0], 1) for w in weights]
-            qk_clip_([attention.qk_heads(*factors)], logits[None], tau)
-            for weight, column in zip(weights, factors, strict=True):
-                rows = local(weight.detach())
-                rows.mul_(column[self.rows.held_by(weight, self.shard)].type_as(rows))
 
 
 def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -36,7 +36,7 @@ from nanokimi.errors import RunError
 from nanokimi.files import disk_errors_explained, move_into, sha256_of
 from nanokimi.parallel.ranks import contact_lost_explained, gather
 
-VERSION = 1
+VERSION = 2
 SIDECAR = "run.pt"
 
 _SPARE_BYTES = 16 << 20
@@ -162,7 +162,14 @@ def read_about(folder: Path) -> dict[str, Any]:
 def shapes(folder: Path) -> dict[str, Shape]:
     """The whole shape and the type of every tensor; raises CheckpointError as ``read_about`` does."""
     tensors: dict[str, Shape] = _record(folder)["tensors"]
-    return tensors
+    return {_present_name(name): shape for name, shape in tensors.items()}
+
+
+def _present_name(name: str) -> str:
+    """What a tensor is called now that an earlier version may have called ``name``."""
+    for old, new in checkpoint.RENAMED.items():
+        name = f"{name.removesuffix(old)}{new}" if name.endswith(f".{old}") else name
+    return name
 
 
 def verify(folder: Path, rank: int = 0, size: int = 1) -> None:
@@ -200,6 +207,8 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     saved = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes(folder).items() if name in tensors}
     checkpoint.check_fits(folder, saved, tensors)
+    in_files = {_present_name(name): name for name in _record(folder)["tensors"]}
+    tensors = {in_files[name]: tensor for name, tensor in tensors.items()}
     try:
         with _as_one_error(alone=True):
             load(_with_dimensions(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanokimi.model.transformer import Losses, Transformer
-from nanokimi.optim.shards import Shards
+from nanokimi.model.transformer import Transformer
+from nanokimi.optim.shards import Orthogonalise
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import ALONE, Ranks
 
@@ -27,11 +27,11 @@ class Spread(Protocol):
     model: Transformer
 
     @property
-    def shards(self) -> Shards | None:
+    def orthogonalise(self) -> Orthogonalise | None:
         """For ``MuonClip``."""
 
-    def loss(self, compiled: bool) -> Callable[..., Losses]:
-        """``model.loss`` of this rank's sequences, whose gradients become those of all ranks."""
+    def called(self, compiled: bool) -> nn.Module:
+        """``model`` as it is called for this rank's sequences; its gradients become the mean over the ranks."""
 
     def passing(self, *, last: bool) -> AbstractContextManager[object]:
         """Around one forward and backward pass of a step; ``last``: no other follows in this step."""
@@ -39,8 +39,8 @@ class Spread(Protocol):
     def clip_gradients(self, limit: float) -> Tensor:
         """Scales the gradients down to the norm ``limit``; returns the norm they had over all ranks, a scalar."""
 
-    def share(self, losses: Tensor) -> Tensor:
-        """The mean of ``losses`` over the ranks; what the model noted becomes that of all ranks, in place."""
+    def sum(self, numbers: Tensor) -> Tensor:
+        """``numbers`` of all ranks, added up, in place; without waiting for the device."""
 
     def held_by(self, parameter: Tensor, shard: int) -> slice:
         """The rows, of the first dimension, that shard rank ``shard`` of a replica holds of ``parameter``."""
@@ -58,13 +58,13 @@ class Spread(Protocol):
 class Alone:
     """One process."""
 
-    shards: Shards | None = None
+    orthogonalise: Orthogonalise | None = None
 
     def __init__(self, model: Transformer, ranks: Ranks = ALONE, layout: Layout = ONE) -> None:
         self.model, self.ranks, self.layout = model, ranks, layout
 
-    def loss(self, compiled: bool) -> Callable[..., Losses]:
-        return torch.compile(self.model.loss) if compiled else self.model.loss
+    def called(self, compiled: bool) -> nn.Module:
+        return cast(nn.Module, torch.compile(self.model)) if compiled else self.model
 
     def passing(self, *, last: bool) -> AbstractContextManager[object]:
         return nullcontext()
@@ -72,8 +72,8 @@ class Alone:
     def clip_gradients(self, limit: float) -> Tensor:
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
 
-    def share(self, losses: Tensor) -> Tensor:
-        return losses
+    def sum(self, numbers: Tensor) -> Tensor:
+        return numbers
 
     def held_by(self, parameter: Tensor, shard: int) -> slice:
         return slice(0, len(parameter))

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
 from nanokimi.errors import UserError
 from nanokimi.memory import free_memory, process_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import STATE
+from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.parallel.layout import share_of_step
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.training.step import TrainingStep
 
 CPU_SHARE, CUDA_SHARE = 0.7, 0.9  # of the free memory: what else runs on a machine needs some, allocators waste some
 GB = 1e9
@@ -138,7 +140,7 @@ def _peak_on_cuda(config: TrainConfig, model_config: ModelConfig, device: torch.
     try:
         step = _trial_step(config, model_config, device)
         _pass(step, batch)
-        step.update()
+        step.optimizer.step()
         return float(torch.cuda.max_memory_reserved(device) - before)
     except torch.OutOfMemoryError:
         return float("inf")
@@ -157,4 +159,4 @@ def _trial_step(config: TrainConfig, model_config: ModelConfig, device: torch.de
 
 def _pass(step: TrainingStep, batch: int) -> None:
     shape = (batch, step.model.config.max_seq_length + 1)
-    step.accumulate(iter([torch.randint(step.model.config.vocab_size, shape)]))
+    step.accumulate(iter([Batch.of_rows(torch.randint(step.model.config.vocab_size, shape))]))

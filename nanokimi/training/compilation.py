@@ -1,18 +1,18 @@
-"""Whether the loss is compiled, and what happens where the compiler fails."""
+"""Whether the model is compiled, and what happens where the compiler fails."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from nanokimi.config import TrainConfig
 from nanokimi.console import say
 from nanokimi.device import compiles_well
 from nanokimi.errors import RunError
-from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.spread import Spread
 
 # Compiling takes a CPU a minute or more. A pass is then 1.07 (nano-243m) to 1.4 times (tiny) as fast, which has paid
@@ -34,7 +34,9 @@ def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> b
 def planned_flops(config: TrainConfig, model: Transformer) -> float:
     """Floating-point operations of the whole run: 6 per token and active weight, the embedding left out."""
     sequences = config.max_steps * config.batch_size * config.gradient_accumulation
-    flops = 6.0 * (model.num_parameters(active=True) - model.embed.numel()) * sequences * model.config.max_seq_length
+    flops = (
+        6.0 * (model.num_parameters(active=True) - model.embed.weight.numel()) * sequences * model.config.max_seq_length
+    )
     return min(flops, config.max_seconds * FLOPS_PER_SECOND) if config.max_seconds else flops
 
 
@@ -51,8 +53,8 @@ def failed_to_compile(error: Exception) -> bool:
     return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
 
 
-def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> Callable[..., Losses]:
-    """The loss as it is, after a line about it.
+def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> nn.Module:
+    """The model as it is, after a line about it.
 
     Raises:
         RunError: the user insisted, by ``--compile on``; or other ranks are in the midst of the same pass.
@@ -63,4 +65,4 @@ def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> C
     if spread.layout.mode != "one":
         raise RunError(f"torch.compile failed ({reason}): use --compile off") from error
     say(f"note: torch.compile failed ({reason}): training goes on without it")
-    return spread.loss(compiled=False)
+    return spread.called(compiled=False)

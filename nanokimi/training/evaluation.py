@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from nanokimi.data.batch import Batch
 from nanokimi.data.loader import evenly_spread
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.model.transformer import Transformer, document_numbers
+from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.ranks import ALONE, Ranks
 
 
@@ -51,14 +52,13 @@ def evaluate(
     model.eval()
     with precision or nullcontext():
         for numbers, counts in _shared(chosen, batch_size, ranks):
-            batch = torch.from_numpy(sequences.batch(numbers)).long()
-            inputs, labels = batch[:, :-1].to(device), batch[:, 1:].to(device)
-            documents = document_numbers(inputs, tokenizer.eot_id) if mask_documents else None
-            loss = model.loss(inputs, labels, documents).cross_entropy.item()
+            rows = torch.from_numpy(sequences.batch(numbers)).long()
+            batch = Batch.of_rows(rows, tokenizer.eot_id if mask_documents else None).to(device)
+            summed = model(batch.tokens, batch.labels, documents=batch.documents, label_count=1).cross_entropy.item()
             if counts:
-                nats += loss * labels.numel()
-                tokens += labels.numel()
-                text_bytes += tokenizer.count_bytes(batch[:, 1:])
+                nats += summed
+                tokens += batch.labels.numel()
+                text_bytes += tokenizer.count_bytes(rows[:, 1:])
     model.train(was_training)
     all_nats, all_tokens, all_bytes = ranks.total([nats, tokens, text_bytes])
     return HeldOut(all_nats / all_tokens, all_nats / math.log(2) / max(1, all_bytes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -19,8 +19,9 @@ from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained
-from nanokimi.errors import UserError
+from nanokimi.errors import ConfigError, UserError
 from nanokimi.loading import read_model
+from nanokimi.model.transformer import weight_shapes
 from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, launcher, restarts, to_bytes
 from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
@@ -44,15 +45,6 @@ FREE_TO_CHANGE = frozenset(
 OF_THIS_PLACE = ("output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout")
 
 LOCK = ".nanokimi.lock"  # in the folder of a run, held while it trains
-
-# Fields of ModelConfig that decide the shape of weights.
-SHAPE_FIELDS = frozenset(
-    {
-        "vocab_size", "dim", "n_heads", "n_layers", "n_dense_layers", "inter_dim", "n_routed_experts",
-        "n_shared_experts", "moe_inter_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-        "v_head_dim",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,10 +192,17 @@ def _origin_from_weights(path: str, request: Request) -> Origin:
     if "tokenizer_name" in request.model:
         raise UserError("tokenizer_name: the tokenizer comes with --init_from: leave one of them out")
     stored = read_model(path)
+    config = replace(stored.config, **request.model)
     for name, value in request.model.items():
-        if name in SHAPE_FIELDS and value != (own := getattr(stored.config, name)):
-            raise UserError(f"{name} {value}: the weights of --init_from {path} are made for {own}: leave it out")
-    return Origin(replace(stored.config, **request.model), stored.tokenizer, stored.weights)
+        with suppress(ConfigError):  # of a field that is right only together with others
+            if weight_shapes(replace(stored.config, **{name: value})) != weight_shapes(stored.config):
+                own = getattr(stored.config, name)
+                raise UserError(f"{name} {value}: the weights of --init_from {path} are made for {own}: leave it out")
+    if weight_shapes(config) != weight_shapes(stored.config):
+        raise UserError(
+            f"{', '.join(request.model)}: the weights of --init_from {path} have other shapes: leave them out"
+        )
+    return Origin(config, stored.tokenizer, stored.weights)
 
 
 def _train_resumed(request: Request, output: Path, auto_batch: bool, ranks: Ranks) -> int:

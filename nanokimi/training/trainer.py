@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import printable
+from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.loader import merge_states
 from nanokimi.data.packing import PackedSequences
@@ -22,6 +22,7 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.loading import build
 from nanokimi.model.transformer import Transformer
+from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, from_bytes, to_bytes
@@ -32,7 +33,7 @@ from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.progress import ProgressDisplay
 from nanokimi.training.saving import Checkpoints, take_back
 from nanokimi.training.signals import StopSignals
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.training.step import TrainingStep
 
 SAMPLE_TOKENS = 60
 
@@ -85,13 +86,12 @@ class Trainer:
         output = Path(config.output_dir)
         self.spread = spread_model(model_config, layout, ranks, device)
         self.model = self.spread.model
-        self.optimizer = make_optimizer(self.model, config, self.spread)
-        self.step = TrainingStep(
-            self.model, self.optimizer, config, device, eot_id=corpus.tokenizer.eot_id, spread=self.spread
-        )
+        self.optimizer = make_optimizer(self.model, config, orthogonalise=self.spread.orthogonalise)
+        self.step = TrainingStep(self.model, self.optimizer, config, device, spread=self.spread)
         reading = Reading(
             model_config.max_seq_length, self.step.parts.batch_size, config.seed, num_workers=config.num_workers,
-            pin_memory=device.type == "cuda", shuffle_buffer=config.shuffle_buffer,
+            pin_memory=device.type == "cuda", eot_id=corpus.tokenizer.eot_id if config.mask_documents else None,
+            shuffle_buffer=config.shuffle_buffer,
             rank=ranks.rank, world_size=ranks.size,
         )  # fmt: skip
         self.batches = ranks.agreed(lambda: corpus.train.loader(reading))
@@ -146,7 +146,7 @@ class Trainer:
         self.metrics.close()
         return 0 if signals.stop is None else 128 + signals.stop
 
-    def _train_step(self, batches: Iterator[Tensor]) -> dict[str, Any]:
+    def _train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step, skipped when anything in it is not finite; returns its metrics."""
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
@@ -155,12 +155,12 @@ class Trainer:
             warmup_steps=config.warmup_steps, decay_fraction=config.decay_fraction,
         )  # fmt: skip
         self.optimizer.set_lr_factor(factor)
-        seen, tokens = self.step(batches)
+        seen = self.step(batches)
         largest = [max(heads) for heads in seen.max_logits]
         tau = config.qk_clip_tau
         model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
         counters.step += 1
-        counters.tokens += tokens
+        counters.tokens += seen.tokens
         counters.skipped += not seen.finite
         counters.skipped_in_a_row = 0 if seen.finite else counters.skipped_in_a_row + 1
         return {
@@ -169,7 +169,7 @@ class Trainer:
             "learning_rate": config.learning_rate * factor,
             "grad_norm": seen.grad_norm,
             "tokens": counters.tokens,
-            "tokens_per_second": tokens / (time.monotonic() - started),
+            "tokens_per_second": seen.tokens / (time.monotonic() - started),
             "max_logit": largest,
             "clipped_heads": sum(x > tau > 0 for heads in seen.max_logits for x in heads) if seen.finite else 0,
             "expert_load": [[n / max(1.0, sum(layer)) for n in layer] for layer in seen.expert_counts],

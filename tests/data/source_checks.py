@@ -26,6 +26,7 @@ from nanokimi.data.shuffle import permutation
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.split import is_blank
 from nanokimi.data.stream import TokenStream
+from nanokimi.training.step import cross_entropy
 from nanokimi.training.trainer import Trainer
 
 STOPS = (0, 1, 7, 40)
@@ -95,7 +96,7 @@ def rest_of_epoch(batches: Any) -> list[tuple[int, ...]]:
     for batch in batches:
         if batches.epoch:
             return found
-        found.append(tuple(batch[0].tolist()))
+        found.append(tuple(batch.rows()[0].tolist()))
     raise AssertionError
 
 
@@ -162,8 +163,7 @@ def labels(folder: Path, values: dict[str, Any], *, unshifted: bool = False) -> 
     shape = ModelConfig.preset("debug", vocab_size=source.tokenizer.vocab_size, max_seq_length=64)
     trainer = Trainer(config, shape, source, torch.device("cpu"))
     if unshifted:
-        plain = trainer.model.loss
-        trainer.step.loss = lambda tokens, labels: plain(tokens, tokens)
+        trainer.step.objective = lambda model, batch: cross_entropy(model, batch._replace(labels=batch.tokens))
     batches = iter(trainer.batches)
     losses = [trainer._train_step(batches)["train_ce_loss"] for _ in range(config.max_steps)]
     smooth = np.convolve(losses, np.ones(10) / 10, "valid")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanokimi.config import TrainConfig
 from nanokimi.data import documents, local, stream
+from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Corpus, Reading
 from nanokimi.data.documents import Piece
 from nanokimi.data.loader import Loader
@@ -57,17 +58,17 @@ def loader(source: Corpus, *, batch_size: int = 3, seed: int = 5, shuffle_buffer
 
 
 def take(batches: Loader, count: int) -> list[Any]:
-    return [batch.tolist() for batch in islice(iter(batches), count)]
+    return [batch.rows().tolist() for batch in islice(iter(batches), count)]
 
 
 def sequences(batches: Sequence[Any]) -> list[tuple[int, ...]]:
     return [tuple(sequence) for batch in batches for sequence in batch]
 
 
-def inputs(batches: Iterator[Tensor]) -> Iterator[bytes]:
+def inputs(batches: Iterator[Batch]) -> Iterator[bytes]:
     """The inputs of every sequence as text; the end of a document shows as a line end of its own kind."""
     for batch in batches:
-        for row in batch[:, :-1].tolist():
+        for row in batch.tokens.tolist():
             yield bytes(0xFF if token == END else token for token in row)
 
 

@@ -31,11 +31,11 @@ import pytest
 import torch
 from hub import LoopbackHub, jsonl_file, readme, run_with_hub
 from streams import END, LENGTH, corpus, loader, write_json_lines, write_parquet, write_text
-from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.data import stream
+from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Finite
 from nanokimi.data.loader import BatchLoader
 from nanokimi.data.shuffle import permutation
@@ -218,7 +218,7 @@ def test_bytes_that_are_not_utf8_can_be_replaced(folder: Path, dataset: str, nam
     assert main(flags(dataset, name, *more)) == 0
     source = corpus(dataset=dataset, data_path=name, encoding_errors="replace", val_fraction=0.0)
     batches = islice(iter(loader(source, batch_size=1)), 2)
-    seen = [bytes(t if t < 256 else 0 for t in batch[0].tolist()) for batch in batches]
+    seen = [bytes(t if t < 256 else 0 for t in batch.rows()[0].tolist()) for batch in batches]
     assert any("caf\ufffd and".encode() in sequence for sequence in seen)
 
 
@@ -230,7 +230,7 @@ def test_token_files_that_shrink_during_a_run_end_it_in_one_line(
     (ids(*[*range(200)] * 5) if name == "plain.bin" else ours)(folder / name)
     step = Trainer._train_step
 
-    def truncating(self: Trainer, batches: Iterator[Tensor]) -> dict[str, Any]:
+    def truncating(self: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.counters.step == 1:
             os.truncate(folder / name, 100)
         return step(self, batches)
@@ -249,7 +249,7 @@ def test_a_stream_that_changes_during_a_run_ends_it_in_one_line(
     write_text(folder / "t.txt", ["a line of text\n" * 20] * 3)
     step = Trainer._train_step
 
-    def edited(self: Trainer, batches: Iterator[Tensor]) -> dict[str, Any]:
+    def edited(self: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.counters.step == 1:
             (folder / "t.txt").write_text("another text\n" * 90)
         return step(self, batches)
@@ -289,7 +289,7 @@ def tokens_of(dataset: str, path: Path) -> list[int]:
     for batch in batches:
         if batches.epoch:
             return found
-        found += batch[0, :-1].tolist()
+        found += batch.tokens[0].tolist()
     raise AssertionError
 
 
@@ -371,7 +371,7 @@ def test_every_label_is_a_token_of_the_text_and_none_stands_for_padding(
     source = corpus(dataset=dataset, data_path=name, val_fraction=0.0)
     batches = loader(source, batch_size=1, shuffle_buffer=1)
     n = (len(expected) - 1) // LENGTH
-    found = [batch[0] for batch in islice(iter(batches), n)]
+    found = [batch.rows()[0] for batch in islice(iter(batches), n)]
     if isinstance(batches, BatchLoader):
         order = permutation(5, 0, n).tolist()
         found = [found[order.index(i)] for i in range(n)]

@@ -21,7 +21,7 @@ def loader(*, seed: int = 0, num_workers: int = 0, n: int = N) -> BatchLoader:
 
 
 def take(batches: BatchLoader, count: int) -> list[list[list[int]]]:
-    return [batch.tolist() for batch in islice(batches, count)]
+    return [batch.rows().tolist() for batch in islice(batches, count)]
 
 
 def first_tokens(batches: list[list[list[int]]]) -> list[int]:
@@ -30,8 +30,9 @@ def first_tokens(batches: list[list[list[int]]]) -> list[int]:
 
 def test_batches_are_int64_with_one_token_more_than_the_context() -> None:
     batch = next(iter(loader()))
-    assert batch.shape == (BATCH, LENGTH + 1)
-    assert batch.dtype == torch.int64
+    assert batch.rows().shape == (BATCH, LENGTH + 1)
+    assert torch.equal(batch.labels, batch.tokens + 1), "each label is the token that follows"
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
 
 
 def test_every_sequence_comes_once_per_epoch_though_batches_straddle() -> None:

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from streams import LENGTH, corpus, loader, plain, sequences, small_pieces, take, write_json_lines, write_text
-from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
 from nanokimi.data import stream
+from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Corpus, Finite, Mixed, Streamed
 from nanokimi.data.loader import merge_states
 from nanokimi.data.mixture import MixLoader
@@ -41,10 +41,10 @@ class Numbered:
     def __init__(self, letter: int) -> None:
         self.letter, self.count = letter, 0
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             self.count += 1
-            yield torch.tensor([[self.letter, self.count]])
+            yield Batch.of_rows(torch.tensor([[self.letter, self.count]]))
 
 
 def mixed(*weights: float, batch_size: int = 1) -> MixLoader:
@@ -115,7 +115,7 @@ def test_on_every_prefix_each_source_has_given_its_share_within_one_sequence(wei
     counts = dict.fromkeys(range(len(weights)), 0)
     total = sum(map(Fraction, map(str, weights)))
     for k, batch in enumerate(islice(mixed(*weights), 2000), 1):
-        counts[int(batch[0, 0])] += 1
+        counts[int(batch.tokens[0, 0])] += 1
         for i, weight in enumerate(weights):
             assert abs(counts[i] - Fraction(str(weight)) * k / total) < 1, (k, counts)
 
@@ -126,25 +126,26 @@ def test_random_weights_are_kept_within_one_sequence() -> None:
         weights = [rng.random() ** 3 + 1e-3 for _ in range(rng.randint(2, 12))]
         counts = [0] * len(weights)
         for k, batch in enumerate(islice(mixed(*weights), 400), 1):
-            counts[int(batch[0, 0])] += 1
+            counts[int(batch.tokens[0, 0])] += 1
             assert all(abs(n - w * k / sum(weights)) < 1 + 1e-9 for n, w in zip(counts, weights, strict=True))
 
 
 def test_shares_in_tenths_come_out_in_every_ten() -> None:
-    order = [int(batch[0, 0]) for batch in islice(mixed(0.7, 0.2, 0.1), 1000)]
+    order = [int(batch.tokens[0, 0]) for batch in islice(mixed(0.7, 0.2, 0.1), 1000)]
     for start in range(0, 1000, 10):
         assert Counter(order[start : start + 10]) == {0: 7, 1: 2, 2: 1}
 
 
 def test_only_the_ratio_of_the_weights_counts() -> None:
-    orders = [[int(b[0, 0]) for b in islice(mixed(*weights), 500)] for weights in ((0.7, 0.3), (7, 3), (1.4, 0.6))]
+    ratios = ((0.7, 0.3), (7, 3), (1.4, 0.6))
+    orders = [[int(batch.tokens[0, 0]) for batch in islice(mixed(*weights), 500)] for weights in ratios]
     assert orders[0] == orders[1] == orders[2]
 
 
 def test_a_batch_holds_sequences_of_several_sources_each_in_its_own_order() -> None:
     batches = list(islice(mixed(2, 1, batch_size=6), 50))
-    assert all(sorted(batch[:, 0].tolist()) == [0, 0, 0, 0, 1, 1] for batch in batches)
-    rows = torch.cat(batches)
+    assert all(sorted(batch.tokens[:, 0].tolist()) == [0, 0, 0, 0, 1, 1] for batch in batches)
+    rows = torch.cat([batch.rows() for batch in batches])
     for i in range(2):
         numbers = rows[rows[:, 0] == i][:, 1].tolist()
         assert numbers == list(range(1, len(numbers) + 1))
@@ -366,7 +367,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert main([*flags, "--output_dir", "whole"]) == 0
     step = Trainer._train_step
 
-    def terminated(self: Trainer, batches: Iterator[Tensor]) -> dict[str, Any]:
+    def terminated(self: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.counters.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches)

@@ -157,7 +157,7 @@ def test_a_bpe_is_that_of_a_local_run_and_is_kept_for_the_resume(tmp_path: Path,
     content = final(output)
     whole = open_corpus(TrainConfig(data_path=str(path)), "bpe:300", say=lambda line: None)
     assert Tokenizer.from_state(content["tokenizer"]).fingerprint == whole.tokenizer.fingerprint
-    assert content["model"]["embed"].shape[0] == 300
+    assert content["model"]["embed.weight"].shape[0] == 300
     assert main(["train", "--resume", "--output_dir", str(output), "--max_steps", "3"]) == 0
     assert final(output)["tokenizer"] == content["tokenizer"]
 
@@ -293,7 +293,7 @@ found = []
 for path in sys.argv[1:]:
     config = TrainConfig(dataset="localstreaming", data_path=path)
     source = open_corpus(config, "byte", say=lambda line: None)
-    n_tokens = sum(batch.numel() for batch in islice(iter(source.train.loader(Reading(128, 8, 5))), 30))
+    n_tokens = sum(batch.rows().numel() for batch in islice(iter(source.train.loader(Reading(128, 8, 5))), 30))
     found.append([n_tokens, peak()])
 print(json.dumps(found))
 """

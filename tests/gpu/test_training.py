@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import no_waiting
-from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
 from nanokimi.model.transformer import Transformer
+from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.training.batch_size import with_fitting_batch
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.training.step import TrainingStep
 
 pytestmark = pytest.mark.gpu
 
@@ -26,49 +27,51 @@ def make_step(**settings: Any) -> TrainingStep:
     device = torch.device("cuda")
     model = Transformer(ModelConfig.preset("debug", **SHAPE)).to(device)
     config = TrainConfig(**{"gradient_accumulation": 2, "compile": "off", "mixed_precision": "on", **settings})
-    return TrainingStep(model, make_optimizer(model, config), config, device, eot_id=0)
+    return TrainingStep(model, make_optimizer(model, config), config, device)
 
 
-def batches(seed: int = 0) -> Iterator[Tensor]:
+def batches(seed: int = 0, *, eot_id: int | None = None) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    return iter([torch.randint(512, (2, 129), generator=generator).pin_memory() for _ in range(2)])
+    rows = [torch.randint(512, (2, 129), generator=generator) for _ in range(2)]
+    return iter([Batch.of_rows(part, eot_id).pin_memory() for part in rows])
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"mask_documents": True}], ids=str)
 def test_a_step_waits_for_the_device_once_only(compile: str, settings: dict[str, Any]) -> None:
     step = make_step(compile=compile, **settings)
-    step(batches())  # warm-up: compiling and choosing kernels wait
-    on_device = [batch.cuda() for batch in batches(1)]
+    eot_id = 0 if step.config.mask_documents else None
+    step(batches(eot_id=eot_id))  # warm-up: compiling and choosing kernels wait
+    pinned = batches(1, eot_id=eot_id)
     with no_waiting():
-        losses, _ = step.accumulate(iter(on_device))
+        losses, labels = step.accumulate(pinned)
         norm = step.clip_gradients()
-    assert step.read(losses, norm).finite
+    assert step.read(losses, labels, norm).finite
     with no_waiting():
-        step.update()
+        step.optimizer.step()
         step.clear()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_is_one_graph_that_is_compiled_once(checkpointing: bool) -> None:
     step = make_step(activation_checkpointing=checkpointing)
-    step.loss = torch.compile(step.model.loss, fullgraph=True)
+    step.called = torch.compile(step.model, fullgraph=True)
     step(batches())
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in (1, 2):
-            assert step(batches(seed))[0].finite
+            assert step(batches(seed)).finite
 
 
 @pytest.mark.parametrize("settings", [{"compile": "on"}, {"activation_checkpointing": True}], ids=str)
 def test_compiled_and_checkpointed_steps_come_near_the_plain_one(settings: dict[str, Any]) -> None:
-    plain, other = make_step()(batches())[0], make_step(**settings)(batches())[0]
+    plain, other = make_step()(batches()), make_step(**settings)(batches())
     assert other.cross_entropy == pytest.approx(plain.cross_entropy, rel=1e-2)
     assert other.grad_norm == pytest.approx(plain.grad_norm, rel=5e-2)
     assert sum(map(sum, other.expert_counts)) == sum(map(sum, plain.expert_counts))
 
 
 def test_bf16_comes_near_fp32() -> None:
-    exact, rounded = make_step(mixed_precision="off")(batches())[0], make_step()(batches())[0]
+    exact, rounded = make_step(mixed_precision="off")(batches()), make_step()(batches())
     assert rounded.cross_entropy == pytest.approx(exact.cross_entropy, rel=1e-2)
     assert rounded.grad_norm == pytest.approx(exact.grad_norm, rel=5e-2)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.cache import LatentCache
+from nanokimi.model.roles import NORM, Declaration
 
 HELD_BY_PADDING = 1000.0
 
@@ -30,6 +31,9 @@ class ScriptedModel(nn.Module):
 
     def num_parameters(self, active: bool = False) -> int:
         return self.weight.numel()
+
+    def declare(self) -> list[Declaration]:
+        return [(NORM, self.weight)]
 
     def forward(self, tokens: Tensor, cache: LatentCache, *, last_only: bool) -> Tensor:
         time.sleep(self.seconds)

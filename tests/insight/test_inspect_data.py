@@ -146,7 +146,7 @@ def test_what_is_looked_at_is_what_training_reads(library: Path) -> None:
     corpus, reading = opened(library), Reading(128, 1, seed=11)
     found = look_at(corpus, reading, 5, keep=5)
     for sample, batch in zip(found.samples, corpus.train.loader(reading), strict=False):
-        assert (sample == batch[0].numpy()).all()
+        assert (sample == batch.rows()[0].numpy()).all()
 
 
 # ---- the report ---------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_an_f32_file_holds_every_weight_bit_for_bit(tmp_path: Path, debug_model:
     assert {kind for kind, _ in found.values()} == {"F32"}
     assert sum(values.numel() for _, values in found.values()) == sum(w.numel() for w in weights.values())
     for theirs, ours in {
-        "token_embd.weight": "embed",
+        "token_embd.weight": "embed.weight",
         "output.weight": "head.weight",
         "blk.0.ffn_down.weight": "layers.0.mlp.w2.weight",
         "blk.1.attn_q_a_norm.weight": "layers.1.attention.q_norm.weight",
@@ -224,8 +224,8 @@ def test_a_killed_export_leaves_nothing_under_the_name(tmp_path: Path, debug_mod
 
 def test_weights_beyond_fp16_are_refused_there_only(tmp_path: Path, debug_model: Transformer) -> None:
     weights = debug_model.state_dict()
-    weights["embed"][3, 3] = 1e5
-    with pytest.raises(UserError, match=r"embed.*F16.*f32"):
+    weights["embed.weight"][3, 3] = 1e5
+    with pytest.raises(UserError, match=r"embed\.weight.*F16.*f32"):
         written(tmp_path / "m.gguf", debug_model, dtype="f16", weights=weights)
     for dtype in ("bf16", "q8_0"):
         written(tmp_path / "m.gguf", debug_model, dtype=dtype, weights=weights)

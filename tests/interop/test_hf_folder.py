@@ -236,8 +236,8 @@ def test_a_tied_head_becomes_one_of_its_own(tmp_path: Path) -> None:
     folder = in_folder(tmp_path / "m", stored, tie_word_embeddings=True)
     edit_tensors(folder, lm_head__weight=None)
     read = read_folder(folder)
-    assert torch.equal(read.weights["head.weight"], stored.weights["embed"])
-    assert read.weights["head.weight"].data_ptr() != read.weights["embed"].data_ptr()
+    assert torch.equal(read.weights["head.weight"], stored.weights["embed.weight"])
+    assert read.weights["head.weight"].data_ptr() != read.weights["embed.weight"].data_ptr()
     assert "tie_word_embeddings" in read.notes[0]
     assert json.loads((in_folder(tmp_path / "again", read) / "config.json").read_text())["tie_word_embeddings"] is False
 
@@ -346,8 +346,8 @@ def test_every_type_keeps_its_bits_and_biases_stay_fp32(tmp_path: Path) -> None:
 
 def test_values_that_a_type_cannot_hold_are_named() -> None:
     stored = stored_model()
-    stored.weights["embed"][3, 4] = 1e5
-    with pytest.raises(UserError, match=r"embed.*f16.*bf16"):
+    stored.weights["embed.weight"][3, 4] = 1e5
+    with pytest.raises(UserError, match=r"embed\.weight.*f16.*bf16"):
         with_dtype(stored, "f16")
     with_dtype(stored, "bf16")
     with pytest.raises(UserError, match=r"--dtype q8_0.*bf16"):

@@ -80,7 +80,12 @@ def test_log_probabilities_equal_llama_cpp(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["embed", "layers.0.attention.kv_norm.weight", "layers.2.mlp.router.balance_bias", "layers.2.mlp.shared.w3.weight"],
+    [
+        "embed.weight",
+        "layers.0.attention.kv_norm.weight",
+        "layers.2.mlp.router.balance_bias",
+        "layers.2.mlp.shared.w3.weight",
+    ],
 )
 @torch.no_grad()
 def test_a_model_with_another_weight_is_told_apart(part: str, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.kernels import (
+from nanokimi.data.batch import document_numbers
+from nanokimi.model.transformer import Transformer
+from nanokimi.ops.attention import (
     ROW_ALIGNMENT,
     _cuda_efficient,
     _document_bias,
@@ -21,7 +23,6 @@ from nanokimi.model.kernels import (
     largest_logits,
     reference_attention,
 )
-from nanokimi.model.transformer import Transformer, document_numbers
 
 EOT = 256
 LAYOUTS = ((9, 1, 17, 5), (2, 20, 10))  # documents of the two sequences; their lengths differ, the sums do not
@@ -82,7 +83,8 @@ def nats_and_gradients(model: Transformer, parts: list[tuple[Tensor, Tensor, Ten
     The balance loss stays out: it is a statistic of whole sequences, whatever attention sees.
     """
     model.zero_grad()
-    nats = torch.stack([model.loss(*part).cross_entropy * part[1].numel() for part in parts]).sum()
+    losses = [model(tokens, labels, documents=documents, label_count=1) for tokens, labels, documents in parts]
+    nats = torch.stack([loss.cross_entropy for loss in losses]).sum()
     nats.backward()
     return [nats.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -104,7 +106,7 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_each_alone(
     tokens, labels = packed_tokens()
     documents = document_numbers(tokens, EOT)
     with torch.no_grad():
-        packed = model.head(model.hidden(tokens, documents=documents)[0])
+        packed = model.head(model.hidden(tokens, documents=documents))
         for b, at in documents_of():
             torch.testing.assert_close(packed[b, at], model(tokens[b : b + 1, at])[0], rtol=0, atol=tolerance)
 
@@ -119,8 +121,8 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_each_alone(
 def test_without_the_mask_documents_do_see_one_another(debug_model: Transformer) -> None:
     tokens, _ = packed_tokens()
     with torch.no_grad():
-        masked, _ = debug_model.hidden(tokens, documents=document_numbers(tokens, EOT))
-        difference = (debug_model.hidden(tokens)[0] - masked).abs().amax(dim=-1)
+        masked = debug_model.hidden(tokens, documents=document_numbers(tokens, EOT))
+        difference = (debug_model.hidden(tokens) - masked).abs().amax(dim=-1)
     assert float(difference[0, LAYOUTS[0][0] :].min()) > 1e-3
     assert float(difference[0, : LAYOUTS[0][0]].max()) < 2e-5
 
@@ -132,7 +134,7 @@ def test_changing_a_document_changes_nothing_at_all_in_the_others() -> None:
     changed[0, 10:20] = (changed[0, 10:20] + 1) % 256
     documents = document_numbers(tokens, EOT)
     with torch.no_grad():
-        before, after = (model.hidden(x, documents=documents)[0] for x in (tokens, changed))
+        before, after = (model.hidden(x, documents=documents) for x in (tokens, changed))
     same = (before == after).all(dim=-1)
     others = documents != documents[0, 10]
     others[1] = True
@@ -203,12 +205,12 @@ def test_the_meter_of_packed_documents_reads_the_maximum_over_each_alone(exact: 
     debug_model.train()
     debug_model.exact_logits = exact
     for b, at in documents_of():
-        debug_model.loss(tokens[b : b + 1, at], labels[b : b + 1, at])
+        debug_model(tokens[b : b + 1, at], labels[b : b + 1, at])
     alone = debug_model.max_logits.clone()
     debug_model.reset_stats()
-    debug_model.loss(tokens, labels, document_numbers(tokens, EOT))
+    debug_model(tokens, labels, documents=document_numbers(tokens, EOT))
     torch.testing.assert_close(debug_model.max_logits, alone, rtol=1e-5, atol=2e-5)
-    debug_model.loss(tokens, labels)
+    debug_model(tokens, labels)
     assert bool((debug_model.max_logits > alone + 1e-3).any()), "the test needs a hidden maximum"
 
 
@@ -245,9 +247,9 @@ def test_one_document_equals_no_mask(debug_model: Transformer) -> None:
 def test_a_compiled_loss_takes_documents_and_goes_without() -> None:
     model = lively(Transformer(ModelConfig.preset("debug", n_layers=2)))
     tokens, labels = packed_tokens()
-    compiled = torch.compile(model.loss, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager")
     for documents in (None, document_numbers(tokens, EOT)):
-        ours, eager = compiled(tokens, labels, documents), model.loss(tokens, labels, documents)
+        ours, eager = (called(tokens, labels, documents=documents) for called in (compiled, model))
         torch.testing.assert_close(ours, eager)
         gradients = [torch.autograd.grad(x.cross_entropy, list(model.parameters())) for x in (ours, eager)]
         for a, b in zip(*gradients, strict=True):
@@ -294,9 +296,9 @@ def test_compiled_on_cuda_the_masked_loss_and_its_gradients_are_the_same(dtype: 
     tokens, labels = (x[:, :-1].cuda() for x in packed_tokens())  # 31 positions: rows that need padding
     documents = document_numbers(tokens, EOT)
     readings = []
-    for loss in (torch.compile(model.loss), model.loss):
+    for called in (torch.compile(model), model):
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-            nats = loss(tokens, labels, documents).cross_entropy
+            nats = called(tokens, labels, documents=documents).cross_entropy
         readings.append((nats, *torch.autograd.grad(nats, list(model.parameters()))))
     for compiled, eager in zip(*readings, strict=True):
         bound = (1e-3 if dtype == torch.float32 else 0.1) * float(eager.norm()) + 1e-6

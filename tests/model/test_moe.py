@@ -48,10 +48,11 @@ def test_output_equals_the_reference_token_by_token(score_func: str, groups: int
     )
     x = torch.randn(2, 9, moe.config.dim)
     with torch.no_grad():
-        out, counts, _ = moe(x)
+        out, load = moe(x, torch.ones(2, 9, dtype=torch.bool))
         for b, t in itertools.product(range(2), range(9)):
             torch.testing.assert_close(out[b, t], reference_output(moe, x[b, t]), rtol=1e-4, atol=1e-4)
-    assert int(counts.sum()) == 2 * 9 * moe.config.n_activated_experts
+    assert load is not None
+    assert int(load.counts.sum()) == 2 * 9 * moe.config.n_activated_experts
 
 
 def test_the_bias_steers_the_selection_and_never_the_gate_value() -> None:
@@ -88,37 +89,51 @@ def test_the_balance_update_moves_every_bias_one_step_towards_an_even_load() -> 
     assert moe.router.balance_bias.tolist() == [-0.25, 0.25, 0, 0, 0, 0, 0, 0]
 
 
-def test_balance_loss_equals_the_formula_per_sequence() -> None:
-    moe = moe_with(aux_loss_coeff=0.5).train()
+def test_the_imbalance_of_each_sequence_equals_the_formula() -> None:
+    moe = moe_with()
     c = moe.config
     with torch.no_grad():
         routing = moe.router(torch.randn(3 * 7, c.dim))
-    expected = 0.0
+    expected = [0.0] * 3
     for s in range(3):
         rows = slice(7 * s, 7 * s + 7)
         for e in range(c.n_routed_experts):
             f = float((routing.experts[rows] == e).sum()) * c.n_routed_experts / (c.n_activated_experts * 7)
             p = float((routing.scores[rows] / routing.scores[rows].sum(-1, keepdim=True))[:, e].mean())
-            expected += 0.5 * f * p / 3
-    assert float(moe.balance_loss(routing, 3)) == pytest.approx(expected, rel=1e-5)
+            expected[s] += f * p
+    load = moe.load(routing, torch.ones(3, 7, dtype=torch.bool))
+    assert load.imbalance.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_balance_loss_is_smallest_for_an_even_load() -> None:
-    moe = moe_with(aux_loss_coeff=1.0).train()
+def test_the_imbalance_is_smallest_for_an_even_load() -> None:
+    moe = moe_with()
     experts = torch.tensor([[2 * (t % 4), 2 * (t % 4) + 1] for t in range(8)])
     even = torch.full((8, 8), 0.5)
     skewed = even.clone()
     skewed[:, :2] = 0.9
     crowded = torch.tensor([[0, 1]] * 8)
     weights = torch.ones(8, 2)
-    assert float(moe.balance_loss(Routing(weights, experts, even), 1)) == pytest.approx(1.0)
-    assert float(moe.balance_loss(Routing(weights, crowded, skewed), 1)) > 1.3
+    counted = torch.ones(1, 8, dtype=torch.bool)
+    assert float(moe.load(Routing(weights, experts, even), counted).imbalance) == pytest.approx(1.0)
+    assert float(moe.load(Routing(weights, crowded, skewed), counted).imbalance) > 1.3
+
+
+def test_the_balance_loss_is_the_coefficient_times_the_mean_imbalance_of_every_layer() -> None:
+    model = lively(Transformer(ModelConfig.preset("debug", aux_loss_coeff=0.5))).train()
+    imbalances: list[Tensor] = []
+    for moe in model.moe_layers():
+        moe.register_forward_hook(lambda _, inputs, out: imbalances.append(out[1].imbalance))
+    tokens = torch.randint(0, 257, (3, 7))
+    balance = model(tokens, tokens).balance
+    assert [imbalance.shape for imbalance in imbalances] == [(3,)] * model.config.n_moe_layers
+    torch.testing.assert_close(balance, 0.5 * torch.stack(imbalances).mean(dim=1).sum())
 
 
 def test_no_balance_loss_in_evaluation_or_when_switched_off() -> None:
-    x = torch.randn(1, 5, 32)
-    assert float(moe_with(aux_loss_coeff=1.0).eval()(x)[2]) == 0
-    assert float(moe_with(aux_loss_coeff=0.0).train()(x)[2]) == 0
+    tokens = torch.randint(0, 257, (1, 5))
+    for coefficient, training in ((1.0, False), (0.0, True)):
+        model = lively(Transformer(ModelConfig.preset("debug", aux_loss_coeff=coefficient))).train(training)
+        assert float(model(tokens, tokens).balance) == 0
 
 
 def test_router_scores_are_fp32_under_autocast() -> None:

@@ -94,7 +94,7 @@ def test_under_yarn_cached_and_full_forward_agree_and_look_back_only(fields: dic
         full = model(tokens)
         for split in (1, 31, 32, 33, 99):
             cache = LatentCache(model.config, 2)
-            pieces = torch.cat((model(tokens[:, :split], cache), model(tokens[:, split:], cache)), dim=1)
+            pieces = torch.cat((model(tokens[:, :split], cache=cache), model(tokens[:, split:], cache=cache)), dim=1)
             torch.testing.assert_close(pieces, full, rtol=0, atol=2e-5)
         other = tokens.clone()
         other[:, 60:] = (other[:, 60:] + 1) % 257

@@ -67,7 +67,7 @@ def test_cached_and_full_forward_agree_at_every_split_point(variant: dict[str, A
         full = model(tokens)
         for split in range(1, 24):
             cache = LatentCache(model.config, 2)
-            pieces = torch.cat((model(tokens[:, :split], cache), model(tokens[:, split:], cache)), dim=1)
+            pieces = torch.cat((model(tokens[:, :split], cache=cache), model(tokens[:, split:], cache=cache)), dim=1)
             torch.testing.assert_close(pieces, full, rtol=0, atol=2e-5)
 
 
@@ -78,8 +78,8 @@ def test_the_last_logits_alone_are_those_of_the_full_pass_and_leave_the_same_cac
     full, last = LatentCache(model.config, 2), LatentCache(model.config, 2)
     with torch.no_grad():
         for part in tokens.split((13, 1, 10), dim=1):
-            expected = model(part, full)[:, -1:]
-            torch.testing.assert_close(model(part, last, last_only=True), expected, rtol=0, atol=1e-5)
+            expected = model(part, cache=full)[:, -1:]
+            torch.testing.assert_close(model(part, cache=last, last_only=True), expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(last.entries, full.entries, rtol=0, atol=1e-5)
     assert last.lengths == full.lengths == [24, 24]
 
@@ -90,7 +90,7 @@ def test_the_last_layer_computes_queries_and_mlp_for_the_last_position_only(debu
         block.attention.wo.register_forward_pre_hook(lambda _, x: widths.append(tuple(x[0].shape[:2])))
         block.mlp.register_forward_pre_hook(lambda _, x: widths.append(tuple(x[0].shape[:2])))
     with torch.no_grad():
-        debug_model(torch.zeros(2, 9, dtype=torch.int64), LatentCache(debug_model.config, 2), last_only=True)
+        debug_model(torch.zeros(2, 9, dtype=torch.int64), cache=LatentCache(debug_model.config, 2), last_only=True)
     assert widths == [(2, 9)] * 4 + [(2, 1)] * 2
 
 
@@ -108,12 +108,12 @@ def test_rows_of_any_lengths_decode_together_as_each_does_alone(
         full = model(tokens)
         for row, length in enumerate(lengths):
             if length:
-                model(tokens[row : row + 1, :length], cache.select([row]))
+                model(tokens[row : row + 1, :length], cache=cache.select([row]))
         for new in (1, 3, 1):
             ends = [length + new for length in lengths]
             part = torch.stack([tokens[row, lengths[row] : ends[row]] for row in rows])
             expected = torch.stack([full[row, lengths[row] : ends[row]] for row in rows])
-            torch.testing.assert_close(model(part, cache.select(rows)), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(model(part, cache=cache.select(rows)), expected, rtol=0, atol=2e-5)
             lengths = [end if row in rows else lengths[row] for row, end in enumerate(ends)]
             assert cache.lengths == lengths
 
@@ -123,7 +123,7 @@ def test_ragged_rows_write_nothing_but_their_own_new_entries(debug_model: Transf
     cache.lengths[:] = [2, 5, 7]
     before = cache.entries.normal_().clone()
     with torch.no_grad():
-        debug_model(torch.tensor([[1, 2], [3, 4]]), cache.select([2, 0]))
+        debug_model(torch.tensor([[1, 2], [3, 4]]), cache=cache.select([2, 0]))
     changed = (cache.entries != before).any(dim=-1).any(dim=0)
     assert changed.nonzero().tolist() == [[0, 2], [0, 3], [2, 7], [2, 8]]
 
@@ -133,7 +133,7 @@ def test_prefill_in_chunks_or_token_by_token_gives_the_same_logits(chunk: int, d
     tokens = torch.randint(0, 257, (2, 21))
     cache = LatentCache(debug_model.config, 2)
     with torch.no_grad():
-        pieces = torch.cat([debug_model(piece, cache) for piece in tokens.split(chunk, dim=1)], dim=1)
+        pieces = torch.cat([debug_model(piece, cache=cache) for piece in tokens.split(chunk, dim=1)], dim=1)
         torch.testing.assert_close(pieces, debug_model(tokens), rtol=0, atol=2e-5)
         last = debug_model(tokens[:, :5], last_only=True)
         torch.testing.assert_close(last, debug_model(tokens[:, :5])[:, -1:], rtol=0, atol=2e-5)
@@ -147,7 +147,7 @@ def test_a_long_text_behind_a_cache_attends_a_few_queries_at_a_time(
     cache = LatentCache(debug_model.config, 2)
     with torch.no_grad():
         full = debug_model(tokens)
-        pieces = torch.cat([debug_model(part, cache) for part in tokens.split((3, 1, 9, 11), dim=1)], dim=1)
+        pieces = torch.cat([debug_model(part, cache=cache) for part in tokens.split((3, 1, 9, 11), dim=1)], dim=1)
     torch.testing.assert_close(pieces, full, rtol=0, atol=2e-5)
 
 
@@ -163,10 +163,10 @@ def test_both_forms_of_attention_behind_a_cache_agree_for_rows_of_any_lengths(
             monkeypatch.setattr(attention.MLA, "worth_expanding", lambda self, least=least: least)
             cache = LatentCache(model.config, 2)
             for row, length in enumerate(held):
-                model(tokens[row : row + 1, :length], cache.select([row]))
+                model(tokens[row : row + 1, :length], cache=cache.select([row]))
             new = torch.stack([tokens[row, length : length + 13] for row, length in enumerate(held)])
             expected = torch.stack([full[row, length : length + 13] for row, length in enumerate(held)])
-            torch.testing.assert_close(model(new, cache), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(model(new, cache=cache), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -179,7 +179,7 @@ def test_a_later_token_changes_no_earlier_logit(cached: bool, debug_model: Trans
         if not cached:
             return debug_model(x)
         cache = LatentCache(debug_model.config)
-        return torch.cat((debug_model(x[:, :6], cache), debug_model(x[:, 6:], cache)), dim=1)
+        return torch.cat((debug_model(x[:, :6], cache=cache), debug_model(x[:, 6:], cache=cache)), dim=1)
 
     with torch.no_grad():
         a, b = logits(tokens), logits(changed)
@@ -198,11 +198,11 @@ def test_too_many_tokens_for_the_context_or_the_cache_are_refused(debug_model: T
     with pytest.raises(ValueError, match="129 tokens exceed the context of 128"):
         debug_model(torch.zeros(1, 129, dtype=torch.int64))
     with pytest.raises(ValueError, match="cache holds 4 tokens, 5 are needed"):
-        debug_model(torch.zeros(1, 5, dtype=torch.int64), LatentCache(debug_model.config, max_length=4))
+        debug_model(torch.zeros(1, 5, dtype=torch.int64), cache=LatentCache(debug_model.config, max_length=4))
     ragged = LatentCache(debug_model.config, 2, max_length=4)
     ragged.lengths[1] = 3
     with pytest.raises(ValueError, match="cache holds 4 tokens, 5 are needed"):
-        debug_model(torch.zeros(2, 2, dtype=torch.int64), ragged)
+        debug_model(torch.zeros(2, 2, dtype=torch.int64), cache=ragged)
 
 
 def test_logits_are_fp32_and_fp64_is_kept(debug_model: Transformer) -> None:
@@ -216,14 +216,14 @@ def test_logits_are_fp32_and_fp64_is_kept(debug_model: Transformer) -> None:
 def test_the_loss_is_the_cross_entropy_of_the_logits(debug_model: Transformer) -> None:
     tokens = torch.randint(0, 257, (2, 16))
     expected = torch.nn.functional.cross_entropy(debug_model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    torch.testing.assert_close(debug_model.loss(tokens[:, :-1], tokens[:, 1:]).cross_entropy, expected)
+    torch.testing.assert_close(debug_model(tokens[:, :-1], tokens[:, 1:]).cross_entropy, expected)
 
 
 def test_expert_counts_add_up_over_micro_batches_until_reset(debug_model: Transformer) -> None:
     debug_model.train()
     for _ in range(2):
         tokens = torch.randint(0, 257, (2, 10))
-        debug_model.loss(tokens, tokens)
+        debug_model(tokens, tokens)
     assert debug_model.expert_counts.sum(dim=-1).tolist() == [2 * 20 * 2] * debug_model.config.n_moe_layers
     debug_model.reset_stats()
     assert int(debug_model.expert_counts.sum()) == 0
@@ -239,7 +239,7 @@ def test_fresh_weights_have_the_configured_spread() -> None:
 def test_seeds_are_honoured() -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return Transformer(ModelConfig.preset("debug")).embed
+        return Transformer(ModelConfig.preset("debug")).embed.weight
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))

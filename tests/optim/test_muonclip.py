@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
+from nanokimi.model.attention import QKRows
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.newton_schulz import CPU_BATCHED_NUMEL, _quintic, newton_schulz, orthogonalise, symmetric_square
 from nanokimi.optim.muonclip import MuonClip, update_scale
-from nanokimi.optim.newton_schulz import CPU_BATCHED_NUMEL, _quintic, newton_schulz, orthogonalise, symmetric_square
 
 SHAPES = [(48, 32), (32, 48), (64, 24), (40, 90)]
 
@@ -22,13 +23,19 @@ class Declared(nn.Module):
         self.roles = {name: role for name, (role, _) in roles.items()}
         for name, (_, shape) in roles.items():
             setattr(self, name, nn.Parameter(torch.randn(shape)))
-        self.max_logits = torch.zeros(0, 0)
+        self.max_logits, self.expert_counts = torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64)
 
     def declare(self) -> list[tuple[str, nn.Parameter]]:
         return [(role, getattr(self, name)) for name, role in self.roles.items()]
 
-    def qk_heads(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def qk_rows(self) -> list[list[QKRows]]:
         return []
+
+    def update_balance(self) -> None:
+        """There are no experts."""
+
+    def reset_stats(self) -> None:
+        """There are no statistics."""
 
 
 def matrices() -> Declared:
@@ -225,11 +232,16 @@ def test_every_parameter_of_the_model_has_exactly_one_role() -> None:
     assert sorted(declared) == sorted(id(p) for p in model.parameters())
 
 
-def test_a_parameter_without_a_role_is_refused() -> None:
+def test_parameters_without_a_role_go_to_adamw_with_one_warning_and_only_matrices_decay() -> None:
     model = matrices()
-    model.stray = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match="without a role: stray"):
-        MuonClip(model)
+    model.stray, model.spare = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, 2))
+    with pytest.warns(UserWarning, match="does not declare go to AdamW: stray, spare$") as caught:
+        optimizer = MuonClip(model, weight_decay=0.1)
+    assert len(caught) == 1
+    others = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter, decay in ((model.stray, 0.0), (model.spare, 0.1)):
+        group = others[id(parameter)]
+        assert (group["kind"], group["weight_decay"]) == ("adamw", decay)
 
 
 def test_a_parameter_with_two_roles_is_refused() -> None:
@@ -253,7 +265,7 @@ def test_muon_never_takes_embedding_head_or_norms_and_decay_spares_norms() -> No
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names[id(p)]
-            assert (group["kind"] == "adamw") == (name in ("embed", "head.weight") or "norm" in name), name
+            assert (group["kind"] == "adamw") == (name in ("embed.weight", "head.weight") or "norm" in name), name
             assert (group["weight_decay"] == 0) == ("norm" in name), name
             assert group["is_qk"] == any(part in name for part in (".wq", ".wkv")), name
 

@@ -86,8 +86,8 @@ def make_trainer(folder: Path, name: str, way: Way, ranks: Ranks, steps: int) ->
 
 def row_norms(trainer: Trainer) -> list[Tensor]:
     """Of the weights that QK-Clip scales, layer by layer, the norms of the rows here."""
-    weights = [w for block in trainer.model.blocks() for w in block.attention.qk_weights()]
-    return [local(w.detach()).norm(dim=1) for w in weights]
+    layers = [dict.fromkeys(rows.weight for rows in layer) for layer in trainer.model.qk_rows()]
+    return [local(weight.detach()).norm(dim=1) for weights in layers for weight in weights]
 
 
 def watch(trainer: Trainer) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.newton_schulz import newton_schulz
 from nanokimi.optim.muonclip import MUON_ROLES, parameters_by_role
-from nanokimi.optim.newton_schulz import newton_schulz
 from nanokimi.parallel.layout import Layout, rows_of
 from nanokimi.parallel.owners import Owners, Piece, cost, deal
 
@@ -143,7 +143,7 @@ def test_all_ranks_plan_the_same() -> None:
     for shapes, layout in cases():
         declared = [torch.empty(shape, device="meta") for shape in shapes]
         pieces, rows = dealt(shapes, layout)
-        plans = [Owners(layout, Cut(layout), [], rank, None, None)._plan(declared) for rank in range(layout.ranks)]
+        plans = [Owners(layout, Cut(layout), rank, None, None)._plan(declared) for rank in range(layout.ranks)]
         assert [p for plan in plans for p in plan.mine] == sorted(pieces, key=lambda p: (p.replica, p.shard))
         for rank, plan in enumerate(plans):
             replica, shard = divmod(rank, layout.shards)

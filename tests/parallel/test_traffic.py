@@ -13,7 +13,7 @@ import torch
 import traffic_worker as worker
 
 from nanokimi.insight.planner import CPU, Device, Layout, memory, traffic
-from nanokimi.optim.newton_schulz import best_dtype
+from nanokimi.ops.newton_schulz import best_dtype
 
 pytestmark = pytest.mark.alone
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from nanokimi.data.batch import Batch
+
 SLOW = ("torch.distributed.run", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo")
 SLOW += ("torch.distributed.checkpoint.hf_storage", "torch.distributed.elastic.agent.server.local_elastic_agent")
 SLOW += ("nanokimi.training.run", "nanokimi.insight.planner")
@@ -235,7 +237,7 @@ def stumble(step: int, number: int) -> None:
 
     train_step = Trainer._train_step
 
-    def stumbling(self: Trainer, batches: Iterator[torch.Tensor]) -> dict[str, Any]:
+    def stumbling(self: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.counters.step + 1 == step:
             os.kill(os.getpid(), number)
         return train_step(self, batches)
@@ -262,10 +264,10 @@ def note_sequences(path: Path) -> None:
     from nanokimi.data.stream_loader import StreamLoader
 
     def noted(iterate: Any) -> Any:
-        def batches(self: Any) -> Iterator[torch.Tensor]:
+        def batches(self: Any) -> Iterator[Batch]:
             for batch in iterate(self):
                 with path.open("ab") as file:
-                    file.write(batch.int().numpy().tobytes())
+                    file.write(batch.rows().int().numpy().tobytes())
                 yield batch
 
         return batches

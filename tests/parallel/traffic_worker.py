@@ -23,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
+from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.optim.shards import local
 from nanokimi.parallel import fsdp  # noqa: F401 (here, for all processes)
 from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks
 from nanokimi.training.distributed import spread_model
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.training.step import TrainingStep
 
 SEQUENCES, PASSES, LENGTH = 2, 2, 32
 TRIES = 4
@@ -111,10 +113,11 @@ def one_layout(words: str, ranks: Ranks) -> Found:
         batch_size=SEQUENCES, gradient_accumulation=PASSES * ranks.size, compile="off",
         activation_checkpointing=checkpointing == "1",
     )  # fmt: skip
-    step = TrainingStep(spread.model, make_optimizer(spread.model, train, spread), train, device, spread=spread)
+    optimizer = make_optimizer(spread.model, train, orthogonalise=spread.orthogonalise)
+    step = TrainingStep(spread.model, optimizer, train, device, spread=spread)
     generator = torch.Generator().manual_seed(ranks.rank)
     shape = (SEQUENCES, LENGTH + 1)
-    batches = iter(lambda: torch.randint(config.vocab_size, shape, generator=generator), None)
+    batches = iter(lambda: Batch.of_rows(torch.randint(config.vocab_size, shape, generator=generator)), None)
     for _ in range(2 if mode == "ddp" else 0):
         step(batches)
     with Counted() as counted:
@@ -123,11 +126,12 @@ def one_layout(words: str, ranks: Ranks) -> Found:
     return Found(dict(counted.bytes), weights, *(heights(step, batches) if measured == "1" else (0, 0)))
 
 
-def heights(step: TrainingStep, batches: Iterator[torch.Tensor]) -> tuple[int, int]:
+def heights(step: TrainingStep, batches: Iterator[Batch]) -> tuple[int, int]:
     """``Found.passing`` and ``updating``."""
     step.accumulate(batches)  # so that there are gradients
     parameters = list(step.model.parameters())
     lies = [*parameters, *(p.grad for p in parameters), *step.model.buffers()]
+    lies += [step.model.max_logits, step.model.expert_counts]
     lies += [tensor for p in parameters for tensor in step.optimizer.state[p].values()]
     return height(lies, lambda: step.accumulate(batches)), height(lies, step.optimizer.step)
 

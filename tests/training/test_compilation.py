@@ -9,11 +9,13 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch, document_numbers
 from nanokimi.errors import RunError
-from nanokimi.model.transformer import Losses, Transformer, document_numbers
+from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.training import compilation
 from nanokimi.training.compilation import WORTH_FLOPS, compiles, planned_flops
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 VARIANTS: list[dict[str, Any]] = [
@@ -32,12 +34,12 @@ def test_the_loss_is_one_graph_that_is_never_compiled_again(variant: dict[str, A
     model = Transformer(ModelConfig.preset("debug", **{"n_layers": 2, **shape})).train()
     model.checkpointing = variant.get("checkpointing", False)
     torch._dynamo.reset()
-    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")  # the graph alone is in question
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the graph alone is in question
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        documents = (document_numbers(tokens[:, :-1], 0),) if masked else ()
-        losses = compiled(tokens[:, :-1], tokens[:, 1:], *documents)
-        torch.stack(losses).sum().backward()
+        documents = document_numbers(tokens[:, :-1], 0) if masked else None
+        losses: Losses = compiled(tokens[:, :-1], tokens[:, 1:], documents=documents)
+        losses.loss.backward()
         return losses.cross_entropy.detach()
 
     step(torch.randint(257, (2, 17)))
@@ -50,7 +52,8 @@ def test_the_loss_is_one_graph_that_is_never_compiled_again(variant: dict[str, A
 
 def reference(model: Transformer, tokens: torch.Tensor, masked: bool) -> torch.Tensor:
     documents = document_numbers(tokens[:, :-1], 0) if masked else None
-    return model.loss(tokens[:, :-1], tokens[:, 1:], documents).cross_entropy.detach()
+    losses: Losses = model(tokens[:, :-1], tokens[:, 1:], documents=documents)
+    return losses.cross_entropy.detach()
 
 
 def test_a_cpu_compiles_by_itself_in_long_runs_only(debug_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,28 +72,32 @@ def test_a_cpu_compiles_by_itself_in_long_runs_only(debug_config: ModelConfig, m
     assert not compiles(TrainConfig(max_steps=steps), model, CPU)
 
 
+def random_batch() -> Batch:
+    return Batch.of_rows(torch.randint(257, (2, 33)))
+
+
 def broken_step(monkeypatch: pytest.MonkeyPatch, compile: str) -> TrainingStep:
-    """A step whose compiled loss fails, after it has noted what it should not."""
+    """A step whose compiled model fails, after it has noted what it should not."""
     torch.manual_seed(3)
     model = Transformer(ModelConfig.preset("debug"))
     monkeypatch.setattr("nanokimi.training.step.compiles", lambda *_: False)
     config = TrainConfig(compile=compile)
     step = TrainingStep(model, make_optimizer(model, config), config, CPU)
 
-    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> Losses:
-        model.loss(tokens, labels).cross_entropy.backward()
+    def called(tokens: torch.Tensor, labels: torch.Tensor, **more: Any) -> Losses:
+        model(tokens, labels, **more).cross_entropy.backward()
         raise TorchDynamoException("no compiler\nand a long story")
 
-    step.loss = loss
+    step.called = called
     return step
 
 
 def test_a_compiler_that_fails_is_done_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batches = [torch.randint(257, (2, 33)) for _ in range(2)]
+    batches = [random_batch() for _ in range(2)]
     broken, sound = broken_step(monkeypatch, "auto"), broken_step(monkeypatch, "auto")
-    sound.loss = sound.model.loss
+    sound.called = sound.model
     assert broken(iter(batches)) == sound(iter(batches))
     assert all(torch.equal(p, q) for p, q in zip(broken.model.parameters(), sound.model.parameters(), strict=True))
     assert "torch.compile failed (no compiler): training goes on without it" in capsys.readouterr().err
@@ -98,15 +105,15 @@ def test_a_compiler_that_fails_is_done_without(
 
 def test_who_insists_on_compiling_is_told_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"--compile on: torch.compile failed \(no compiler\): use --compile off"):
-        broken_step(monkeypatch, "on")(iter([torch.randint(257, (2, 33))]))
+        broken_step(monkeypatch, "on")(iter([random_batch(), random_batch()]))
 
 
 def test_errors_of_the_model_are_no_errors_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     step = broken_step(monkeypatch, "auto")
 
-    def loss(*_: torch.Tensor) -> Losses:
+    def called(*_: torch.Tensor, **more: Any) -> Losses:
         raise ValueError("mine")
 
-    step.loss = loss
+    step.called = called
     with pytest.raises(ValueError, match="mine"):
-        step(iter([torch.randint(257, (2, 33))]))
+        step(iter([random_batch(), random_batch()]))

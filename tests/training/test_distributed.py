@@ -126,7 +126,7 @@ def test_what_a_replica_needs_is_that_of_a_pass_as_it_will_be(monkeypatch: pytes
 
 def test_one_process_has_all_of_the_model_and_nothing_else() -> None:
     spread = spread_model(DEBUG, ONE, ALONE, CPU)
-    assert spread.shards is None
+    assert spread.orthogonalise is None
     assert spread.model.num_parameters() == sum(p.numel() for p in spread.model.parameters())
 
 

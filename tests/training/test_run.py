@@ -318,11 +318,11 @@ def test_a_checkpoint_of_another_config_lists_what_differs(
     assert "dim (saved 32, now 48)" in line
     assert "seed" not in line
     more = ("--resume", "--learning_rate", "0", "--adam_lr", "0", "--weight_decay", "0", "--max_steps", "3")
-    before = checkpoint.read(tmp_path / "checkpoints" / "final.pt")["model"]["embed"].clone()
+    before = checkpoint.read(tmp_path / "checkpoints" / "final.pt")["model"]["embed.weight"].clone()
     assert main(arguments(text, tmp_path, *more, "--override", "learning_rate,adam_lr,weight_decay")) == 0
     after = checkpoint.read(tmp_path / "checkpoints" / "final.pt")
     assert after["counters"]["step"] == 3
-    assert torch.equal(after["model"]["embed"], before), "the new rate of 0 rules"
+    assert torch.equal(after["model"]["embed.weight"], before), "the new rate of 0 rules"
     assert "no such field" in refused(capsys, arguments(text, tmp_path, *more, "--override", "learning"))
     assert "none that a resume can change" in refused(capsys, arguments(text, tmp_path, *more, "--override", "preset"))
 
@@ -411,7 +411,7 @@ def test_settings_come_from_the_file_and_flags_win(text: Path, tmp_path: Path) -
     ("contents", "message"),
     [
         ("steps = 5", "no field 'steps'"),
-        ("[model.attention]\ndim = 3", "no field 'attention'"),
+        ("[model.heads]\ndim = 3", "no field 'heads'"),
         ("max_steps = ", "--config"),
         ('max_steps="5"', "number"),
     ],

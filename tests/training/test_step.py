@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
 from nanokimi.model.transformer import Transformer
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.training.step import TrainingStep
 
 VARIANTS: list[dict[str, Any]] = [{}, {"score_func": "softmax", "n_dense_layers": 0}, {"n_dense_layers": 3}]
 
@@ -22,9 +24,9 @@ def make_step(shape: dict[str, Any], **settings: Any) -> TrainingStep:
     return TrainingStep(model, make_optimizer(model, config), config, torch.device("cpu"))
 
 
-def batches(count: int = 2) -> list[Tensor]:
+def batches(count: int = 2) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(257, (2, 65), generator=generator) for _ in range(count)]
+    return [Batch.of_rows(torch.randint(257, (2, 65), generator=generator)) for _ in range(count)]
 
 
 def saved_bytes(step: TrainingStep) -> int:
@@ -37,9 +39,9 @@ def saved_bytes(step: TrainingStep) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    tokens = batches(1)[0]
+    batch = batches(1)[0]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = step.model.train().loss(tokens[:, :-1], tokens[:, 1:])
+        losses = step.model.train()(batch.tokens, batch.labels)
     del losses
     step.clear()
     return sum(kept.values())
@@ -58,7 +60,7 @@ def test_checkpointing_gives_the_same_step_to_the_bit(shape: dict[str, Any]) -> 
         assert torch.equal(plain.model.max_logits, checkpointed.model.max_logits)
         assert torch.equal(plain.model.expert_counts, checkpointed.model.expert_counts), "no pass is counted twice"
         for step in (plain, checkpointed):
-            step.update()
+            step.optimizer.step()
             step.clear()
 
 
@@ -78,7 +80,7 @@ def test_a_limit_of_zero_reads_the_gradient_norm_and_leaves_the_gradients() -> N
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bf16")
 def test_bf16_autocast_on_a_cpu_comes_near_fp32() -> None:
-    exact, (rounded, _) = make_step({})(iter(batches()))[0], make_step({}, mixed_precision="on")(iter(batches()))
+    exact, rounded = make_step({})(iter(batches())), make_step({}, mixed_precision="on")(iter(batches()))
     assert rounded.finite
     assert rounded.cross_entropy == pytest.approx(exact.cross_entropy, rel=1e-2)
     assert rounded.grad_norm == pytest.approx(exact.grad_norm, rel=5e-2)

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
 from nanokimi.data.sources import open_corpus
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses
+from nanokimi.training.step import cross_entropy
 from nanokimi.training.trainer import Trainer
 
 TrainerFactory = Callable[..., Trainer]
@@ -38,14 +41,13 @@ def make_trainer(tmp_path: Path) -> TrainerFactory:
 
 def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> None:
     """Makes the loss of some steps (counted from 0) non-finite, gradients included."""
-    healthy = trainer.model.loss
 
-    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> Losses:
-        found = healthy(tokens, labels)
+    def objective(model: nn.Module, batch: Batch) -> Losses:
+        found = cross_entropy(model, batch)
         bad = trainer.counters.step in steps
         return Losses(found.cross_entropy * value if bad else found.cross_entropy, found.balance)
 
-    trainer.step.loss = loss
+    trainer.step.objective = objective
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -79,14 +81,13 @@ def test_a_non_finite_step_touches_nothing_and_is_counted(make_trainer: TrainerF
 def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory) -> None:
     """Fault 49."""
     trainer = make_trainer()
-    healthy = trainer.model.loss
 
-    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> Losses:
-        found = healthy(tokens, labels)
+    def objective(model: nn.Module, batch: Batch) -> Losses:
+        found = cross_entropy(model, batch)
         trainer.model.max_logits[1, 0] = torch.inf
         return found
 
-    trainer.step.loss = loss
+    trainer.step.objective = objective
     before = snapshot(trainer)
     assert trainer._train_step(iter(trainer.batches))["train_ce_loss"] is None
     assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer).items())
@@ -125,9 +126,8 @@ def test_clipped_heads_are_reported_and_land_on_tau(make_trainer: TrainerFactory
     trainer = make_trainer(qk_clip_tau=20.0, qk_clip_meter="exact", learning_rate=0.0, adam_lr=0.0)
     trainer.model.exact_logits = True
     with torch.no_grad():
-        for q_nope, q_rope, _ in trainer.model.qk_heads():
-            q_nope[0].mul_(5000)
-            q_rope[0].mul_(5000)
+        for query in (rows for layer in trainer.model.qk_rows() for rows in layer[:2]):
+            query.of(query.weight)[0].mul_(5000)
     batches = itertools.repeat(next(iter(trainer.batches)))
     first, second = trainer._train_step(batches), trainer._train_step(batches)
     assert first["clipped_heads"] == 3  # the first head of every layer

@@ -7,8 +7,9 @@ from itertools import repeat
 from typing import Any
 
 from nanokimi.bench.clock import peak_bytes, seconds
-from nanokimi.bench.subjects.shapes import as_training_does, model_of, random_tokens, train_config, use
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.bench.subjects.shapes import as_training_does, model_of, random_batch, train_config, use
+from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.training.step import TrainingStep
 
 
 class Growth:
@@ -24,9 +25,9 @@ class Growth:
         model = model_of(self.preset, self.device, max_seq_length=context, **overrides)
         config = train_config(self.preset, "off", batch_size)
         step = TrainingStep(model, make_optimizer(model, config), config, self.device)
-        tokens = random_tokens(model.config, batch_size, context + 1).to(self.device)
+        batch = random_batch(model.config, batch_size, context)
         taken = []
         for _ in range(repeats + 1):
-            taken.append(seconds(lambda: step.accumulate(repeat(tokens)), self.device))
+            taken.append(seconds(lambda: step.accumulate(repeat(batch)), self.device))
             step.clear()
         return {"seconds": statistics.median(taken[1:]), "bytes": peak_bytes(self.device) - self.imports}

@@ -9,10 +9,11 @@ from typing import Any
 
 from nanokimi.bench.clock import peak_bytes
 from nanokimi.bench.subjects.peers import MuonAndAdamW, deepseek_v3
-from nanokimi.bench.subjects.shapes import as_training_does, model_of, random_tokens, train_config, use
+from nanokimi.bench.subjects.shapes import as_training_does, model_of, random_batch, random_tokens, train_config, use
 from nanokimi.bench.subjects.training import forward_and_backward
 from nanokimi.config import ModelConfig
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.training.step import TrainingStep
 
 STEPS = 4  # the later ones meet the optimizer's state and what the allocator kept
 
@@ -48,9 +49,9 @@ class Memory:
         config = train_config(self.preset, self.compiled, self.batch_size)
         config = replace(config, activation_checkpointing=self.checkpointing)
         step = TrainingStep(model, make_optimizer(model, config), config, self.device)
-        tokens = random_tokens(model.config, self.batch_size, self.context + 1).to(self.device)
+        batch = random_batch(model.config, self.batch_size, self.context)
         for _ in range(STEPS):
-            step(repeat(tokens))
+            step(repeat(batch))
         return False
 
     def _theirs(self) -> bool:

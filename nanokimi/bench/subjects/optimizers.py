@@ -10,7 +10,7 @@ import torch
 from nanokimi.bench.clock import seconds
 from nanokimi.bench.subjects.peers import LR, MuonAndAdamW, random_gradients
 from nanokimi.bench.subjects.shapes import as_training_does, model_of, train_config, use
-from nanokimi.training.step import make_optimizer
+from nanokimi.optim.optimizers import make_optimizer
 
 
 class Optimizer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.batch import Batch
 from nanokimi.model.transformer import Transformer
 from nanokimi.training.allocator import keep_freed_memory
 
@@ -37,6 +38,11 @@ def model_of(preset: str, device: torch.device, **overrides: Any) -> Transformer
 def random_tokens(config: ModelConfig, *shape: int) -> Tensor:
     """Ids from the whole vocabulary, int64 of ``shape``, on the CPU, the same in every process."""
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(SEED))
+
+
+def random_batch(config: ModelConfig, batch_size: int, context: int) -> Batch:
+    """Random tokens, and those that follow them, as a loader gives them: ``[B, T]`` on the CPU."""
+    return Batch.of_rows(random_tokens(config, batch_size, context + 1))
 
 
 def train_config(preset: str, compiled: str, batch_size: int) -> TrainConfig:

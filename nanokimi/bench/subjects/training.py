@@ -12,12 +12,22 @@ from torch import Tensor
 
 from nanokimi.bench.clock import seconds
 from nanokimi.bench.subjects.peers import deepseek_v3
-from nanokimi.bench.subjects.shapes import SEED, as_training_does, model_of, random_tokens, train_config, use
+from nanokimi.bench.subjects.shapes import (
+    SEED,
+    as_training_does,
+    model_of,
+    random_batch,
+    random_tokens,
+    train_config,
+    use,
+)
 from nanokimi.config import ModelConfig
+from nanokimi.data.batch import Batch
 from nanokimi.data.loader import BatchLoader
 from nanokimi.data.packing import PackedSequences
+from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.optim.qk_clip import qk_clip_
-from nanokimi.training.step import TrainingStep, make_optimizer
+from nanokimi.training.step import TrainingStep
 
 BATCHES = 64  # of random tokens, for the loader
 
@@ -38,30 +48,30 @@ class Network:
         self.model = model_of(preset, self.device, max_seq_length=context)
         self.optimizer = make_optimizer(self.model, self.config)
         self.step = TrainingStep(self.model, self.optimizer, self.config, self.device)
-        self.tokens = random_tokens(self.model.config, batch_size, context + 1).to(self.device)
-        self._loader: Iterator[Tensor] | None = None
+        self.batch = random_batch(self.model.config, batch_size, context)
+        self._loader: Iterator[Batch] | None = None
 
     def passes(self) -> dict[str, Any]:
         """Forward and backward."""
-        taken = seconds(lambda: self.step.accumulate(repeat(self.tokens)), self.device)
+        taken = seconds(lambda: self.step.accumulate(repeat(self.batch)), self.device)
         self.step.clear()
         return {"seconds": taken}
 
     def whole(self, tau: float) -> dict[str, Any]:
         """All of a step, with QK-Clip at ``tau``; 0 switches it off."""
         self.optimizer.tau = tau
-        return {"seconds": seconds(lambda: self.step(repeat(self.tokens)), self.device)}
+        return {"seconds": seconds(lambda: self.step(repeat(self.batch)), self.device)}
 
     def clip(self) -> dict[str, Any]:
         """QK-Clip alone, every head over the limit."""
-        heads = self.model.qk_heads()
+        rows = self.model.qk_rows()
         logits = torch.full_like(self.model.max_logits, 1.001)
-        return {"seconds": seconds(lambda: qk_clip_(heads, logits, 1.0), self.device)}
+        return {"seconds": seconds(lambda: qk_clip_(rows, logits, 1.0), self.device)}
 
     def data(self) -> dict[str, Any]:
         """The next batch of the loader, from tokens in memory."""
         if self._loader is None:
-            batch_size, context = self.tokens.shape[0], self.tokens.shape[1] - 1
+            batch_size, context = self.batch.tokens.shape
             tokens = random_tokens(self.model.config, BATCHES * batch_size * context + 1).numpy().astype(np.uint16)
             self._loader = iter(BatchLoader(PackedSequences(tokens, context), batch_size, seed=SEED))
         loader = self._loader

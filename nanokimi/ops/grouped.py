@@ -1,8 +1,6 @@
-"""Matrix products that the model and the optimizer are made of, by the fastest library that torch carries.
+"""Matrix products where each group of rows has a weight of its own, and the permutation that sorts rows into groups.
 
-On a CPU torch multiplies fp32 matrices with MKL, which uses half of the vector width of some processors. oneDNN, which
-torch carries too, does not: it is up to 2.2 times as fast where AVX-512 is, 1.1 times with AVX2 (docs/results.md).
-Results differ in the last bits only, as between any two libraries.
+A mixture of experts is made of them: tokens sorted by expert, one dense block for each expert, nothing padded.
 """
 
 from __future__ import annotations
@@ -15,79 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Below this many multiply-adds the call costs more than the product gains.
-SMALL = 1 << 21
+from nanokimi.ops.products import as_multiplied, by_onednn, product
+
 GRID = 16  # rows: see _window
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ``: ``[..., in] -> [..., out]`` with ``weight`` ``[out, in]``; autocast applies, gradients flow."""
-    if torch.is_autocast_enabled(x.device.type) or not _by_onednn(x.numel() * weight.shape[0], x, weight):
-        return F.linear(x, weight)
-    rows: Tensor = _Linear.apply(x.flatten(0, -2), weight)  # type: ignore[no-untyped-call]
-    out: Tensor = rows.unflatten(0, x.shape[:-1])
-    return out
-
-
-def as_multiplied(x: Tensor) -> Tensor:
-    """``x`` in the type that autocast multiplies in, as it is where there is no autocast."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a b`` of ``[m, k]`` and ``[k, n]`` in any strides; no gradient.
-
-    oneDNN wants the rows of its left operand in one piece, and the right one either so or transposed: a part of a wider
-    matrix costs it a thousand times as much. A product of a transposed left operand is computed transposed, and only
-    what fits neither way is copied.
-    """
-    if not _by_onednn(a.numel() * b.shape[1], a, b):
-        return a @ b
-    if a.mT.is_contiguous() and b.mT.is_contiguous():
-        transposed: Tensor = _onednn(b.mT, a)
-        return transposed.mT
-    dense = b if b.is_contiguous() or b.mT.is_contiguous() else b.contiguous()
-    out: Tensor = _onednn(a.contiguous(), dense.mT)
-    return out
-
-
-def _by_onednn(multiply_adds: int, *operands: Tensor) -> bool:
-    """Whether oneDNN is there and gains."""
-    fits = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in operands)
-    return fits and multiply_adds >= SMALL and HAS_ONEDNN
-
-
-@torch.library.custom_op("nanokimi::onednn_product", mutates_args=())
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """``x Wᵀ``. An operator of its own: torch.compile knows oneDNN's only with constant weights."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return out
-
-
-@_onednn.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight))
-
-
-class _Linear(torch.autograd.Function):
-    """``x Wᵀ`` with both its gradients through ``product``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight.mT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight = ctx.needs_input_grad
-        return product(grad, weight) if wants_x else None, product(grad.mT, x) if wants_weight else None
-
-
-# ---- one product for each group of rows ---------------------------------------------------------
+def reference_grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``grouped_linear`` written out, one product for each group."""
+    starts = [0, *ends.tolist()[:-1]]
+    return torch.cat([x[a:b] @ weight.mT for a, b, weight in zip(starts, ends.tolist(), weights, strict=True)])
 
 
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -155,7 +89,7 @@ def _window(start: int, end: int, x: Tensor, weights: Tensor) -> slice:
     up to multiples of ``GRID``, and what comes of the neighbours is left unread.
     """
     count = -(-(end - start) // GRID) * GRID
-    if count > len(x) or not _by_onednn(count * weights[0].numel(), x, weights):
+    if count > len(x) or not by_onednn(count * weights[0].numel(), x, weights):
         return slice(start, end)
     first = min(start, len(x) - count)
     return slice(first, first + count)
@@ -182,3 +116,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)
+
+
+# ---- sorting rows into groups -------------------------------------------------------------------
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``x[order]`` of rows, whose gradient is gathered by ``inverse``: nothing is filled with zeros and added to."""
+    out: Tensor = _Permutation.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Permutation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None

@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanokimi.model.layers import at_least_fp32
+from nanokimi.ops.products import at_least_fp32
 
 ROWS_PER_CHUNK = 128
 ROW_ALIGNMENT = 8  # elements: in half precision the 16 bytes that CUDA reads at once
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``causal_attention`` written out: what the kernels are held against, and the way on devices without one."""
+    logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
+    logits = logits.masked_fill(_hidden_pairs(0, q.shape[-2], k.shape[-2], q.device, documents), -torch.inf)
+    return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
 
 
 def causal_attention(
@@ -45,18 +54,19 @@ def causal_attention(
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
     """Softmax attention of T queries ``[B, H, T, N + P]`` to S keys, where ``hidden`` says what each must not see.
 
     Args:
         k, v: ``[B, H, S, N + P]`` and ``[B, H, S, V]``.
         scale: factor of the logits.
-        hidden: bool, broadcasts to ``[B, H, T, S]``; every query sees something.
+        hidden: bool, broadcasts to ``[B, H, T, S]``; every query sees something. None: each sees all.
 
     Returns:
         ``[B, H, T, V]``.
     """
-    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=~hidden, scale=scale)
+    seen = None if hidden is None else ~hidden
+    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=seen, scale=scale)
     return out[..., : v.shape[-1]]
 
 
@@ -134,23 +144,21 @@ def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tenso
     return q, k, v
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``causal_attention`` written out: the proof for the kernels, and the way on devices without one."""
-    logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
-    logits = logits.masked_fill(_hidden_pairs(0, q.shape[-2], k.shape[-2], q.device, documents), -torch.inf)
-    return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
-
-
 @torch.no_grad()
-def largest_logits(q: Tensor, k: Tensor, scale: float, documents: Tensor | None = None) -> Tensor:
-    """The largest scaled logit of each head over visible pairs, ``[H]``, a chunk of rows at a time."""
+def largest_logits(
+    q: Tensor, k: Tensor, scale: float, documents: Tensor | None = None, counted: Tensor | None = None
+) -> Tensor:
+    """The largest scaled logit of each head over visible pairs, ``[H]``, a chunk of rows at a time.
+
+    ``counted``, bool ``[B, T]``: the queries that count; without any the largest logit is -inf.
+    """
     length = q.shape[2]
     best = torch.full((q.shape[1],), -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     for start in range(0, length, ROWS_PER_CHUNK):
         end = min(start + ROWS_PER_CHUNK, length)
         logits = at_least_fp32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)) * scale
         hidden = _hidden_pairs(start, end, end, q.device, documents)
+        if counted is not None:
+            hidden = hidden | ~counted[:, None, start:end, None]
         best = torch.maximum(best, logits.masked_fill(hidden, -torch.inf).amax(dim=(0, 2, 3)))
     return best

@@ -31,18 +31,8 @@ class AdamW(NamedTuple):
     eps: float
 
 
-def adamw_(of: Lists, by: AdamW) -> None:
-    """One update in place of parameters and moments; no host synchronisation."""
-    device = of.parameters[0].device.type
-    if device == "cuda":
-        fused(of, by)
-        return
-    for part in _in_pieces(of) if device == "cpu" else [of]:
-        foreach(part, by)
-
-
-def foreach(of: Lists, by: AdamW) -> None:
-    """Operation by operation."""
+def reference_adamw_(of: Lists, by: AdamW) -> None:
+    """The update as the paper writes it, operation by operation."""
     beta1, beta2 = by.betas
     torch._foreach_mul_(of.parameters, 1 - by.lr * by.weight_decay)
     torch._foreach_lerp_(of.means, of.grads, 1 - beta1)
@@ -54,8 +44,18 @@ def foreach(of: Lists, by: AdamW) -> None:
     torch._foreach_addcdiv_(of.parameters, of.means, denominators, -by.lr / (1 - beta1**by.step))
 
 
+def adamw_(of: Lists, by: AdamW) -> None:
+    """One update in place of parameters and moments; no host synchronisation."""
+    device = of.parameters[0].device.type
+    if device == "cuda":
+        fused(of, by)
+        return
+    for part in _in_pieces(of) if device == "cpu" else [of]:
+        reference_adamw_(part, by)
+
+
 def fused(of: Lists, by: AdamW) -> None:
-    """In one kernel, that of ``torch.optim.AdamW(fused=True)``; differs from ``foreach`` in the last bits."""
+    """In one kernel, that of ``torch.optim.AdamW(fused=True)``; differs from ``reference_adamw_`` in the last bits."""
     step = torch.full((), by.step, dtype=torch.float32, device=of.parameters[0].device)
     torch._fused_adamw_(
         *of, [], [step] * len(of.parameters), lr=by.lr, beta1=by.betas[0], beta2=by.betas[1],
