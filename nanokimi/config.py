@@ -32,7 +32,8 @@ class ModelConfig:
         vocab_size: rows of embedding and head; in training it follows the tokenizer unless set.
         max_seq_length: context in tokens.
         n_dense_layers: leading layers with a plain SwiGLU MLP of width ``inter_dim``.
-        attention: ``mla`` is Multi-head Latent Attention.
+        attention: ``mla`` is Multi-head Latent Attention; ``mha`` and ``gqa``, for comparison, have keys and values of
+            their own in every head, or in ``n_kv_heads`` that the query heads share, of MLA's widths.
         n_shared_experts: experts every token visits, stored as one MLP.
         kv_lora_rank: width of the shared key/value latent, the thing that is cached.
         q_lora_rank: width of the query latent; 0 projects queries directly.
@@ -69,7 +70,8 @@ class ModelConfig:
     route_scale: float = 1.0
     bias_update_rate: float = 0.001
     aux_loss_coeff: float = 0.0001
-    attention: str = _choice("mla", "kind of attention", "mla")
+    attention: str = _choice("mla", "kind of attention", "mla", "mha", "gqa")
+    n_kv_heads: int = 1
     kv_lora_rank: int = 256
     q_lora_rank: int = 640
     qk_nope_head_dim: int = 56
@@ -89,7 +91,7 @@ class ModelConfig:
         _check_types(self)
         _require_at_least(1, self, "vocab_size", "dim", "n_heads", "n_layers", "max_seq_length")
         _require_at_least(1, self, "inter_dim", "n_routed_experts", "n_activated_experts", "moe_inter_dim")
-        _require_at_least(1, self, "n_expert_groups", "n_limited_groups", "kv_lora_rank", "v_head_dim")
+        _require_at_least(1, self, "n_expert_groups", "n_limited_groups", "kv_lora_rank", "v_head_dim", "n_kv_heads")
         _require_at_least(0, self, "n_dense_layers", "n_shared_experts", "q_lora_rank", "qk_nope_head_dim")
         _require_at_least(0, self, "bias_update_rate", "aux_loss_coeff", "init_std")
         _require_at_least(2, self, "qk_rope_head_dim")
@@ -102,6 +104,8 @@ class ModelConfig:
             raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, choose an even number")
         if self.n_dense_layers > self.n_layers:
             raise ConfigError(f"n_dense_layers ({self.n_dense_layers}) exceeds n_layers ({self.n_layers}): lower it")
+        if self.attention == "gqa" and self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_kv_heads ({self.n_kv_heads}) does not divide n_heads ({self.n_heads}): change one")
         if self.rope_factor > 1 and not self.original_seq_len:
             raise ConfigError(
                 f"rope_factor is {self.rope_factor:g}: set original_seq_len to the context that the model has learned"
@@ -134,9 +138,16 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def key_value_heads(self) -> int:
+        """Heads that have keys and values of their own, but for ``mla``."""
+        return self.n_kv_heads if self.attention == "gqa" else self.n_heads
+
+    @property
     def cache_widths(self) -> tuple[int, ...]:
-        """Numbers that a cache holds of each token in a layer, by part: the latent and the rotary key."""
-        return self.kv_lora_rank, self.qk_rope_head_dim
+        """Numbers that a cache holds of each token in a layer: of latent and rotary key, else of keys and values."""
+        if self.attention == "mla":
+            return self.kv_lora_rank, self.qk_rope_head_dim
+        return self.key_value_heads * self.qk_head_dim, self.key_value_heads * self.v_head_dim
 
     @property
     def n_moe_layers(self) -> int:

@@ -28,7 +28,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # What only we have, and config.json has no place for.
 _OWN_FIELDS = set(ModelConfig.__dataclass_fields__) - {*FIELDS, "rope_theta", "rope_factor", "score_func"}
-_ALWAYS_SO = ("attention",)  # fields that have but one value in such a folder
+_ALWAYS_SO = ("attention", "n_kv_heads")  # fields that have but one value in such a folder
 
 
 # ---- writing --------------------------------------------------------------------------------------------

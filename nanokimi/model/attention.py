@@ -239,4 +239,69 @@ class MLA(Attention):
         ]
 
 
-ATTENTIONS: dict[str, type[Attention]] = {"mla": MLA}  # the values of ``ModelConfig.attention``
+class GroupedQuery(Attention):
+    """Grouped-query attention (Ainslie et al., 2023): each head of keys and values serves several query heads.
+
+    With as many of them as query heads it is multi-head attention (Vaswani et al., 2017). Remembers keys and values.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        heads, shared = config.n_heads, config.key_value_heads
+        self.wq = Linear(config.dim, heads * config.qk_head_dim, QUERY_KEY)
+        self.wk = Linear(config.dim, shared * config.qk_head_dim, QUERY_KEY)
+        self.wv = Linear(config.dim, shared * config.v_head_dim)
+        self.wo = Linear(heads * config.v_head_dim, config.dim)
+
+    def rotated(self, x: Tensor, rope: Rope) -> Tensor:
+        """``[B, T, heads (N + P)] -> [B, T, heads, N + P]``; the last P of each head turn with their position."""
+        widths = (self.config.qk_nope_head_dim, self.config.qk_rope_head_dim)
+        nope, turning = x.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
+        return torch.cat((nope, apply_rope(turning, *rope)), dim=-1)
+
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """``[B, T, D] -> [B, H, T, N + P]``."""
+        return self.rotated(self.wq(x), rope).transpose(1, 2)
+
+    def remembered(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """``[B, T, D]`` -> rotated keys and values, the heads one after the other."""
+        return self.rotated(self.wk(x), rope).flatten(2), self.wv(x)
+
+    def expand(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What is remembered of S tokens, for every query head: ``[B, H, S, N + P]`` and ``[B, H, S, V]``."""
+        return self.for_every_head(k), self.for_every_head(v)
+
+    def for_every_head(self, part: Tensor) -> Tensor:
+        """``[B, S, heads width] -> [B, H, S, width]``."""
+        heads, shared = self.config.n_heads, self.config.key_value_heads
+        by_head: Tensor = part.unflatten(-1, (shared, -1)).transpose(1, 2)
+        return by_head if shared == heads else by_head.repeat_interleave(heads // shared, dim=1)
+
+    def attend(
+        self, q: Any, parts: Sequence[Tensor], documents: Tensor | None, counted: Tensor | None, *, exact: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Attention``."""
+        k, v = self.expand(*parts)
+        return bounded_attention(q, k, v, self.scale, documents, counted, exact=exact)
+
+    def attend_past(self, q: Any, past: Tensor, hidden: Tensor | None) -> Tensor:
+        """See ``Attention``."""
+        k, v = self.expand(*past.split(self.config.cache_widths, dim=-1))
+        return masked_attention(q, k, v, self.scale, hidden).transpose(1, 2).flatten(2)
+
+    def qk_rows(self) -> list[QKRows]:
+        """Keys that several heads share would be scaled for all of them: there the query takes the whole factor."""
+        query, heads, own = self.wq.weight, self.config.n_heads, self.config.key_value_heads
+        if own < heads:
+            return [QKRows(query, heads, slice(None), 1.0)]
+        return [
+            QKRows(query, heads, slice(None), QUERY_SHARE),
+            QKRows(self.wk.weight, heads, slice(None), 1 - QUERY_SHARE),
+        ]
+
+
+ATTENTIONS: dict[str, type[Attention]] = {
+    "mla": MLA,
+    "mha": GroupedQuery,
+    "gqa": GroupedQuery,
+}  # the values of ``ModelConfig.attention``

@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft")
 
 LINEAR = r".*\.(wq|wq_a|wq_b|wkv_a|wkv_b|wk|wv|wo|w1|w2|w3)|head|embed"
 STACKS = ["experts.w1", "experts.w2", "experts.w3", "router.weight"]
-KINDS = ("mla",)
+KINDS = ("mla", "mha", "gqa")
 
 
 def tokens() -> Tensor:

@@ -19,7 +19,7 @@ from nanokimi.model.layers import Embedding, Linear
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops import loss as ops
 
-KINDS = ("mla",)
+KINDS = ("mla", "mha", "gqa")
 
 
 def tokens(*shape: int) -> Tensor:

@@ -117,7 +117,7 @@ def test_what_alters_no_weight_may_be_set(source: Path, text: Path, tmp_path: Pa
 
 def test_the_fields_that_shape_weights_are_known() -> None:
     base = ModelConfig.preset("debug", n_expert_groups=2, original_seq_len=64)
-    others = {"score_func": "softmax", "tokenizer_name": "other", "qk_rope_head_dim": 12, "attention": "mla"}
+    others = {"score_func": "softmax", "tokenizer_name": "other", "qk_rope_head_dim": 12, "attention": "mha"}
 
     def another(name: str, value: Any) -> Any:
         if name in others:
@@ -132,7 +132,7 @@ def test_the_fields_that_shape_weights_are_known() -> None:
     assert shaping == {
         "vocab_size", "dim", "n_heads", "n_layers", "n_dense_layers", "inter_dim", "n_routed_experts",
         "n_shared_experts", "moe_inter_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-        "v_head_dim",
+        "v_head_dim", "attention",
     }  # fmt: skip
 
 
