@@ -116,6 +116,11 @@ class MuonClip(torch.optim.Optimizer):
             orthogonalise = orthogonalise_gathered
         self._orthogonalise = orthogonalise
 
+    @property
+    def lr(self) -> float:
+        """The present rate of hidden matrices."""
+        return next(float(group["lr"]) for group in self.param_groups if group["is_qk"])
+
     def set_lr_factor(self, factor: float) -> None:
         """Sets each group's rate to ``factor`` times its initial one; call it before ``step``."""
         for group in self.param_groups:

@@ -166,7 +166,7 @@ class Trainer:
         return {
             "train_ce_loss": seen.cross_entropy if seen.finite else None,
             "train_aux_loss": seen.balance_loss if seen.finite else None,
-            "learning_rate": config.learning_rate * factor,
+            "learning_rate": self.optimizer.lr,
             "grad_norm": seen.grad_norm,
             "tokens": counters.tokens,
             "tokens_per_second": seen.tokens / (time.monotonic() - started),
