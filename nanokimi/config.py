@@ -293,7 +293,9 @@ class TrainConfig:
     shuffle_buffer: int = _choice(1024, "sequences of a stream among which the next is drawn; 1 keeps their order")
     encoding_errors: str = _choice("strict", "bytes that are not UTF-8", "strict", "replace")
     mask_documents: bool = _choice(False, "attend within a document only")
-    optimizer: str = _choice("muonclip", "MuonClip, or without QK-Clip Muon", "muonclip", "muon")
+    optimizer: str = _choice(
+        "muonclip", "MuonClip; Muon, without QK-Clip; or AdamW for all, with its rate", "muonclip", "muon", "adamw"
+    )
     batch_size: int = _choice(2, "sequences per forward pass; auto: as many of a step's as the memory holds")
     gradient_accumulation: int = _choice(2, "forward passes per optimizer step")
     max_steps: int = _choice(1000, "optimizer steps")

@@ -17,7 +17,13 @@ class Muon(MuonClip):
         super().__init__(model, lr, **{**options, "tau": 0.0})
 
 
-OPTIMIZERS: dict[str, type[MuonClip]] = {"muonclip": MuonClip, "muon": Muon}
+class AdamW(Muon):
+    """AdamW for every parameter, at ``adam_lr``."""
+
+    muon_roles = frozenset()
+
+
+OPTIMIZERS: dict[str, type[MuonClip]] = {"muonclip": MuonClip, "muon": Muon, "adamw": AdamW}
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, **where: Any) -> MuonClip:

@@ -11,6 +11,8 @@ import torch
 from conftest import lively
 from torch import Tensor, nn
 
+from nanokimi import load
+from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
@@ -222,3 +224,41 @@ def test_muon_is_muonclip_without_the_clip() -> None:
     without = trained("muonclip", qk_clip_tau=0.0)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), without.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), clipped.parameters(), strict=True))
+
+
+def test_adamw_is_torchs() -> None:
+    """Weight decay of matrices alone, as everywhere here."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.preset("debug"))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=0.003, betas=(0.9, 0.95), eps=1e-8)
+    theirs.register_step_post_hook(balance_experts(model))
+    for seed in range(5):
+        model(*tokens(seed)).loss.backward()
+        theirs.step()
+        theirs.zero_grad()
+    ours = trained("adamw", adam_lr=0.003, weight_decay=0.1)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(model.state_dict()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_run_goes_on_with_its_optimizer(
+    name: str, corpus: tuple[TrainConfig, Corpus], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted and resumed, it has the weights of a run that was not; a resume asks before it takes another."""
+
+    def train(output: str, *more: str) -> int:
+        arguments = ["--output_dir", str(tmp_path / output), "--device", "cpu", "--eval_interval", "0", *more]
+        return main(["train", *arguments])
+
+    begin = ["--preset", "debug", "--data_path", corpus[0].data_path, "--schedule", "constant", "--adam_lr", "0.001"]
+    begin += ["--optimizer", name]
+    assert train("whole", *begin, "--max_steps", "6") == train("parts", *begin, "--max_steps", "3") == 0
+    assert train("parts", "--resume", "--max_steps", "6", "--optimizer", "muonclip") == 2
+    assert "optimizer (saved" in capsys.readouterr().err
+    assert train("parts", "--resume", "--max_steps", "6") == 0
+    models = [load(tmp_path / output / "checkpoints" / "latest.pt")[0] for output in ("whole", "parts")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
