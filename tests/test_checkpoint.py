@@ -19,6 +19,7 @@ import torch
 
 from nanokimi import checkpoint
 from nanokimi.checkpoint import CheckpointError
+from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
@@ -237,3 +238,32 @@ def test_weights_that_do_not_fit_are_named(change: Any, message: str) -> None:
     model = Transformer(ModelConfig.preset("debug"))
     with pytest.raises(CheckpointError, match=message):
         load_weights(Path("some.pt"), model, change(model.state_dict()))
+
+
+def as_version_1(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites a checkpoint with the name that the embedding had."""
+    content = checkpoint.read(path)
+    content["model"] = {{"embed.weight": "embed"}.get(name, name): t.clone() for name, t in content["model"].items()}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(checkpoint, "VERSION", 1)
+        content.pop("version")
+        checkpoint.save(path, content)
+
+
+def test_files_of_version_1_load_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text(Path(shutil.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+
+    def train(output: str, *more: str) -> Path:
+        common = ["--output_dir", str(tmp_path / output), "--eval_interval", "0", "--device", "cpu"]
+        assert main(["train", *common, *more]) == 0
+        return tmp_path / output / "checkpoints" / "latest.pt"
+
+    begin = ["--preset", "debug", "--data_path", str(tmp_path / "text.txt"), "--schedule", "constant"]
+    whole, parts = train("whole", *begin, "--max_steps", "4"), train("parts", *begin, "--max_steps", "2")
+    before = load(parts)[0]
+    as_version_1(parts, monkeypatch)
+    assert "embed" in checkpoint.read(parts)["model"]
+    assert torch.equal(load(parts)[0].embed.weight, before.embed.weight)
+    train("parts", "--resume", "--checkpoint_path", str(parts), "--max_steps", "4")
+    for ours, theirs in zip(load(parts)[0].parameters(), load(whole)[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)

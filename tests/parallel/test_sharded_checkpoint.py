@@ -75,6 +75,16 @@ def test_one_process_reads_what_two_ranks_wrote(written: Path) -> None:
     }
 
 
+def test_names_of_version_1_are_read_as_the_present_ones(tmp_path: Path) -> None:
+    folder, names = tmp_path / "step_00000001", ("model.embed", "optimizer.exp_avg.embed", "model.norm.weight")
+    values = {name: torch.full((3, 2), float(i)) for i, name in enumerate(names)}
+    sharded.begin_save(folder, values, {}, None, asynchronous=False).wait()
+    present = ("model.embed.weight", "optimizer.exp_avg.embed.weight", "model.norm.weight")
+    assert tuple(sharded.shapes(folder)) == present
+    found = sharded.read_tensors(folder, present)
+    assert [found[name].mean().item() for name in present] == [0.0, 1.0, 2.0]
+
+
 def test_four_ranks_on_another_mesh_read_what_two_wrote_and_write_it_anew(written: Path) -> None:
     """Fault 69. Each holds but its rows, some none; each verifies its share of the files."""
     assert run("go_on", 4, written) == [0] * 4
