@@ -30,9 +30,7 @@ def share_statistics(model: Noting, group: dist.ProcessGroup | None = None) -> N
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return
-    model.max_logits.masked_fill_(
-        model.max_logits.isnan(), torch.inf
-    )  # the largest of a NaN and a number may be either
+    model.max_logits.masked_fill_(model.max_logits.isnan(), torch.inf)  # a NaN may get lost in a MAX
     dist.all_reduce(model.max_logits, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(model.expert_counts, group=group)
 
