@@ -22,7 +22,6 @@ def compared(other: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_comparison_finds_what_differs_and_nothing_else(tmp_path: Path) -> None:
     for name in ("nanokimi", "train.py"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
