@@ -12,7 +12,7 @@ import pytest
 import torch
 from plain_worker import WAYS
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 Runs = dict[str, dict[str, Any]]
 OTHERS = [way for way in WAYS if way not in ("one", "one, sgd")]
 
