@@ -1,4 +1,4 @@
-"""Attention of one layer: what the rest of the house needs of it, and Multi-head Latent Attention.
+"""Attention of one layer: what the rest of the package needs of it, and Multi-head Latent Attention.
 
 In MLA (DeepSeek-V2, section 2.1) one latent of rank R per token stands in for all keys and values. Training expands it
 into per-head keys and values and runs a fused kernel. Decoding never does: ``wkv_b`` is absorbed into the query and the

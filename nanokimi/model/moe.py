@@ -149,10 +149,6 @@ class MoE(nn.Module):
         tokens = counted.sum(dim=1, keepdim=True).clamp(min=1)
         scores = routing.scores.view(visited.shape)
         share = (scores / scores.sum(dim=-1, keepdim=True) * counted.unsqueeze(-1)).sum(dim=1) / tokens
-        load = (
-            visited.sum(dim=1).to(scores.dtype)
-            / tokens
-            * self.config.n_routed_experts
-            / self.config.n_activated_experts
-        )
+        chosen = visited.sum(dim=1).to(scores.dtype) / tokens
+        load = chosen * self.config.n_routed_experts / self.config.n_activated_experts
         return Load(visited.sum(dim=(0, 1)), (load * share).sum(dim=-1))

@@ -1,4 +1,4 @@
-"""The network: embedding, blocks of attention and SwiGLU or MoE, head, losses, and the state a step leaves behind."""
+"""The network: embedding, blocks of attention and SwiGLU or MoE, head, losses, and the statistics of a step."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Transformer(PreciseBuffers):
         checkpointing: keep only the input of each block in training, and compute the block again for its gradient
             (Chen et al., 2016): less memory, a third more time, the same results.
 
-    Padding, and what comes after the last label of a sequence, enters neither statistic and no loss. The statistics
-    are no buffers: DistributedDataParallel would give every rank those of the first one.
+    Padding, and what comes after the last label of a sequence, enters neither the statistics nor the losses. The
+    statistics are not buffers: DistributedDataParallel would overwrite those of every rank with the first one's.
     """
 
     cos: Tensor
@@ -226,7 +226,7 @@ class Transformer(PreciseBuffers):
         """Normalised output of the last block ``[B, T, D]``, and what each block had to report.
 
         Args:
-            labelled: bool ``[B, T]``, where a label counts; None: nobody knows.
+            labelled: bool ``[B, T]``, where a label counts; None: there are no labels.
             last_only: with a cache the output is ``[B, 1, D]``, and the last layer computes no more than that and what
                 it caches.
         """
@@ -277,7 +277,7 @@ class Transformer(PreciseBuffers):
             return like.new_zeros(())
         return torch.stack([coefficient * ((load.imbalance * weights).sum() / count) for load in loads]).sum()
 
-    # ---- what a step leaves behind --------------------------------------------------------------
+    # ---- statistics of a step -------------------------------------------------------------------
 
     @torch.no_grad()
     def accumulate_stats(self, reports: list[BlockStats]) -> None:

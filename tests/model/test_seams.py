@@ -203,7 +203,7 @@ def test_padding_enters_no_statistic_and_no_loss(debug_config: ModelConfig, how:
     torch.testing.assert_close(model.max_logits, logits, rtol=1e-6, atol=0)
 
 
-# ---- the operations behind it -------------------------------------------------------------------
+# ---- the operations -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, ops.ROWS_PER_CHUNK, 2 * ops.ROWS_PER_CHUNK + 100])

@@ -88,7 +88,7 @@ def test_a_head_over_tau_is_clipped_once_and_then_left_alone() -> None:
     assert (norms[1][:, 0] < 0.5 * norms[0][:, 0]).all()
     assert torch.equal(norms[-1][:, 1], norms[0][:, 1]), "the other head never was over tau"
     torch.testing.assert_close(norms[-1][0], norms[1][0], rtol=1e-6, atol=0)
-    # Layers behind a clipped one see other inputs, and may be clipped a little more; none is clipped without end.
+    # Layers after a clipped one see other inputs, and may be clipped a little more; none is clipped without end.
     assert (norms[-1][:, 0] > 0.7 * norms[1][:, 0]).all()
     torch.testing.assert_close(norms[-1], norms[-2], rtol=1e-3, atol=0)
     assert (biases[0] != biases[-1]).any(), "the experts' biases move at every step"
