@@ -18,8 +18,8 @@ demo: install
 	$(BIN)/nanokimi demo --seconds $(DEMO_SECONDS)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not serial"
+	$(BIN)/python -m pytest -m serial
 
 lint: install
 	$(BIN)/ruff check .
@@ -27,5 +27,5 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/nanokimi bench --preset nano-243m
-	$(BIN)/nanokimi bench --preset tiny
+	PYTHONUNBUFFERED=1 $(BIN)/python -m benchmarks.bench --preset nano-243m
+	PYTHONUNBUFFERED=1 $(BIN)/python -m benchmarks.bench --preset tiny

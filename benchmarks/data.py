@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanokimi.bench.about import ROOT, about
+from benchmarks.bench.about import ROOT, about
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Reading
@@ -36,7 +36,7 @@ from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 
-say = partial(print, file=sys.stderr, flush=True)
+log = partial(print, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -63,8 +63,8 @@ def main() -> None:
 
 def make_texts(folder: Path) -> None:
     """The standard library as text, and a tokenizer of it."""
-    say(prepare_stdlib(folder / "train.txt"))
-    say(train_tokenizer_on(folder / "train.txt", 8192, folder / "tokenizer.json"))
+    log(prepare_stdlib(folder / "train.txt"))
+    log(train_tokenizer_on(folder / "train.txt", 8192, folder / "tokenizer.json"))
 
 
 def child(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> dict[str, float]:
@@ -74,7 +74,7 @@ def child(name: str, folder: Path, args: argparse.Namespace, **environment: str)
         command += [f"--{flag}", str(getattr(args, flag))]
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    say(name, found)
+    log(name, found)
     return found
 
 
@@ -101,7 +101,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         began = time.perf_counter()
         prepare_tokens(
             {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
-            Path(output), shard_tokens=100_000_000, say=say,
+            Path(output), shard_tokens=100_000_000, log=log,
         )  # fmt: skip
         return {"mb_per_second": megabytes(folder) / (time.perf_counter() - began)}
 
@@ -129,13 +129,13 @@ def measure_tokenbin(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second that a training loop can take from token files."""
     prepare_tokens(
         {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
-        folder / "tokens", shard_tokens=1_000_000, say=say,
+        folder / "tokens", shard_tokens=1_000_000, log=log,
     )  # fmt: skip
     return medians([child("read_tokens", folder, args) for _ in range(args.repeats)])
 
 
 def read_tokens(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    corpus = open_corpus(TrainConfig(dataset="tokenbin", data_path=str(folder / "tokens")), "", say=say)
+    corpus = open_corpus(TrainConfig(dataset="tokenbin", data_path=str(folder / "tokens")), "", log=log)
     found = {}
     for length, batch_size, workers in ((1024, 8, 0), (256, 8, 0), (1024, 8, 2)):
         loader = corpus.train.loader(Reading(length, batch_size, 1, num_workers=workers))
@@ -155,7 +155,7 @@ def measure_waiting(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Share of a training step of ``tiny`` that is spent waiting for its batches, for each source and workers."""
     prepare_tokens(
         {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
-        folder / "tokens", shard_tokens=100_000_000, say=say,
+        folder / "tokens", shard_tokens=100_000_000, log=log,
     )  # fmt: skip
     return child("wait", folder, args)
 
@@ -184,7 +184,7 @@ def wait(folder: Path, args: argparse.Namespace) -> dict[str, float]:
             preset="tiny", dataset=dataset, data_path=str(path), batch_size=8, gradient_accumulation=1,
             num_workers=workers, eval_interval=0, output_dir=str(folder),
         )  # fmt: skip
-        corpus = open_corpus(config, str(folder / "tokenizer.json"), say=say)
+        corpus = open_corpus(config, str(folder / "tokenizer.json"), log=log)
         shape = ModelConfig.preset("tiny", vocab_size=corpus.tokenizer.vocab_size)
         trainer = Trainer(config, shape, corpus, torch.device("cpu"))
         batches = Timed(iter(trainer.batches))
@@ -221,7 +221,7 @@ def stream(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     started = memory("VmHWM")
     began = time.perf_counter()
     config = TrainConfig(dataset="localstreaming", data_path=str(path))
-    loader = open_corpus(config, "byte", say=say).train.loader(Reading(1024, 8, 1))
+    loader = open_corpus(config, "byte", log=log).train.loader(Reading(1024, 8, 1))
     n = int(args.megabytes * 1_000_000 * 0.95) // (1024 * 8)
     for _ in islice(loader, n):
         pass

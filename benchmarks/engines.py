@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.bench.about import ROOT, about
 from nanokimi import ModelConfig, Transformer, checkpoint, generate_tokens, load
-from nanokimi.bench.about import ROOT, about
 from nanokimi.config import parse_value
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import train_bpe
@@ -211,7 +211,7 @@ def prepared_environment(folder: Path, name: str) -> Path:
     if not packages:
         return Path(sys.executable)
     if not stamp.exists() or json.loads(stamp.read_text()) != list(packages):
-        say(f"{name}: pip install {' '.join(packages)}")
+        log(f"{name}: pip install {' '.join(packages)}")
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "--quiet", *packages], check=True)
@@ -229,7 +229,7 @@ def random_checkpoint(work: Path, shape: str) -> Path:
     torch.manual_seed(0)
     model = Transformer(ModelConfig.preset(preset, tokenizer_name="bpe:2048", **fields))
     with torch.no_grad():
-        for role, parameter in model.declare():
+        for role, parameter in model.param_roles():
             noise = torch.randn(parameter.shape)
             parameter.copy_(1 + 0.2 * noise if role == "norm" else 2 * parameter)
         for moe in model.moe_layers():
@@ -268,10 +268,10 @@ def compare(model: Path, pythons: Mapping[str, Path], work: Path) -> dict[str, A
         try:
             finding = judged(ours, *theirs(name, python, folder, work.absolute() / f"{name}.npy", ours))
         except EngineFailed as error:
-            say(f"{model.name} in {name}: FAILS: {error}")
+            log(f"{model.name} in {name}: FAILS: {error}")
             engines[name] = {"agrees": False, "failed": str(error)}
             continue
-        say(f"{model.name} in {name}: {finding}")
+        log(f"{model.name} in {name}: {finding}")
         engines[name] = asdict(finding) | {"agrees": finding.agrees}
     return about() | {"text_tokens": len(ours.text), "vocab_size": ours.logits.shape[1], "engines": engines}
 
@@ -329,7 +329,7 @@ def judged(ours: Ours, found: Mapping[str, Any], seconds: float, said: list[str]
     )
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

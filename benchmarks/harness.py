@@ -21,7 +21,7 @@ from typing import Any
 
 from engines import NANOKIMI
 
-from nanokimi.bench.about import ROOT, about
+from benchmarks.bench.about import ROOT, about
 
 MODULES = ("calendar", "configparser", "csv", "fractions", "shelve", "textwrap")
 QUESTIONS, BEFORE = 150, 12  # lines in front of each question

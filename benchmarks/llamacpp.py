@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from engines import NANOKIMI, PROMPT
 
+from benchmarks.bench.about import ROOT, about
 from nanokimi import Transformer, generate_tokens, load
-from nanokimi.bench.about import ROOT, about
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.interop.gguf_file import DTYPES
 from nanokimi.interop.llamacpp import LlamaCpp

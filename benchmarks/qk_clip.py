@@ -58,7 +58,7 @@ def run(text: Path, steps: int, learning_rate: float, tau: float, *, batch_size:
             preset="debug", learning_rate=learning_rate, qk_clip_tau=tau, max_steps=steps, batch_size=batch_size,
             gradient_accumulation=1, warmup_steps=20, schedule="constant", eval_interval=0, output_dir=folder,
         )  # fmt: skip
-        corpus = open_corpus(TrainConfig(data_path=str(text)), "byte", say=lambda line: None)
+        corpus = open_corpus(TrainConfig(data_path=str(text)), "byte", log=lambda line: None)
         trainer = Trainer(config, ModelConfig.preset("debug", max_seq_length=context), corpus, torch.device("cpu"))
         (Path(folder) / "checkpoints").mkdir()
         trainer.train()

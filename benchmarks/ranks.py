@@ -66,7 +66,7 @@ def main() -> None:
         part.add_argument("--rounds", type=int, default=9)
         part.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
-    from nanokimi.bench.about import about
+    from benchmarks.bench.about import about
 
     said = about()
     found = one_process(args) if args.part == "one_process" else by_layout(args)

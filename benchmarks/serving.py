@@ -32,19 +32,19 @@ import torch
 import uvicorn
 from crowd import Client, Crowd, completion
 
+from benchmarks.bench.about import ROOT, about
 from nanokimi import checkpoint
-from nanokimi.bench.about import ROOT, about
 from nanokimi.cli import build_parser
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.inference.decoder import Decoder, new_decoder
-from nanokimi.inference.server.app import new_app
-from nanokimi.inference.server.arguments import ServeOptions, options_of
-from nanokimi.inference.server.run import bind, prepare
-from nanokimi.inference.server.worker import EngineThread
 from nanokimi.model.transformer import Transformer
+from nanokimi.serve.app import new_app
+from nanokimi.serve.arguments import ServeOptions, options_of
+from nanokimi.serve.run import bind, prepare
+from nanokimi.serve.worker import EngineThread
 
-say = partial(print, file=sys.stderr, flush=True)
+log = partial(print, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -58,12 +58,12 @@ def main() -> None:
     args = parser.parse_args()
     path, here = ROOT / args.output, about()
     for part in args.parts or PARTS:
-        say(f"== {part}")
+        log(f"== {part}")
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[part](Path(folder), args)
         earlier = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(earlier | {part: here | found}, indent=1) + "\n")
-        say(json.dumps(found, indent=1))
+        log(json.dumps(found, indent=1))
 
 
 # ---- parts --------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             while True:
                 await asyncio.sleep(args.seconds / 24)
                 memory.append(resident(server.process.pid))
-                say(f"{memory[-1] >> 20} MiB, {asdict(crowd.tally)}")
+                log(f"{memory[-1] >> 20} MiB, {asdict(crowd.tally)}")
 
         asyncio.run(run())
         health = asyncio.run(settled(server.port))

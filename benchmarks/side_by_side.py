@@ -4,7 +4,7 @@
     python benchmarks/side_by_side.py ../earlier . --presets tiny --only step,decode --output side_by_side.json
 
 For each preset: forward and backward pass, whole training step, optimizer step, prefill and decoding with the eager and
-the native decoder. Each checkout answers from a process of its own (``python -m nanokimi.bench.worker``) with its own
+the native decoder. Each checkout answers from a process of its own (``python -m benchmarks.bench.worker``) with its own
 ``nanokimi``. A round asks both, every other round backwards, and its ratio is new over old. A figure is "slower" when
 the 95 % interval of the median ratio lies above 1.03, and "unclear" when it reaches above 1.03: take more rounds.
 The exit status is 1 if a figure is slower, else 2 if one could not be measured (NANOKIMI_BENCH_ERRORS=1 says more).
@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from nanokimi.bench.about import about
-from nanokimi.bench.report import amount
-from nanokimi.bench.turns import LeftOut, Worker
+from benchmarks.bench.about import about
+from benchmarks.bench.report import amount
+from benchmarks.bench.turns import LeftOut, Worker
 
 PARTS = ("step", "optimizer", "prefill", "decode")
 SHAPES = {"nano-243m": (1, 512), "tiny": (8, 256)}  # sequences of a training step; tokens of each, and of a prompt
@@ -112,7 +112,7 @@ def environment_of(checkout: Path) -> dict[str, str]:
 
 def check_import(checkout: Path) -> None:
     """Makes sure that workers of ``checkout`` run its code; before Python 3.11 the current folder would win."""
-    command = [sys.executable, "-c", "import nanokimi.bench.worker as worker; print(worker.__file__)"]
+    command = [sys.executable, "-c", "import benchmarks.bench.worker as worker; print(worker.__file__)"]
     environment = os.environ | environment_of(checkout)
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     if Path(printed).resolve() != checkout / "nanokimi" / "bench" / "worker.py":

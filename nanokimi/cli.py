@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanokimi.bench.settings import add_bench_arguments, request_of
 from nanokimi.cli_settings import (
     DATA_FIELDS,
     EVAL_FIELDS,
@@ -19,11 +18,11 @@ from nanokimi.cli_settings import (
     gather_settings,
     spellings,
 )
-from nanokimi.console import complain, say, show
+from nanokimi.console import complain, log, show
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
-from nanokimi.inference.server.arguments import add_serve_arguments, options_of
 from nanokimi.insight.plan_report import PLAN_FIELDS, add_plan_arguments, plan_lines, question_of
+from nanokimi.serve.arguments import add_serve_arguments, options_of
 
 
 def entry() -> NoReturn:
@@ -65,7 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_import(commands)
     add_demo(commands)
-    add_bench(commands)
     add_plan(commands)
     return parser
 
@@ -114,7 +112,7 @@ def serve(args: argparse.Namespace) -> int:
     """``nanokimi serve``."""
     options = options_of(args)
 
-    from nanokimi.inference.server.run import run_serve
+    from nanokimi.serve.run import run_serve
 
     return run_serve(options)
 
@@ -156,7 +154,7 @@ def prepare_tokens(args: argparse.Namespace) -> int:
 
     from nanokimi.data.prepare import prepare_tokens as prepare
 
-    print(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, say=say))
+    print(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, log=log))
     return 0
 
 
@@ -325,22 +323,6 @@ def demo(args: argparse.Namespace) -> int:
     from nanokimi.demo import run_demo
 
     return run_demo(Path(args.output_dir), args.seconds)
-
-
-def add_bench(commands: Any) -> None:
-    """``nanokimi bench``: how fast all of it is here."""
-    parser = commands.add_parser("bench", help="measure speed and memory beside other programs")
-    add_bench_arguments(parser)
-    parser.set_defaults(run=bench)
-
-
-def bench(args: argparse.Namespace) -> int:
-    """``nanokimi bench``."""
-    request = request_of(args)
-
-    from nanokimi.bench.run import run_bench
-
-    return run_bench(request)
 
 
 def add_plan(commands: Any) -> None:

@@ -19,7 +19,7 @@ def mute() -> None:
     _speaks = False
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tells the user something that is not the command's result."""
     if _speaks:
         print(text, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.console import printable, say
+from nanokimi.console import log, printable
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.stdlib import prepare_stdlib
@@ -51,14 +51,14 @@ def run_demo(output: Path, seconds: float) -> int:
     if not seconds > 0:
         raise UserError(f"--seconds must be more than 0, got {seconds:g}")
     if not TEXT.exists():
-        say("No text yet: taking the Python standard library of this machine.")
-        say(prepare_stdlib(TEXT))
+        log("No text yet: taking the Python standard library of this machine.")
+        log(prepare_stdlib(TEXT))
     earlier = any((output / "checkpoints").glob("*.pt"))
     settings = {**SETTINGS, "max_seconds": float(seconds), "output_dir": str(output)}
-    say(f"{'Going on with' if earlier else 'Training'} a small model, for {seconds:.0f} seconds of training in all.")
+    log(f"{'Going on with' if earlier else 'Training'} a small model, for {seconds:.0f} seconds of training in all.")
     code = run_training(Request(train=settings, model={}, resume=earlier))
     if code:
-        say("\nInterrupted and saved: the same command goes on from here.")
+        log("\nInterrupted and saved: the same command goes on from here.")
         return code
     report(output)
     return 0
@@ -71,7 +71,7 @@ def report(output: Path) -> None:
     torch.manual_seed(SEED)
     untrained = Transformer(trained.config).eval()
     held_out = held_out_files(tokenizer, trained.config)
-    say("\nMeasuring both models on all held-out files ...")
+    log("\nMeasuring both models on all held-out files ...")
     for name, model in (("before training", untrained), ("after training", trained)):
         text = generate(model, tokenizer, PROMPT, max_tokens=80, temperature=0.8, seed=SEED)
         bits = evaluate(model, held_out, tokenizer).bits_per_byte
@@ -87,6 +87,6 @@ def report(output: Path) -> None:
 
 def held_out_files(tokenizer: Tokenizer, config: ModelConfig) -> PackedSequences:
     """The files that training never saw, in sequences of the model's context."""
-    corpus = open_corpus(TrainConfig(data_path=str(TEXT)), config.tokenizer_name, tokenizer=tokenizer, say=say)
+    corpus = open_corpus(TrainConfig(data_path=str(TEXT)), config.tokenizer_name, tokenizer=tokenizer, log=log)
     assert corpus.val is not None
     return PackedSequences(corpus.val, config.max_seq_length)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nanokimi import checkpoint
-from nanokimi.console import say
+from nanokimi.console import log
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import RunError, UserError
 from nanokimi.files import is_full_disk, move_into, new_folder, partial_folder, require_writable
@@ -84,7 +84,7 @@ def export_hf(
         size = sum(file.stat().st_size for file in files)
     print(f"{request.target}: {len(files)} files, {size / 1e6:,.1f} MB, {dtype}\n{compared}")
     if push:
-        print(push_folder(request.target, push, private=not public, say=say))
+        print(push_folder(request.target, push, private=not public, log=log))
     return 0
 
 
@@ -128,7 +128,7 @@ def import_hf(folder: Path, output: Path, *, tokenizer: str = "") -> int:
         raise UserError(f"--output {output}: exists already: choose another name, or remove it")
     stored = hf_folder.read_folder(folder, tokenizer=tokenizer)
     for note in stored.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     require_writable(output, example="imported.pt")
     content = {
         "model_config": asdict(stored.config),

@@ -46,7 +46,7 @@ def debug_model(debug_config: ModelConfig) -> Transformer:
 def lively(model: Transformer, std: float = 0.2) -> Transformer:
     """Random weights far from the quiet initial ones, norms and balance biases included."""
     generator = torch.Generator().manual_seed(7)
-    for role, parameter in model.declare():
+    for role, parameter in model.param_roles():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(1 + 0.3 * noise if role == "norm" else std * noise)
     for moe in model.moe_layers():

@@ -23,9 +23,9 @@ def test_the_forward_pass_counts_every_matrix_a_token_visits(changes: dict[str, 
     config = ModelConfig.preset("debug", **changes)
     model = Transformer(config)
     matrices = ("query_key", "matrix", "head")  # routers and shared experts among them, routed experts apart
-    visited = sum(p.numel() for role, p in model.declare() if role in matrices)
+    visited = sum(p.numel() for role, p in model.param_roles() if role in matrices)
     visited += config.n_moe_layers * config.n_activated_experts * 3 * config.dim * config.moe_inter_dim
-    norms = sum(p.numel() for role, p in model.declare() if role == "norm")
+    norms = sum(p.numel() for role, p in model.param_roles() if role == "norm")
     active = model.num_parameters(active=True)
     assert flops.working_weights(config, active) == visited + norms
     heads = config.n_layers * config.n_heads * (config.qk_head_dim + config.v_head_dim)

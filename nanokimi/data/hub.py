@@ -66,13 +66,13 @@ class HubDocuments:
 
     def __init__(
         self, repo: str, *, config: str = "", split: str = "train", text_column: str = "", limit: int = 0,
-        revision: str = "", say: Callable[[str], None] = tell,
+        revision: str = "", log: Callable[[str], None] = tell,
     ) -> None:  # fmt: skip
         if not is_hub_name(repo):
             problem = "not the name of a repository" if repo else "name a data set of the hub"
             raise UserError(f"--hf_repo_name {repo or '(empty)'}: {problem}: write owner/name, such as {FINEWEB}")
         _settle_libraries()
-        self.repo, self.split, self.limit, self._say = repo, split, limit, say
+        self.repo, self.split, self.limit, self._say = repo, split, limit, log
         try:
             self.commit = _find_commit(repo, revision or "main")
             self.config = _choose_config(repo, self.commit, config)

@@ -28,7 +28,7 @@ class Loader(Protocol):
     """
 
     @property
-    def oddities(self) -> Counter[str]:
+    def warnings(self) -> Counter[str]:
         """See above."""
 
     def __iter__(self) -> Iterator[Batch]:
@@ -95,7 +95,7 @@ class BatchLoader:
         self.num_workers, self.pin_memory, self.eot_id = num_workers, pin_memory, eot_id
         self.rank, self.world_size = rank, world_size
         self.samples = 0
-        self.oddities: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on.

@@ -36,9 +36,9 @@ class MixLoader:
         self._counts = dict.fromkeys(sources, 0)
 
     @property
-    def oddities(self) -> Counter[str]:
+    def warnings(self) -> Counter[str]:
         """Those of all sources."""
-        return sum((loader.oddities for loader in self.loaders.values()), Counter())
+        return sum((loader.warnings for loader in self.loaders.values()), Counter())
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""

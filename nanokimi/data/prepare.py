@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 def prepare_tokens(
-    train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, say: Say
+    train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, log: Say
 ) -> str:
     """Tokenises what ``nanokimi train`` would read with the same settings; killed, it goes on when called again.
 
@@ -52,7 +52,7 @@ def prepare_tokens(
         what = "--mix" if config.mix else "--dataset tokenbin"
         raise UserError(f"{what}: prepare one source of text; several, or tokens, are for `nanokimi train`")
     with _own(output), disk_errors_explained("token set", output):
-        text = text_of(with_sample(config, say), say)
+        text = text_of(with_sample(config, log), log)
         source: Source = PreparedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text, 0)
         tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)
         _require_same_tokenizer(output, tokenizer)

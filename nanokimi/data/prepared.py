@@ -61,7 +61,7 @@ class PreparedText:
             tokenizer.save(folder / f"{self.stem}-{size}.tokenizer.json")
         return tokenizer
 
-    def open(self, tokenizer: Tokenizer, say: Say) -> Corpus:
+    def open(self, tokenizer: Tokenizer, log: Say) -> Corpus:
         """The tokens, made now unless they are there.
 
         Raises:
@@ -70,9 +70,9 @@ class PreparedText:
         """
         found = self._token_set(tokenizer)
         if found.manifest.nuls:
-            say(f"warning: {self.text.name} holds {found.manifest.nuls:,} NUL bytes: is it really text?")
+            log(f"warning: {self.text.name} holds {found.manifest.nuls:,} NUL bytes: is it really text?")
         if found.manifest.n_blank:
-            say(f"note: {self.text.name}: left out {found.manifest.n_blank:,} documents without text")
+            log(f"note: {self.text.name}: left out {found.manifest.n_blank:,} documents without text")
         return corpus_of(found, tokenizer)
 
     def _token_set(self, tokenizer: Tokenizer) -> TokenSet:

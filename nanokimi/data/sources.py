@@ -40,7 +40,7 @@ class Source(Protocol):
     def train_bpe(self, size: int) -> Tokenizer:
         """A byte-level BPE of what is trained on."""
 
-    def open(self, tokenizer: Tokenizer, say: Say) -> Corpus:
+    def open(self, tokenizer: Tokenizer, log: Say) -> Corpus:
         """The source as training sees it; tells ``say`` what is odd about it."""
 
 
@@ -50,7 +50,7 @@ def open_corpus(
     *,
     tokenizer: Tokenizer | None = None,
     named: bool = False,
-    say: Say = print,
+    log: Say = print,
 ) -> Corpus:
     """Opens the source, or the mixture of sources, that ``config`` names.
 
@@ -66,13 +66,13 @@ def open_corpus(
         RunError: the disk is full, the network failed.
     """
     shares = parse_mix(config)
-    sources = {name: _source(part, say) for name, (_, part) in shares.items()}
+    sources = {name: _source(part, log) for name, (_, part) in shares.items()}
     if tokenizer is None:
         tokenizer = choose_tokenizer(list(sources.values()), tokenizer_name, named=named)
-    corpora = {name: source.open(tokenizer, say) for name, source in sources.items()}
+    corpora = {name: source.open(tokenizer, log) for name, source in sources.items()}
     wanted = bpe_size(tokenizer.name)
     if wanted is not None and tokenizer.vocab_size < wanted:
-        say(f"note: the text yields only {tokenizer.vocab_size} of the {wanted} entries of {tokenizer.name}")
+        log(f"note: the text yields only {tokenizer.vocab_size} of the {wanted} entries of {tokenizer.name}")
     if not config.mix:
         return next(iter(corpora.values()))
     train = Mixed({name: (shares[name][0], corpus.train) for name, corpus in corpora.items()})
@@ -121,17 +121,17 @@ def _is_tokens(path: str) -> bool:
     return path.endswith(".bin") or any(Path(path).glob("*.bin"))
 
 
-def _source(config: TrainConfig, say: Say) -> Source:
+def _source(config: TrainConfig, log: Say) -> Source:
     """The one source that ``config`` names."""
     if config.dataset == "tokenbin":
         return TokenBin(config.data_path, config.val_path, config.val_fraction)
-    config = with_sample(config, say)
+    config = with_sample(config, log)
     if config.dataset == "local":
-        return PreparedText(text_of(config, say))
-    return StreamedText(text_of(config, say, split_up=True), config.val_tokens)
+        return PreparedText(text_of(config, log))
+    return StreamedText(text_of(config, log, split_up=True), config.val_tokens)
 
 
-def text_of(config: TrainConfig, say: Say, *, split_up: bool = False) -> Text:
+def text_of(config: TrainConfig, log: Say, *, split_up: bool = False) -> Text:
     """The documents that ``config`` names, local ones or those of the hub, and what is held out.
 
     Args:
@@ -141,30 +141,30 @@ def text_of(config: TrainConfig, say: Say, *, split_up: bool = False) -> Text:
     val = LocalDocuments(config.val_path, "--val_path", form) if config.val_path else None
     fraction = 0.0 if val else config.val_fraction
     if config.dataset in ("hfstreaming", "fineweb"):
-        return Text(hub_documents(config, say), val, fraction, "--hf_repo_name", in_full=False)
+        return Text(hub_documents(config, log), val, fraction, "--hf_repo_name", in_full=False)
     documents = LocalDocuments(config.data_path, form=form, split_up=split_up)
     if val is not None and any(a.samefile(b) for a in documents.files for b in val.files):
         raise UserError(f"--val_path {config.val_path} is the training text itself: name another file, or none")
     return Text(documents, val, fraction, in_full=not split_up)
 
 
-def hub_documents(config: TrainConfig, say: Say) -> HubDocuments:
+def hub_documents(config: TrainConfig, log: Say) -> HubDocuments:
     """The rows of a hub data set that ``config`` names: the first ``--num_samples``, or all for 0."""
     fineweb = config.dataset == "fineweb"
     return HubDocuments(
         config.hf_repo_name or (FINEWEB if fineweb else ""),
         config=config.hf_config or (FINEWEB_CONFIG if fineweb and not config.hf_repo_name else ""),
         split=config.hf_split, text_column=config.text_column, limit=config.num_samples,
-        revision=config.hf_revision, say=say,
+        revision=config.hf_revision, log=log,
     )  # fmt: skip
 
 
-def with_sample(config: TrainConfig, say: Say) -> TrainConfig:
+def with_sample(config: TrainConfig, log: Say) -> TrainConfig:
     """The same settings, but a sample of FineWeb is a local text from here on: fetched, unless it is there."""
     if config.dataset != "fineweb" or config.streaming:
         return config
     chosen = [config.hf_repo_name, config.hf_config, config.hf_split, config.hf_revision, config.text_column]
-    path = fetch_sample(config.num_samples, chosen, lambda: hub_documents(config, say))
+    path = fetch_sample(config.num_samples, chosen, lambda: hub_documents(config, log))
     return dataclasses.replace(config, dataset="local", data_path=str(path), text_column="")
 
 

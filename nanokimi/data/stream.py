@@ -67,7 +67,7 @@ class Chunk:
     sequences: NDArray[np.int32]
     positions: NDArray[np.int64]
     n_tokens: int = 0
-    oddities: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
     ends_epoch: bool = False
 
 

@@ -71,7 +71,7 @@ class StreamLoader:
         self._draws = 0
         self._epoch_over = False  # and nobody was told yet
         self._emptying = False
-        self.oddities: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on.
@@ -141,7 +141,7 @@ class StreamLoader:
                 queues[chunk.lane].extend(zip(chunk.sequences, map(_position, chunk.positions), strict=True))
                 ended[chunk.lane] = max(ended[chunk.lane], chunk.epoch if chunk.ends_epoch else -1)
                 n_tokens += chunk.n_tokens
-                self.oddities += chunk.oddities
+                self.warnings += chunk.warnings
             if queues[lane]:
                 n_sequences += 1
                 sequence, self._positions[lane] = queues[lane].popleft()

@@ -46,7 +46,7 @@ class StreamedText:
         """A BPE of the beginning of the training part."""
         return train_bpe(self.training_text(BPE_CHARACTERS), size)
 
-    def open(self, tokenizer: Tokenizer, say: Say) -> Corpus:
+    def open(self, tokenizer: Tokenizer, log: Say) -> Corpus:
         """Finds the rule of the split and reads the held-out tokens."""
         roles = self.text.roles
         train = f"training on a stream of {self.text.name}"

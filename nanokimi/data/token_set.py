@@ -29,7 +29,7 @@ SHARD_TOKENS = 100_000_000
 MANIFEST = "manifest.json"
 
 
-class Place(NamedTuple):
+class CacheSlots(NamedTuple):
     """Where in the roles a piece stands."""
 
     role: int = 0
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
     held_out: bool
     piece: Piece
-    place: Place
+    place: CacheSlots
 
 
 @dataclass
@@ -88,9 +88,9 @@ class Manifest:
             file.write(json.dumps(asdict(self), indent=1).encode())
 
     @property
-    def place(self) -> Place:
+    def place(self) -> CacheSlots:
         """``next`` as it is used."""
-        return Place(self.next[0], self.next[1], Cursor(*self.next[2])) if self.next else Place()
+        return CacheSlots(self.next[0], self.next[1], Cursor(*self.next[2])) if self.next else CacheSlots()
 
 
 class TokenSet(NamedTuple):
@@ -178,7 +178,7 @@ def _tasks(roles: Sequence[Role], manifest: Manifest, advance: Advance) -> Itera
         for part in range(first.part if begun else 0, role.documents.n_parts):
             start = first.cursor if begun and part == first.part else START
             for held_out, piece in role.pieces(part, start, count):
-                yield Task(held_out, piece, Place(number, part, piece.cursor))
+                yield Task(held_out, piece, CacheSlots(number, part, piece.cursor))
 
 
 def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:

@@ -90,7 +90,7 @@ class TokenBin:
             "beside them, or name it with --set tokenizer_name=..."
         )
 
-    def open(self, tokenizer: Tokenizer, say: Say) -> Corpus:
+    def open(self, tokenizer: Tokenizer, log: Say) -> Corpus:
         """Maps the files and divides them.
 
         Raises:

@@ -78,7 +78,7 @@ def interactive(
         talk = _in_turns(talk, "--system").with_system(system)
     chat = Chat(model, tokenizer, settings, output or sys.stdout, decoder, talk)
     with reading(source or sys.stdin, COMMANDS, keep_history=keep_history) as read_line:
-        chat.say(printable(f"{talk.welcome} /help lists the commands."))
+        chat.log(printable(f"{talk.welcome} /help lists the commands."))
         if opening:
             chat.reply(opening)
         talking = True
@@ -86,11 +86,11 @@ def interactive(
             try:
                 talking = chat.take(read_input(read_line))
             except UserError as error:
-                chat.say(printable(str(error).removeprefix("--")))
+                chat.log(printable(str(error).removeprefix("--")))
             except KeyboardInterrupt:
-                chat.say(f"\n({LEAVE_HINT})")
+                chat.log(f"\n({LEAVE_HINT})")
             except EOFError:
-                chat.say("")
+                chat.log("")
                 break
     return 0
 
@@ -132,7 +132,7 @@ class Chat:
         if name == "/quit":
             return False
         commands = {
-            "/help": lambda _: self.say(HELP.format(text=HELP_TEXT[self.talk.mode])),
+            "/help": lambda _: self.log(HELP.format(text=HELP_TEXT[self.talk.mode])),
             "/load": self.load,
             "/reset": lambda _: self.reset(),
             "/save": self.save,
@@ -170,7 +170,7 @@ class Chat:
         finally:
             self.talk = talk.answered("".join(written))
         self.results.append(pieces.result)
-        self.say(f"\n[{_figures([pieces.result])}, finish_reason {pieces.result.finish_reason or 'interrupted'}]")
+        self.log(f"\n[{_figures([pieces.result])}, finish_reason {pieces.result.finish_reason or 'interrupted'}]")
 
     def fit(self, talk: Talk) -> Talk:
         """``talk`` without the oldest turns that leave too little of the context for a reply.
@@ -187,7 +187,7 @@ class Chat:
         if (length := len(talk.ids())) >= context:
             raise UserError(f"this text has {length} tokens and the context holds {context}: write less, or /reset")
         if dropped:
-            self.say(f"(the context of {context} tokens is full: oldest turns dropped: {dropped})")
+            self.log(f"(the context of {context} tokens is full: oldest turns dropped: {dropped})")
         return talk
 
     # ---- commands ----------------------------------------------------------------------------------------
@@ -195,19 +195,19 @@ class Chat:
     def reset(self) -> None:
         """Forgets what was said."""
         self.talk = self.talk.emptied()
-        self.say("(a new text begins)" if self.talk.mode == "text" else "(a new talk begins)")
+        self.log("(a new text begins)" if self.talk.mode == "text" else "(a new talk begins)")
 
     def save(self, name: str) -> None:
         """Keeps the talk in the file ``name``. UserError: that is not possible."""
         path = _named(name, "/save")
         save_talk(path, self.talk)
-        self.say(printable(f"(saved in {path})"))
+        self.log(printable(f"(saved in {path})"))
 
     def load(self, name: str) -> None:
         """Goes on with the talk in the file ``name``. UserError: there is none, or one for other models."""
         path = _named(name, "/load")
         self.talk = load_talk(path, self.talk)
-        self.say(printable(f"(loaded from {path}: {len(self.talk.ids())} tokens)"))
+        self.log(printable(f"(loaded from {path}: {len(self.talk.ids())} tokens)"))
 
     def set(self, assignment: str) -> None:
         """``NAME VALUE`` changes a setting; nothing shows them all."""
@@ -215,23 +215,23 @@ class Chat:
             name, _, value = assignment.partition(" ")
             self.settings = self.settings.with_value(name, value.strip())
         shown = dataclasses.asdict(self.settings)
-        self.say(printable("  ".join(f"{name}={value!r}" for name, value in shown.items())))
+        self.log(printable("  ".join(f"{name}={value!r}" for name, value in shown.items())))
 
     def system(self, text: str) -> None:
         """Another system message from here on; nothing shows the one there is."""
         talk = _in_turns(self.talk, "/system")
         self.talk = talk = talk.with_system(text) if text else talk
-        self.say(printable(f"(system: {talk.system or 'none'})"))
+        self.log(printable(f"(system: {talk.system or 'none'})"))
 
     def stats(self) -> None:
         """What the last reply and the whole talk took, and how full the context is."""
         context, used = self.decoder.max_length, len(self.talk.ids())
         for name, results in (("last reply", self.results[-1:]), ("all replies", self.results)):
             read = sum(result.prompt_tokens for result in results)
-            self.say(f"{name}: {read} tokens read, written {_figures(results)}")
-        self.say(f"context: {used} of {context} tokens, {used / context:.0%}")
+            self.log(f"{name}: {read} tokens read, written {_figures(results)}")
+        self.log(f"context: {used} of {context} tokens, {used / context:.0%}")
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Writes one line of the program's own."""
         print(line, file=self.output, flush=True)
 

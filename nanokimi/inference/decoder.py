@@ -135,7 +135,7 @@ def extended(model: Transformer) -> str | None:
     """Why ``model`` has to be called module by module, or None where its own weights say all that it does."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "the model has hooks, which --decoder eager alone calls"
-    if len(model.declare()) < sum(1 for _ in model.parameters()):
+    if len(model.param_roles()) < sum(1 for _ in model.parameters()):
         return "the model carries adapters, which --decoder eager alone calls: use that, or merge them"
     return None
 

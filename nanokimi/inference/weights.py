@@ -55,7 +55,9 @@ def round_weights_(model: Transformer, weight_format: str) -> None:
 
 def _decoding_matrices(model: Transformer) -> list[nn.Parameter]:
     routers = {id(router.weight) for router in model.routers()}
-    return [weight for role, weight in model.declare() if role not in (NORM, EMBEDDING) and id(weight) not in routers]
+    return [
+        weight for role, weight in model.param_roles() if role not in (NORM, EMBEDDING) and id(weight) not in routers
+    ]
 
 
 def _rounded(weight: Tensor, weight_format: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from nanokimi import __version__, checkpoint
 from nanokimi.config import TrainConfig, from_dict
-from nanokimi.console import say
+from nanokimi.console import log
 from nanokimi.data.prepared import describe
 from nanokimi.data.progress import reading
 from nanokimi.data.tokenizer import Tokenizer
@@ -175,7 +175,7 @@ def _choose_texts(
     part = request.part or ("all" if named and not part_named else "held_out")
     report.results["settings"] |= {"part": part, **{name: getattr(config, name) for name in SETTINGS}}
     try:
-        return choose_text(config, tokenizer, held_out=part == "held_out", say=say)
+        return choose_text(config, tokenizer, held_out=part == "held_out", log=log)
     except UserError as error:
         if named:
             raise
@@ -207,7 +207,7 @@ def _score_text(text: ChosenText, subject: Subject, request: Request, report: Re
     if not found.tokens:
         raise UserError(f"{text.name}: there is no text in it to score: choose another --part, or name another text")
     counts = describe(found.documents, found.tokens, found.n_bytes)
-    say(f"{counts} in {seconds:.1f} s ({found.tokens / seconds:,.0f} tokens/s)")
+    log(f"{counts} in {seconds:.1f} s ({found.tokens / seconds:,.0f} tokens/s)")
     figures = {name: getattr(found, name) for name in ("bits_per_byte", "perplexity", "loss")}
     report.results["texts"].append({"name": text.name, **figures, **asdict(found), "seconds": seconds})
     report.figures += [

@@ -60,7 +60,7 @@ class ChosenText:
     read: Callable[[Advance], Iterator[Part]]
 
 
-def choose_text(config: TrainConfig, tokenizer: Tokenizer, *, held_out: bool, say: Say) -> list[ChosenText]:
+def choose_text(config: TrainConfig, tokenizer: Tokenizer, *, held_out: bool, log: Say) -> list[ChosenText]:
     """The text, or of a mixture the texts, that ``config`` names.
 
     Args:
@@ -75,7 +75,7 @@ def choose_text(config: TrainConfig, tokenizer: Tokenizer, *, held_out: bool, sa
     if held_out and config.val_path:
         sources = [part for part in sources if part.val_path][:1]  # they share it
     return [
-        (_choose_tokens if source.dataset == "tokenbin" else _choose_documents)(source, tokenizer, held_out, say)
+        (_choose_tokens if source.dataset == "tokenbin" else _choose_documents)(source, tokenizer, held_out, log)
         for source in sources
     ]
 
@@ -90,9 +90,9 @@ def _nothing_held_out(config: TrainConfig, name: str) -> UserError:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, say: Say) -> ChosenText:
-    config = with_sample(config, say)
-    text = text_of(config, say, split_up=config.dataset == "localstreaming")
+def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Say) -> ChosenText:
+    config = with_sample(config, log)
+    text = text_of(config, log, split_up=config.dataset == "localstreaming")
     if not held_out:
         role, name = Role(text.documents, Split()), text.name
     elif text.about_split:
@@ -120,23 +120,23 @@ def _text_parts(role: Role, held_out: bool, tokenizer: Tokenizer, advance: Advan
 # ---- tokens -------------------------------------------------------------------------------------
 
 
-def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, say: Say) -> ChosenText:
+def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Say) -> ChosenText:
     path, name = config.data_path, config.data_path
     if held_out:
-        val = TokenBin(path, config.val_path, config.val_fraction).open(tokenizer, say).val
+        val = TokenBin(path, config.val_path, config.val_fraction).open(tokenizer, log).val
         if val is None:
             raise _nothing_held_out(config, path)
         rows, name = [val], f"{path}, held out"
     else:
-        rows = _all_rows(path, tokenizer, say)
+        rows = _all_rows(path, tokenizer, log)
     width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
     return ChosenText(name, width * sum(map(len, rows)), partial(_token_parts, rows, tokenizer, width))
 
 
-def _all_rows(path: str, tokenizer: Tokenizer, say: Say) -> list[TokenRow]:
+def _all_rows(path: str, tokenizer: Tokenizer, log: Say) -> list[TokenRow]:
     """Everything in the files of ``path``; what lies in a folder's ``val*`` files is a row of its own."""
     has_val = os.path.isdir(path) and any(file.name.startswith("val") for file in find_token_files(path, "--data_path"))
-    corpus = TokenBin(path, "", TrainConfig.val_fraction if has_val else 0.0).open(tokenizer, say)
+    corpus = TokenBin(path, "", TrainConfig.val_fraction if has_val else 0.0).open(tokenizer, log)
     assert isinstance(corpus.train, Finite)
     return [row for row in (corpus.train.tokens, corpus.val) if row is not None]
 

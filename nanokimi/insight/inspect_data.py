@@ -48,7 +48,7 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     config = from_dict(TrainConfig, train)
     model_config = ModelConfig.preset(config.preset, **model)
     require_writable(output, example="data_lengths.png")
-    corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, say=console.say)
+    corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, log=console.log)
     reading = Reading(
         model_config.max_seq_length, batch_size=1, seed=config.seed, num_workers=config.num_workers,
         shuffle_buffer=config.shuffle_buffer,

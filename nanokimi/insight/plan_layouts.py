@@ -50,7 +50,7 @@ def parameters(config: ModelConfig) -> tuple[Matrix, ...]:
 
     with torch.device("meta"):
         model = Transformer(config)
-    roles = {id(parameter): role for role, parameter in model.declare()}
+    roles = {id(parameter): role for role, parameter in model.param_roles()}
     return tuple(Matrix(name, tuple(p.shape), roles[id(p)], _block(name)) for name, p in model.named_parameters())
 
 

@@ -71,7 +71,7 @@ def check_torch_muon() -> Iterator[Check]:
     for adjust, lr in (("original", 0.02), ("match_rms_adamw", 0.001)):
         model = Transformer(ModelConfig.preset("debug"))
         mine = MuonClip(model, lr, adjust_lr_fn=adjust, tau=0.0, ns_dtype=torch.float32)
-        ours = [p for role, p in model.declare() if role in MUON_ROLES and p.ndim == 2]
+        ours = [p for role, p in model.param_roles() if role in MUON_ROLES and p.ndim == 2]
         start = [p.detach().clone() for p in ours]
         theirs = [p.clone().requires_grad_() for p in start]
         reference = torch.optim.Muon(theirs, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn=adjust)
@@ -91,11 +91,11 @@ def check_torch_muon() -> Iterator[Check]:
 def check_roles() -> Iterator[Check]:
     """Each parameter declared once; Muon has the hidden matrices and nothing else."""
     model = Transformer(ModelConfig.preset("debug"))
-    declared = [id(p) for _, p in model.declare()]
+    declared = [id(p) for _, p in model.param_roles()]
     once = sorted(declared) == sorted(id(p) for p in model.parameters())
     yield Check("declared exactly once", f"{len(declared)} of {len(list(model.parameters()))} parameters", once)
     numbers = {
-        kind: sum(p.numel() for role, p in model.declare() if role in roles)
+        kind: sum(p.numel() for role, p in model.param_roles() if role in roles)
         for kind, roles in (("Muon", MUON_ROLES), ("AdamW", ADAMW_ROLES))
     }
     whole = sum(numbers.values()) == model.num_parameters()

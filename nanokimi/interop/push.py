@@ -26,7 +26,7 @@ _STATUS = re.compile(r"\((\d{3}) ")  # how hf_xet words the answer of a server
 _FULL = re.compile(r"quota|storage|limit", re.IGNORECASE)
 
 
-def push_folder(folder: Path, repository: str, *, private: bool = True, say: Say) -> str:
+def push_folder(folder: Path, repository: str, *, private: bool = True, log: Say) -> str:
     """Uploads the files of ``folder`` as one commit to a model repository, which is made if there is none.
 
     Hidden and temporary files and folders inside it stay here. What the repository holds beyond these files is left
@@ -50,7 +50,7 @@ def push_folder(folder: Path, repository: str, *, private: bool = True, say: Say
     verify_receipt(folder / RECEIPT, {file.name for file in files} - {_CARD})  # the card may be edited before a push
     _settle_library()
     try:
-        return _push(files, repository, private, say)
+        return _push(files, repository, private, log)
     except Exception as error:  # besides the library's own errors, those of whichever HTTP client it uses
         raise _explained(error, f"--push {repository}", _by_hand(folder, repository, private)) from error
 
@@ -91,21 +91,21 @@ def files_to_push(folder: Path) -> list[Path]:
     return files
 
 
-def _push(files: Sequence[Path], repository: str, private: bool, say: Say) -> str:
+def _push(files: Sequence[Path], repository: str, private: bool, log: Say) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     name = api.create_repo(repository, private=private, exist_ok=True).repo_id
     before = api.model_info(name)
     for line in _surprises(before, name, files, private):
-        say(line)
+        log(line)
     size = sum(file.stat().st_size for file in files) / 1e6
-    say(f"uploading {len(files)} files ({size:,.1f} MB) to {name}, {'private' if before.private else 'public'}")
+    log(f"uploading {len(files)} files ({size:,.1f} MB) to {name}, {'private' if before.private else 'public'}")
     # upload_folder may split a folder over several commits; a reader must never find half of a model.
     operations = [CommitOperationAdd(file.name, file) for file in files]
     commit = api.create_commit(name, operations, commit_message=f"Upload model with nanokimi {__version__}")
     if commit.oid == before.sha:
-        say(f"{name} holds exactly these files already: there is nothing to commit")
+        log(f"{name} holds exactly these files already: there is nothing to commit")
     return commit.commit_url
 
 

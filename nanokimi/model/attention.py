@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.cache import Place
+from nanokimi.model.cache import CacheSlots
 from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, is_plain
 from nanokimi.model.roles import QUERY_KEY
 from nanokimi.model.rope import apply_rope, softmax_scale
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: Rope,
-        place: Place | None = None,
+        place: CacheSlots | None = None,
         *,
         documents: Tensor | None = None,
         counted: Tensor | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 
 
-class Place(NamedTuple):
+class CacheSlots(NamedTuple):
     """Where the T new tokens of one forward pass go, and what they see; S is the longest row with them.
 
     Attributes:
@@ -87,7 +87,7 @@ class LatentCache:
         for row in self.rows:
             self.lengths[row] += tokens
 
-    def place(self, tokens: int) -> Place:
+    def place(self, tokens: int) -> CacheSlots:
         """Where so many new tokens of every row go.
 
         Raises:
@@ -104,9 +104,9 @@ class LatentCache:
         hidden = None
         if 1 < tokens < end:  # into empty rows tokens attend in the expanded form, which is causal by itself
             hidden = torch.ones(tokens, end, dtype=torch.bool, device=self.entries.device).triu(end - tokens + 1)
-        return Place(self.entries, (rows, columns), rows, columns, end, hidden)
+        return CacheSlots(self.entries, (rows, columns), rows, columns, end, hidden)
 
-    def _ragged(self, lengths: list[int], tokens: int, end: int) -> Place:
+    def _ragged(self, lengths: list[int], tokens: int, end: int) -> CacheSlots:
         device = self.entries.device
         positions = torch.tensor(lengths)[:, None] + torch.arange(tokens)
         positions = positions.to(device, non_blocking=True)  # [B, T]
@@ -121,7 +121,7 @@ class LatentCache:
         return torch.tensor(self.rows).to(self.entries.device, non_blocking=True)
 
 
-def ragged_place(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slice | Tensor, span: int) -> Place:
+def ragged_place(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slice | Tensor, span: int) -> CacheSlots:
     """A ``Place`` from indices on the device, without waiting for it; shapes depend on B, T and ``span`` alone.
 
     Args:
@@ -132,4 +132,4 @@ def ragged_place(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slic
         span: leading columns to look at.
     """
     hidden = torch.arange(span, device=entries.device) > positions[:, None, :, None]
-    return Place(entries, (rows[:, None], positions), seen, positions, span, hidden)
+    return CacheSlots(entries, (rows[:, None], positions), seen, positions, span, hidden)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.attention import ATTENTIONS, Attention, QKRows
-from nanokimi.model.cache import LatentCache, Place
+from nanokimi.model.cache import CacheSlots, LatentCache
 from nanokimi.model.layers import Embedding, Linear, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
 from nanokimi.model.moe import Load, MoE, Router
 from nanokimi.model.roles import HEAD, NORM, Declaration, Role
@@ -57,7 +57,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        place: Place | None,
+        place: CacheSlots | None,
         *,
         documents: Tensor | None = None,
         counted: Tensor | None = None,
@@ -120,7 +120,7 @@ class Transformer(PreciseBuffers):
 
     def reset_parameters(self) -> None:
         """Fresh weights: matrices and embedding normal with ``init_std``, norms one, balance biases zero."""
-        for role, parameter in self.declare():
+        for role, parameter in self.param_roles():
             self.fill(role, parameter)
         for router in self.routers():
             nn.init.zeros_(router.balance_bias)
@@ -313,7 +313,7 @@ class Transformer(PreciseBuffers):
         """Those of the sparse layers, first to last; an adapter around one is passed over."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def declare(self) -> list[Declaration]:
+    def param_roles(self) -> list[Declaration]:
         """The role of every parameter, each once; what ``MuonClip`` goes by.
 
         In this order initial weights are drawn, and optimizer state lies in checkpoints.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanokimi.console import say
+from nanokimi.console import log
 from nanokimi.errors import RunError
 from nanokimi.files import atomic_path
 
@@ -139,7 +139,7 @@ def _processor() -> str:
 
 def _compile(compiler: str, runtime: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    say(f"compiling the decoder for this machine, once, into {target.parent}: about ten seconds")
+    log(f"compiling the decoder for this machine, once, into {target.parent}: about ten seconds")
     with atomic_path(target) as temporary:  # whoever builds at the same time has a name of his own
         command = [compiler, *_flags(), str(SOURCES / "decode.cpp"), "-o", str(temporary), str(runtime)]
         try:

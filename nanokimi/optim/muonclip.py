@@ -28,7 +28,7 @@ class Declares(Noting, Protocol):
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
 
-    def declare(self) -> Sequence[tuple[str, nn.Parameter]]: ...
+    def param_roles(self) -> Sequence[tuple[str, nn.Parameter]]: ...
 
     def qk_rows(self) -> Sequence[Sequence[ScaledRows]]: ...
 
@@ -234,7 +234,7 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     roles: dict[str, list[nn.Parameter]] = {}
     seen: dict[int, str] = {}
     names = {id(p): name for name, p in model.named_parameters()}
-    for role, parameter in cast(Declares, unwrapped(model)).declare():
+    for role, parameter in cast(Declares, unwrapped(model)).param_roles():
         if role not in MUON_ROLES | ADAMW_ROLES:
             raise ValueError(f"parameter {names.get(id(parameter))} has the unknown role {role!r}")
         if id(parameter) in seen:

@@ -60,7 +60,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is none that declares its parameters, or more than one.
     """
-    found = [module for module in model.modules() if hasattr(type(module), "declare")]
+    found = [module for module in model.modules() if hasattr(type(module), "param_roles")]
     if len(found) != 1:
         raise ValueError(f"{len(found)} modules of the model declare their parameters: there must be one Transformer")
     return found[0]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanokimi.model.transformer import Transformer
+from nanokimi.parallel.distributed_muon import DistributedMuon
 from nanokimi.parallel.layout import Layout
-from nanokimi.parallel.owners import Owners
 from nanokimi.parallel.ranks import Ranks
 from nanokimi.parallel.spread import Alone
 
@@ -22,7 +22,7 @@ class Replicated(Alone):
 
     def __init__(self, model: Transformer, ranks: Ranks) -> None:
         super().__init__(model, ranks, Layout("ddp", ranks.size))
-        self.orthogonalise = Owners(self.layout, self, ranks.rank, None, dist.group.WORLD).orthogonalise
+        self.orthogonalise = DistributedMuon(self.layout, self, ranks.rank, None, dist.group.WORLD).orthogonalise
         with warnings.catch_warnings():  # torch 2.13 has another name for what 2.11 calls broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             self._watched = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -40,7 +40,7 @@ class Replicated(Alone):
         return numbers
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(tensors) if self.ranks.leads else {}
+        return dict(tensors) if self.ranks.is_main else {}
 
 
 def compile_blocks(model: Transformer) -> None:

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.shards import local
 from nanokimi.parallel.ddp import compile_blocks
+from nanokimi.parallel.distributed_muon import DistributedMuon
 from nanokimi.parallel.experts import Exchange
 from nanokimi.parallel.layout import Layout, rows_of
-from nanokimi.parallel.owners import Owners
 from nanokimi.parallel.ranks import Ranks
 
 
@@ -46,7 +46,7 @@ class Sharded:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._initialise()
         groups = (self._mesh.get_group("shard"), self._mesh.get_group("replicate"))
-        self.orthogonalise = Owners(layout, self, ranks.rank, *groups).orthogonalise
+        self.orthogonalise = DistributedMuon(layout, self, ranks.rank, *groups).orthogonalise
 
     # ---- laying out -----------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Sharded:
     @torch.no_grad()
     def _initialise(self) -> None:
         """The weights that one process would begin with, drawn whole, one after the other."""
-        for role, parameter in self.model.declare():
+        for role, parameter in self.model.param_roles():
             name = self._names[id(parameter)]
             whole = torch.empty(self._shapes[name], dtype=parameter.dtype)
             self.model.fill(role, whole)
@@ -157,6 +157,6 @@ class Sharded:
                 if value.device_mesh.ndim == 3:  # of experts apart; one dimension of the mesh after the other
                     value = value.redistribute(placements=(Replicate(), Shard(0), Replicate()))
                 value = value.full_tensor()
-            if self.ranks.leads:
+            if self.ranks.is_main:
                 found[name] = value.cpu()
         return found

@@ -46,7 +46,7 @@ class Ranks:
         self.launched = launched
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank writes files and speaks to the user."""
         return self.rank == 0
 
@@ -77,7 +77,7 @@ class Ranks:
         """The leader's ``data``, on all ranks."""
         return self.gather(data or b"")[0]
 
-    def agreed(self, act: Callable[[], T]) -> T:
+    def run_or_fail_together(self, act: Callable[[], T]) -> T:
         """``act()``; if it fails on any rank with a UserError or RunError, all end with that error.
 
         ``act`` must not wait for other ranks itself.
@@ -101,7 +101,7 @@ class Ranks:
     def _end(self, rank: int, told: str) -> None:
         name, message = told.split("\n", 1)
         run_time = name == RunError.__name__
-        if not self.leads:
+        if not self.is_main:
             raise SystemExit(1 if run_time else 2)
         message = f"rank {rank}: {message}" if rank else message
         raise RunError(message) if run_time else UserError(message)
@@ -112,8 +112,8 @@ class Ranks:
         Raises:
             UserError, RunError, SystemExit: see ``agreed``.
         """
-        first = self.agreed(lambda: act() if self.local == 0 else None)
-        others = self.agreed(lambda: act() if self.local > 0 else None) if self.size > 1 else None
+        first = self.run_or_fail_together(lambda: act() if self.local == 0 else None)
+        others = self.run_or_fail_together(lambda: act() if self.local > 0 else None) if self.size > 1 else None
         return first if self.local == 0 else others  # type: ignore[return-value]
 
 
@@ -140,14 +140,14 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     ranks = Ranks(rank, size, local, on_this_machine, launched=True)
-    if not ranks.leads:
+    if not ranks.is_main:
         mute()
     try:
         with contact_lost_explained():
             _join(ranks, device, timeout)
             yield ranks
     except (UserError, RunError) as error:
-        if ranks.leads:
+        if ranks.is_main:
             raise
         print(f"nanokimi: rank {rank}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from error

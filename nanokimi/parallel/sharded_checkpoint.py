@@ -248,16 +248,16 @@ def _record(folder: Path) -> dict[str, Any]:
 def _save(
     folder: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], group: dist.ProcessGroup | None
 ) -> None:
-    leads = group is None or group.rank() == 0
+    is_main = group is None or group.rank() == 0
     together = partial(_together, group, folder)
     inside = _partial(folder) / folder.name
     try:
         with contact_lost_explained():
-            together(lambda: _prepare(inside, tensors) if leads else None)
+            together(lambda: _prepare(inside, tensors) if is_main else None)
             parts = together(lambda: _write_part(inside, tensors, group))
-            together(lambda: _publish(inside, tensors, about, parts) if leads else None)
+            together(lambda: _publish(inside, tensors, about, parts) if is_main else None)
     finally:
-        if leads:
+        if is_main:
             shutil.rmtree(_partial(folder), ignore_errors=True)
 
 

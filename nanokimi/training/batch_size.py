@@ -31,7 +31,7 @@ def with_fitting_batch(
     config: TrainConfig,
     model_config: ModelConfig,
     device: torch.device,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     ranks: int = 1,
 ) -> TrainConfig:
@@ -54,7 +54,7 @@ def with_fitting_batch(
         raise UserError(f"--batch_size auto cannot look at the memory of {device.type}: name a number")
     batch = largest_fitting(divisors, need, free)
     passes = sequences // batch
-    say(
+    log(
         f"batch size {batch}: a step's {sequences} sequences in {passes} pass{'es' if passes > 1 else ''}, "
         f"about {need(batch) / GB:.1f} GB of the {free / GB:.1f} GB that may be used"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanokimi.config import TrainConfig
-from nanokimi.console import say
+from nanokimi.console import log
 from nanokimi.device import compiles_well
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Transformer
@@ -64,5 +64,5 @@ def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> n
         raise RunError(f"--compile on: torch.compile failed ({reason}): use --compile off, or auto") from error
     if spread.layout.mode != "one":
         raise RunError(f"torch.compile failed ({reason}): use --compile off") from error
-    say(f"note: torch.compile failed ({reason}): training goes on without it")
+    log(f"note: torch.compile failed ({reason}): training goes on without it")
     return spread.called(compiled=False)

@@ -45,7 +45,7 @@ class Reported:
     config: Mapping[str, Any]
     step: int
     continues: bool
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     @property
     def name(self) -> str:
@@ -174,7 +174,7 @@ class Trackio:
         self._finish = trackio.finish
         look = "" if remote else f"; to look at it: trackio show --project {PROJECT}"
         where = remote.partition("?")[0] if remote else folder  # an address may carry a token
-        run.say(f"trackio: {self._run.name} in {where}{look}")
+        run.log(f"trackio: {self._run.name} in {where}{look}")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Queues the values, unless the database holds the step already."""
@@ -216,7 +216,7 @@ class RunMark:
             file.write(self._line(self.held))
         self._file = path.open("r+b", buffering=0)
         if self.held > run.step:
-            run.say(f"note: {service} has steps {run.step + 1} to {self.held} of this run: they stay as they are")
+            run.log(f"note: {service} has steps {run.step + 1} to {self.held} of this run: they stay as they are")
 
     def takes(self, step: int) -> bool:
         """Whether ``step`` is new to the service; from then on the file says that it has it."""

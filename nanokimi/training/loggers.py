@@ -24,9 +24,9 @@ LOGGERS: dict[str, tuple[str, Callable[[Reported], Logger]]] = {
 class Loggers:
     """All that ``--log`` names. One that fails is switched off with one line; the run and the others go on."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, log: Callable[[str], None]) -> None:
         self.open: dict[str, Logger] = {}
-        self._say = say
+        self._say = log
 
     def __enter__(self) -> Loggers:
         return self
@@ -83,7 +83,7 @@ def open_loggers(names: str, run: Reported) -> Loggers:
     Raises:
         UserError: as ``check_loggers``, or nobody is logged in to the service.
     """
-    loggers = Loggers(run.say)
+    loggers = Loggers(run.log)
     for name in check_loggers(names):
         try:
             loggers.open[name] = LOGGERS[name][1](run)

@@ -75,7 +75,7 @@ class ProgressDisplay:
         if self._live is None and due and step not in (self._printed, self.max_steps):
             self._print_line()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Prints ``text`` on stderr, above the bar where there is one."""
         if self._silent:
             return
@@ -93,7 +93,7 @@ class ProgressDisplay:
 
     def _print_line(self) -> None:
         self._printed = self._step
-        self.say(f"step {self._count()}  {self._facts()}  ETA {clock(self._seconds_left())}")
+        self.log(f"step {self._count()}  {self._facts()}  ETA {clock(self._seconds_left())}")
 
     def _count(self) -> str:
         """Steps done, and of how many where time is not what ends the run."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanokimi import checkpoint
 from nanokimi.config import AUTO, ModelConfig, TrainConfig, from_dict
-from nanokimi.console import say
+from nanokimi.console import log
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
@@ -91,9 +91,9 @@ def _started_again(output: Path, ranks: Ranks) -> bool:
     """
     launchers = _launchers(ranks)
     lock = output / LOCK
-    earlier = set(lock.read_text().splitlines()) if ranks.leads and lock.is_file() else set()
+    earlier = set(lock.read_text().splitlines()) if ranks.is_main and lock.is_file() else set()
     again = (restarts() > 0 or bool(earlier & launchers)) and has_run(output / "checkpoints")
-    return bool(ranks.largest([ranks.leads and again])[0])
+    return bool(ranks.largest([ranks.is_main and again])[0])
 
 
 def _launchers(ranks: Ranks) -> set[str]:
@@ -110,11 +110,11 @@ class Origin(NamedTuple):
 
 
 def _train_fresh(request: Request, output: Path, auto_batch: bool, ranks: Ranks) -> int:
-    config, origin = ranks.agreed(lambda: _begin(request))
+    config, origin = ranks.run_or_fail_together(lambda: _begin(request))
     with _own_folder(output, ranks):
         trainer = _fresh_trainer(config, origin, request, auto_batch, ranks)
         del origin  # not two copies of the weights while it trains
-        if ranks.leads:
+        if ranks.is_main:
             _put_aside(output / "checkpoints")
         return _train(trainer, continues=False)
 
@@ -135,14 +135,14 @@ def _fresh_trainer(config: TrainConfig, origin: Origin, request: Request, auto_b
         config = replace(config, hf_revision=corpus.revision)  # what a resume has to read again
     if tokenizer is None and "vocab_size" not in request.model:
         model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-    device = ranks.agreed(lambda: _fitting_device(config, model_config, corpus, ranks))
+    device = ranks.run_or_fail_together(lambda: _fitting_device(config, model_config, corpus, ranks))
     if auto_batch:
         config = _fitting_batch(config, model_config, device, ranks)
     trainer = _trainer(config, model_config, corpus, device, ranks)
     if origin.weights is not None:
         weights = origin.weights
-        ranks.agreed(lambda: place_weights(Path(config.init_from), weights, trainer.spread))
-        say(f"beginning with the {sum(w.numel() for w in origin.weights.values()):,} parameters of {config.init_from}")
+        ranks.run_or_fail_together(lambda: place_weights(Path(config.init_from), weights, trainer.spread))
+        log(f"beginning with the {sum(w.numel() for w in origin.weights.values()):,} parameters of {config.init_from}")
     return trainer
 
 
@@ -152,9 +152,9 @@ def _fitting_batch(config: TrainConfig, model_config: ModelConfig, device: torch
     def measured() -> TrainConfig:
         if config.parallel == "fsdp" or config.replicate > 1 or config.expert_parallel:
             raise UserError("--batch_size auto measures whole models: name a number (nanokimi plan says what it takes)")
-        return with_fitting_batch(config, model_config, device, say, ranks=ranks.size)
+        return with_fitting_batch(config, model_config, device, log, ranks=ranks.size)
 
-    fitted = ranks.agreed(measured)
+    fitted = ranks.run_or_fail_together(measured)
     smallest = -int(ranks.largest([-fitted.batch_size])[0])
     passes = config.batch_size * config.gradient_accumulation // smallest
     return replace(config, batch_size=smallest, gradient_accumulation=passes)
@@ -177,11 +177,11 @@ def _trainer(
     def fits() -> bool:
         return replica_fits(config, model_config, device, ranks)
 
-    layout = ranks.agreed(lambda: choose_layout(config, model_config, ranks, fits))
+    layout = ranks.run_or_fail_together(lambda: choose_layout(config, model_config, ranks, fits))
     if line := about_layout(layout, config):
-        say(line)
+        log(line)
     if config.async_checkpoints and layout.mode != "fsdp":
-        say("note: --async_checkpoints: nothing is in shards here, so checkpoints are written at once")
+        log("note: --async_checkpoints: nothing is in shards here, so checkpoints are written at once")
     return Trainer(config, model_config, corpus, device, history, ranks=ranks, layout=layout)
 
 
@@ -207,19 +207,19 @@ def _origin_from_weights(path: str, request: Request) -> Origin:
 
 def _train_resumed(request: Request, output: Path, auto_batch: bool, ranks: Ranks) -> int:
     path, content = find_checkpoint(output, request.checkpoint_path, ranks)
-    config, model_config = ranks.agreed(lambda: _go_on(request, path, content, auto_batch))
+    config, model_config = ranks.run_or_fail_together(lambda: _go_on(request, path, content, auto_batch))
     with _own_folder(output, ranks):
         tokenizer = Tokenizer.from_state(content["tokenizer"])
         corpus = _open_corpus(config, model_config.tokenizer_name, ranks, tokenizer=tokenizer)
-        device = ranks.agreed(lambda: device_of(config.device, ranks))
+        device = ranks.run_or_fail_together(lambda: device_of(config.device, ranks))
         trainer = _trainer(config, model_config, corpus, device, ranks, content["history"])
-        ranks.agreed(lambda: trainer.restore(path, content, override=request.override))
+        ranks.run_or_fail_together(lambda: trainer.restore(path, content, override=request.override))
         newest = candidates(output / "checkpoints")[:1]
         elsewhere = bool(request.checkpoint_path and newest and not newest[0].samefile(path))
         ranks.barrier()  # until all have looked
-        if elsewhere and ranks.leads:
+        if elsewhere and ranks.is_main:
             _put_aside(output / "checkpoints")  # another run's, or later ones of this run
-        say(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
+        log(f"resuming {path} at step {trainer.counters.step} of {config.max_steps}")
         return _train(trainer, continues=not elsewhere)
 
 
@@ -245,15 +245,15 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
         return 0
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    if not trainer.ranks.leads:
+    if not trainer.ranks.is_main:
         return trainer.train()
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
-    run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, say)
+    run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, log)
     with open_loggers(config.log, run) as loggers:
         code = trainer.train(loggers)
-    for oddity, count in trainer.batches.oddities.items():
-        say(f"note: {count:,} {oddity}")
+    for oddity, count in trainer.batches.warnings.items():
+        log(f"note: {count:,} {oddity}")
     return code
 
 
@@ -263,22 +263,22 @@ def _open_corpus(
     """The corpus of ``config``; a tokenizer is trained by the rank that leads, and given to the others."""
 
     def opened(tokenizer: Tokenizer | None) -> Corpus:
-        return open_corpus(config, tokenizer_name, tokenizer=tokenizer, named=named, say=say)
+        return open_corpus(config, tokenizer_name, tokenizer=tokenizer, named=named, log=log)
 
-    leading = ranks.agreed(lambda: opened(tokenizer) if ranks.leads else None)
+    leading = ranks.run_or_fail_together(lambda: opened(tokenizer) if ranks.is_main else None)
     given = ranks.given(to_bytes(leading.tokenizer.to_state()) if leading is not None else None)
-    others = ranks.in_turn(lambda: None if ranks.leads else opened(Tokenizer.from_state(from_bytes(given))))
+    others = ranks.in_turn(lambda: None if ranks.is_main else opened(Tokenizer.from_state(from_bytes(given))))
     corpus = leading or others
     assert corpus is not None
-    say(corpus.summary)
+    log(corpus.summary)
     return corpus
 
 
 def find_checkpoint(output: Path, named: str, ranks: Ranks = ALONE) -> tuple[Path, dict[str, Any]]:
     """The checkpoint to resume: ``named``, or the newest readable one under ``output``; never none."""
-    found = ranks.agreed(lambda: _found(output, named) if ranks.leads else None)
+    found = ranks.run_or_fail_together(lambda: _found(output, named) if ranks.is_main else None)
     path = Path(ranks.given(str(found[0]).encode() if found else None).decode())
-    others = ranks.agreed(lambda: None if ranks.leads else read_run(path))
+    others = ranks.run_or_fail_together(lambda: None if ranks.is_main else read_run(path))
     return path, found[1] if found else others or {}
 
 
@@ -287,7 +287,7 @@ def _found(output: Path, named: str) -> tuple[Path, dict[str, Any]]:
         return Path(named), read_run(Path(named))
     path, content, problems = newest_run(output / "checkpoints")
     for problem in problems:
-        say(f"warning: {problem}")
+        log(f"warning: {problem}")
     return path, content
 
 
@@ -329,7 +329,7 @@ def _as_cut_before(request: Request, saved: Mapping[str, Any]) -> Request:
 def _own_folder(output: Path, ranks: Ranks) -> Iterator[None]:
     """Makes the run's folders and keeps other runs out of them until this one ends."""
     launchers = _launchers(ranks)
-    lock = ranks.agreed(lambda: _locked(output, launchers) if ranks.leads else None)
+    lock = ranks.run_or_fail_together(lambda: _locked(output, launchers) if ranks.is_main else None)
     with lock or nullcontext():
         yield
 
@@ -360,4 +360,4 @@ def _put_aside(folder: Path) -> None:
     kept = folder.with_name(f"{folder.name}.{number}")
     folder.rename(kept)
     folder.mkdir()
-    say(f"the earlier run's checkpoints are kept in {kept} (--resume goes on from them instead)")
+    log(f"the earlier run's checkpoints are kept in {kept} (--resume goes on from them instead)")

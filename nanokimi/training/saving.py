@@ -58,7 +58,9 @@ class Checkpoints:
         """
         again = self._saved is not None and self._saved[0] == step
         content = {} if again else {**about, **(self._weights() if self._sharded else self._everything())}
-        self.spread.ranks.agreed(lambda: self._write(name, content, final) if self.spread.ranks.leads else None)
+        self.spread.ranks.run_or_fail_together(
+            lambda: self._write(name, content, final) if self.spread.ranks.is_main else None
+        )
         if not again:
             self._saved = (step, self.folder / name)
         if self._sharded and name == "latest.pt":
@@ -68,8 +70,8 @@ class Checkpoints:
         """Waits for what is still being written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.spread.ranks.agreed(pending.wait)
-            if self.spread.ranks.leads:
+            self.spread.ranks.run_or_fail_together(pending.wait)
+            if self.spread.ranks.is_main:
                 sharded_checkpoint.prune(self.folder, KEPT)
 
     def _write(self, name: str, content: Mapping[str, Any], final: bool) -> None:

@@ -94,10 +94,10 @@ class Trainer:
             shuffle_buffer=config.shuffle_buffer,
             rank=ranks.rank, world_size=ranks.size,
         )  # fmt: skip
-        self.batches = ranks.agreed(lambda: corpus.train.loader(reading))
+        self.batches = ranks.run_or_fail_together(lambda: corpus.train.loader(reading))
         self.held_out = self._held_out_sequences()
-        ranks.agreed(self._check_sample_prompt)
-        self.metrics = ranks.agreed(lambda: MetricsLog(output if ranks.leads else None, state=history))
+        ranks.run_or_fail_together(self._check_sample_prompt)
+        self.metrics = ranks.run_or_fail_together(lambda: MetricsLog(output if ranks.is_main else None, state=history))
         self.counters = Counters()
         self.checkpoints = Checkpoints(
             output / "checkpoints", self.spread, self.optimizer, asynchronous=config.async_checkpoints,
@@ -130,12 +130,12 @@ class Trainer:
                     values |= self._validate()
                 self._show(values, display, loggers)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
-                    self.ranks.agreed(self._give_up)
+                    self.ranks.run_or_fail_together(self._give_up)
                 signals.look()
                 if self.finished() or signals.stop is not None:
                     continue
                 if int(self._progress() * config.samples) > sampled and (sample := self._sample()):
-                    display.say(sample)
+                    display.log(sample)
                 if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
                     signals.save = False
                     self.save()
@@ -228,7 +228,7 @@ class Trainer:
         config, counters = self.config, self.counters
         return ProgressDisplay(
             config.max_steps, counters.step, interval=config.eval_interval or 25,
-            max_seconds=config.max_seconds, spent_seconds=counters.seconds, silent=not self.ranks.leads,
+            max_seconds=config.max_seconds, spent_seconds=counters.seconds, silent=not self.ranks.is_main,
         )  # fmt: skip
 
     def _sample(self) -> str:
@@ -245,9 +245,9 @@ class Trainer:
     def _whole_model(self) -> Transformer | None:
         """A model that generates, on the rank that leads: of a sharded one a copy. All ranks call it."""
         if self.spread.layout.mode != "fsdp":
-            return self.model if self.ranks.leads else None
+            return self.model if self.ranks.is_main else None
         weights = self.spread.whole(self.model.state_dict())
-        return build(Path("the model in training"), self.model.config, weights) if self.ranks.leads else None
+        return build(Path("the model in training"), self.model.config, weights) if self.ranks.is_main else None
 
     def _check_sample_prompt(self) -> None:
         length = len(self.corpus.tokenizer.encode(self.config.sample_prompt)) if self.config.samples else 0
@@ -274,7 +274,7 @@ class Trainer:
 
     def _write_history(self) -> None:
         """Writes ``logs/training_metrics.json`` and draws ``logs/training_metrics.png``."""
-        if not self.ranks.leads:
+        if not self.ranks.is_main:
             return
         from nanokimi.training.plots import plot_training
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from nanokimi.bench import parts_decoding, parts_growth
-from nanokimi.bench.picture import draw
-from nanokimi.bench.report import report_lines
+from benchmarks.bench import parts_decoding, parts_growth
+from benchmarks.bench.picture import draw
+from benchmarks.bench.report import report_lines
 from nanokimi.cli import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 PARTS = "roofs,training,optimizer,memory,prefill,decoding,growth"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanokimi.bench.report import amount, comparison_lines
-from nanokimi.bench.results import Results, compared, curve, exponent, ratio_interval
+from benchmarks.bench.report import amount, comparison_lines
+from benchmarks.bench.results import Results, compared, curve, exponent, ratio_interval
 
 
 def test_ratios_and_rates_and_roofs_come_from_medians() -> None:

@@ -1,4 +1,4 @@
-"""Flags of ``nanokimi bench``: what they mean, and mistakes in one line."""
+"""Flags of ``python -m benchmarks.bench``: what they mean, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanokimi.bench.settings import PARTS, Request
+from benchmarks.bench.settings import PARTS, Request
 from nanokimi.cli import main
 
 WRONG = {

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.bench.subjects import peers
+from benchmarks.bench.subjects.decoding import Ours, Transformers
+from benchmarks.bench.subjects.formats import Formats
+from benchmarks.bench.subjects.llamacpp import Engine, Files
+from benchmarks.bench.subjects.optimizers import Optimizer
+from benchmarks.bench.subjects.peers import MuonAndAdamW, random_gradients
+from benchmarks.bench.subjects.shapes import model_of, random_tokens
+from benchmarks.bench.subjects.training import Network, Reference
 from nanokimi import generate_tokens
-from nanokimi.bench.subjects import peers
-from nanokimi.bench.subjects.decoding import Ours, Transformers
-from nanokimi.bench.subjects.formats import Formats
-from nanokimi.bench.subjects.llamacpp import Engine, Files
-from nanokimi.bench.subjects.optimizers import Optimizer
-from nanokimi.bench.subjects.peers import MuonAndAdamW, random_gradients
-from nanokimi.bench.subjects.shapes import model_of, random_tokens
-from nanokimi.bench.subjects.training import Network, Reference
 from nanokimi.cli import main
 
 HERE = {"device": "cpu", "threads": 1}
@@ -140,7 +140,7 @@ def test_the_memory_of_a_slow_step_is_all_of_its_state() -> None:
 def test_the_peak_is_that_of_the_process_itself_and_stays() -> None:
     script = """
         import torch
-        from nanokimi.bench.clock import peak_bytes
+        from benchmarks.bench.clock import peak_bytes
         cpu = torch.device("cpu")
         before = peak_bytes(cpu)
         held = torch.ones(1 << 26)

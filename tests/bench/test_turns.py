@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanokimi.bench.turns import Candidate, LeftOut, Worker, take_turns
+from benchmarks.bench.turns import Candidate, LeftOut, Worker, take_turns
 
 
 class Scripted:

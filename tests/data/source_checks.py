@@ -159,7 +159,7 @@ def labels(folder: Path, values: dict[str, Any], *, unshifted: bool = False) -> 
         schedule="constant", eval_interval=0, output_dir=str(folder), shuffle_buffer=64,
     )  # fmt: skip
     tokenizer_name = str(folder / "noise-tokenizer.json")
-    source = open_corpus(config, tokenizer_name, named=True, say=lambda line: None)
+    source = open_corpus(config, tokenizer_name, named=True, log=lambda line: None)
     shape = ModelConfig.preset("debug", vocab_size=source.tokenizer.vocab_size, max_seq_length=64)
     trainer = Trainer(config, shape, source, torch.device("cpu"))
     if unshifted:

@@ -50,7 +50,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def corpus(**settings: Any) -> Corpus:
     """A source on bytes, opened as a run opens it."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    return open_corpus(TrainConfig(**values), "byte", say=lambda line: None)
+    return open_corpus(TrainConfig(**values), "byte", log=lambda line: None)
 
 
 def loader(source: Corpus, *, batch_size: int = 3, seed: int = 5, shuffle_buffer: int = 10, **options: Any) -> Loader:

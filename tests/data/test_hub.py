@@ -33,7 +33,7 @@ impatient = functools.partial(patient, max_retries=0)
 said, kept = [], None
 
 def opened(repo, **options):
-    return hub.HubDocuments(repo, **{"say": said.append} | options)
+    return hub.HubDocuments(repo, **{"log": said.append} | options)
 
 def refusal(repo, **options):
     try:

@@ -228,16 +228,16 @@ def test_nowhere_to_write_is_one_line(cache: Path) -> None:
 
 
 def fineweb(texts: list[str], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Corpus:
-    monkeypatch.setattr(sources, "hub_documents", lambda config, say: Rows(texts))
+    monkeypatch.setattr(sources, "hub_documents", lambda config, log: Rows(texts))
     config = TrainConfig(dataset="fineweb", num_samples=len(texts), **settings)
-    return open_corpus(config, "byte", say=lambda line: None)
+    return open_corpus(config, "byte", log=lambda line: None)
 
 
 def test_a_sample_is_split_and_tokenised_like_a_local_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"document {number}\n" * (number % 7 + 1) for number in range(150)]
     sample = fineweb(texts, monkeypatch)
     (tmp_path / "local.txt").write_text("<|endoftext|>\n".join(texts))
-    local = open_corpus(TrainConfig(data_path=str(tmp_path / "local.txt")), "byte", say=lambda line: None)
+    local = open_corpus(TrainConfig(data_path=str(tmp_path / "local.txt")), "byte", log=lambda line: None)
     assert sample.train.identity == local.train.identity
     assert sample.summary == local.summary
     assert sample.val is not None
@@ -245,6 +245,6 @@ def test_a_sample_is_split_and_tokenised_like_a_local_text(tmp_path: Path, monke
     assert sample.val.read(0, len(sample.val)).tolist() == local.val.read(0, len(local.val)).tolist()
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sources, "hub_documents", lambda config, say: never())
+    monkeypatch.setattr(sources, "hub_documents", lambda config, log: never())
     config = TrainConfig(dataset="fineweb", num_samples=150)
-    assert open_corpus(config, "byte", say=lambda line: None).train.identity == sample.train.identity
+    assert open_corpus(config, "byte", log=lambda line: None).train.identity == sample.train.identity

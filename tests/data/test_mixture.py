@@ -277,7 +277,7 @@ def test_a_prefix_names_the_kind_of_a_source_and_dataset_that_of_the_others(fold
 
 
 def opened(mix: str, tokenizer_name: str, **options: Any) -> Corpus:
-    return open_corpus(TrainConfig(mix=mix), tokenizer_name, say=lambda line: None, **options)
+    return open_corpus(TrainConfig(mix=mix), tokenizer_name, log=lambda line: None, **options)
 
 
 def decoded(source: Corpus) -> str:

@@ -119,7 +119,7 @@ def test_the_tokens_are_those_that_a_local_run_trains_on(
         here, there = text, Path(shutil.copy(text, there.with_suffix(".txt")))
     output = tmp_path / "tokens"
     assert main(flags(here, output, "--val_fraction", "0.1", "--set", f"tokenizer_name={tokenizer}", *more)) == 0
-    local = open_corpus(TrainConfig(data_path=str(there), val_fraction=0.1), tokenizer, say=lambda line: None)
+    local = open_corpus(TrainConfig(data_path=str(there), val_fraction=0.1), tokenizer, log=lambda line: None)
     assert isinstance(local.train, Finite)
     assert local.val is not None
     row = local.train.tokens

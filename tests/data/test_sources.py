@@ -50,11 +50,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def open_corpus(
-    path: Path, tokenizer_name: str, *, say: Any = print, tokenizer: Tokenizer | None = None, **settings: Any
+    path: Path, tokenizer_name: str, *, log: Any = print, tokenizer: Tokenizer | None = None, **settings: Any
 ) -> Corpus:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     config = TrainConfig(data_path=str(path), **settings)
-    return sources.open_corpus(config, tokenizer_name, tokenizer=tokenizer, say=say)
+    return sources.open_corpus(config, tokenizer_name, tokenizer=tokenizer, log=log)
 
 
 def train_row(corpus: Corpus) -> TokenRow:
@@ -136,7 +136,7 @@ def test_a_bpe_is_trained_on_the_training_part_only(path: Path) -> None:
 
 def test_a_text_too_small_for_its_bpe_is_reported(path: Path) -> None:
     said: list[str] = []
-    open_corpus(path, "bpe:4096", say=said.append)
+    open_corpus(path, "bpe:4096", log=said.append)
     assert any("of the 4096 entries" in line for line in said)
 
 
@@ -354,7 +354,7 @@ def test_nul_bytes_are_counted_in_a_warning_each_time(path: Path) -> None:
     path.write_text("a\0b\0" + LINES)
     for _ in range(2):
         said: list[str] = []
-        open_corpus(path, "byte", say=said.append)
+        open_corpus(path, "byte", log=said.append)
         assert said == [f"warning: {path} holds 2 NUL bytes: is it really text?"]
 
 

@@ -155,7 +155,7 @@ def test_a_bpe_is_that_of_a_local_run_and_is_kept_for_the_resume(tmp_path: Path,
     output = tmp_path / "run"
     assert main(flags(path, output, "--set", "tokenizer_name=bpe:300", "--max_steps", "2")) == 0
     content = final(output)
-    whole = open_corpus(TrainConfig(data_path=str(path)), "bpe:300", say=lambda line: None)
+    whole = open_corpus(TrainConfig(data_path=str(path)), "bpe:300", log=lambda line: None)
     assert Tokenizer.from_state(content["tokenizer"]).fingerprint == whole.tokenizer.fingerprint
     assert content["model"]["embed.weight"].shape[0] == 300
     assert main(["train", "--resume", "--output_dir", str(output), "--max_steps", "3"]) == 0
@@ -165,7 +165,7 @@ def test_a_bpe_is_that_of_a_local_run_and_is_kept_for_the_resume(tmp_path: Path,
 def test_a_bpe_of_a_long_text_is_made_of_its_beginning(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanokimi.data.streamed.BPE_CHARACTERS", 2000)
     streamed, whole = (
-        open_corpus(TrainConfig(dataset=dataset, data_path=str(path)), "bpe:400", say=lambda line: None)
+        open_corpus(TrainConfig(dataset=dataset, data_path=str(path)), "bpe:400", log=lambda line: None)
         for dataset in ("localstreaming", "local")
     )
     assert 257 < streamed.tokenizer.vocab_size < whole.tokenizer.vocab_size

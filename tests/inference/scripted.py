@@ -32,7 +32,7 @@ class ScriptedModel(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         return self.weight.numel()
 
-    def declare(self) -> list[Declaration]:
+    def param_roles(self) -> list[Declaration]:
         return [(NORM, self.weight)]
 
     def forward(self, tokens: Tensor, cache: LatentCache, *, last_only: bool) -> Tensor:

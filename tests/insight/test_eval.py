@@ -158,7 +158,7 @@ def test_a_long_document_is_tokenised_in_stretches_and_stays_one(
     monkeypatch.setattr(eval_text, "ENCODED_CHARACTERS", 100)
     (tmp_path / "t.txt").write_text("one line\n" * 100)
     config = TrainConfig(data_path=str(tmp_path / "t.txt"))
-    (text,) = choose_text(config, BYTE, held_out=False, say=print)
+    (text,) = choose_text(config, BYTE, held_out=False, log=print)
     parts = list(text.read(lambda count: None))
     assert len(parts) > 5
     assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -253,7 +253,7 @@ def test_tokens_are_read_in_blocks_and_ends_of_text_at_their_edges_are_no_docume
     config = TrainConfig(dataset="tokenbin", data_path="text.bin")
     for size in range(1, 16):
         monkeypatch.setattr(eval_text, "BLOCK_TOKENS", size)
-        (text,) = choose_text(config, BYTE, held_out=False, say=print)
+        (text,) = choose_text(config, BYTE, held_out=False, log=print)
         found = score_text(debug_model, BYTE, text.read(lambda count: None), Scoring())
         assert (found.documents, found.empty, found.tokens) == (4, 0, 10)
         assert found.nats == pytest.approx(expected, rel=1e-6)
@@ -264,7 +264,7 @@ def test_without_a_text_the_held_out_part_of_the_training_text_is_scored(
 ) -> None:
     written = evaluate()
     config = TrainConfig(data_path="trained.txt", val_fraction=0.1)
-    corpus = open_corpus(config, "byte", say=lambda text: None)
+    corpus = open_corpus(config, "byte", log=lambda text: None)
     assert corpus.val is not None
     held_out = corpus.val.read(0, len(corpus.val)).tolist()
     assert held_out[-1] == EOT

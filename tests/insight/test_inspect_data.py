@@ -61,7 +61,7 @@ def library(tmp_path: Path) -> Path:
 
 def opened(path: Path, dataset: str = "local") -> Corpus:
     config = TrainConfig(preset="debug", dataset=dataset, data_path=str(path), val_fraction=0.0)
-    return open_corpus(config, "byte", say=lambda text: None)
+    return open_corpus(config, "byte", log=lambda text: None)
 
 
 def looked_at(path: Path, dataset: str = "local", *, length: int = 16, sequences: int = 10**6, **how: Any) -> Findings:

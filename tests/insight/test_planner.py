@@ -37,7 +37,7 @@ from nanokimi.insight.planner import (
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.newton_schulz import newton_schulz
 from nanokimi.optim.muonclip import STATE, MuonClip
-from nanokimi.parallel.owners import deal
+from nanokimi.parallel.distributed_muon import deal
 
 ONE = Layout("one")
 DEBUG = ModelConfig.preset("debug", max_seq_length=64)

@@ -244,7 +244,7 @@ def test_without_a_hub_nothing_hangs(folder: Path, tmp_path: Path) -> None:
 
 def test_offline_mode_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):  # as it is for all tests
-        push_folder(folder, "someone/model", say=print)
+        push_folder(folder, "someone/model", log=print)
 
 
 def test_a_broken_model_card_is_told_before_anything_is_uploaded(hub: ModelHub, child: Child, folder: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_broken_model_card_is_told_before_anything_is_uploaded(hub: ModelHub, 
 @pytest.mark.parametrize("name", ["", "a/b/c", "../model", "a/..", "my model", "a/b?", "https://huggingface.co/a/b"])
 def test_other_names_are_refused(name: str, folder: Path) -> None:
     with pytest.raises(UserError, match="owner/name"):
-        push_folder(folder, name, say=print)
+        push_folder(folder, name, log=print)
 
 
 @pytest.mark.parametrize("name", ["-model", "someone/-model", "a--b"])

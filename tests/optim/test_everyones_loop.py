@@ -39,7 +39,7 @@ def corpus(tmp_path: Path) -> tuple[TrainConfig, Corpus]:
         data_path=str(tmp_path / "text.txt"), output_dir=str(tmp_path), max_steps=50, gradient_accumulation=1,
         eval_interval=0, save_interval=0, compile="off", device="cpu", qk_clip_tau=LOW,
     )  # fmt: skip
-    return config, open_corpus(config, "byte", say=lambda line: None)
+    return config, open_corpus(config, "byte", log=lambda line: None)
 
 
 def test_the_loop_of_the_readme_gives_the_trainers_weights_to_the_bit(

@@ -25,7 +25,7 @@ class Declared(nn.Module):
             setattr(self, name, nn.Parameter(torch.randn(shape)))
         self.max_logits, self.expert_counts = torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64)
 
-    def declare(self) -> list[tuple[str, nn.Parameter]]:
+    def param_roles(self) -> list[tuple[str, nn.Parameter]]:
         return [(role, getattr(self, name)) for name, role in self.roles.items()]
 
     def qk_rows(self) -> list[list[QKRows]]:
@@ -228,7 +228,7 @@ def test_update_scales(rows: int, cols: int) -> None:
 
 def test_every_parameter_of_the_model_has_exactly_one_role() -> None:
     model = Transformer(ModelConfig.preset("debug"))
-    declared = [id(p) for _, p in model.declare()]
+    declared = [id(p) for _, p in model.param_roles()]
     assert sorted(declared) == sorted(id(p) for p in model.parameters())
 
 
@@ -246,8 +246,8 @@ def test_parameters_without_a_role_go_to_adamw_with_one_warning_and_only_matrice
 
 def test_a_parameter_with_two_roles_is_refused() -> None:
     class Twice(Declared):
-        def declare(self) -> list[tuple[str, nn.Parameter]]:
-            return [*super().declare(), ("head", self.w)]
+        def param_roles(self) -> list[tuple[str, nn.Parameter]]:
+            return [*super().param_roles(), ("head", self.w)]
 
     with pytest.raises(ValueError, match="declared twice"):
         MuonClip(Twice(w=("matrix", (4, 4))))

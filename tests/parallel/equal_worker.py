@@ -79,7 +79,7 @@ def make_trainer(folder: Path, name: str, way: Way, ranks: Ranks, steps: int) ->
         max_grad_norm=LIMIT, eval_interval=15, val_tokens=320, save_interval=0, timeout=60.0,
         compile="off", device="cpu", **way.settings,
     )  # fmt: skip
-    corpus = ranks.in_turn(lambda: open_corpus(config, "byte", say=lambda line: None))
+    corpus = ranks.in_turn(lambda: open_corpus(config, "byte", log=lambda line: None))
     model = ModelConfig.preset("debug", max_seq_length=LENGTH)
     return Trainer(config, model, corpus, torch.device("cpu"), ranks=ranks, layout=way.layout)
 
@@ -153,7 +153,7 @@ def rank_of(folder: Path, rank: int, size: int) -> None:
             found = {"fp64": train(folder, name, ranks, torch.float64)}
             if name in FP32:
                 found["fp32"] = train(folder, name, ranks, torch.float32)
-            if ranks.leads:
+            if ranks.is_main:
                 torch.save(found, folder / f"{name}.pt")
     if size > 1:
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ REFERENCES = ("plain", "other")
 SPREAD = [name for name in WAYS if name not in REFERENCES]
 Runs = dict[str, dict[str, dict[str, Any]]]
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torchrun import Launch, run
 from nanokimi.errors import RunError, UserError
 from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, contact_lost_explained, from_bytes, joined, to_bytes
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.serial
 
 
 def tell(folder: Path) -> None:
@@ -33,10 +33,10 @@ def found_by(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "total": ranks.total([1 + rank, 0.25]),
         "gather": [data.decode() for data in ranks.gather(b"longer" if rank else b"")],
         "given": ranks.given(b"mine" if rank else b"the leader's").decode(),
-        "agreed": ranks.agreed(lambda: rank + 10),
+        "agreed": ranks.run_or_fail_together(lambda: rank + 10),
         "in_turn": ranks.in_turn(lambda: in_cache(folder)),
-        "mistake of both": ended(lambda: ranks.agreed(lambda: fail(UserError("--seed is odd")))),
-        "mistake of one": ended(lambda: ranks.agreed(lambda: fail(RunError("full")) if rank else 0)),
+        "mistake of both": ended(lambda: ranks.run_or_fail_together(lambda: fail(UserError("--seed is odd")))),
+        "mistake of one": ended(lambda: ranks.run_or_fail_together(lambda: fail(RunError("full")) if rank else 0)),
         "first in turn": ended(lambda: ranks.in_turn(lambda: fail(UserError("bad")) if not rank else 0)),
         "afterwards": ranks.total([1.0]),
     }
@@ -92,12 +92,12 @@ def test_a_mistake_on_any_rank_ends_all_and_only_the_leader_speaks(found: list[d
 
 
 def test_one_process_shares_with_nobody() -> None:
-    assert ALONE.leads
+    assert ALONE.is_main
     assert ALONE.largest([3.0]) == ALONE.total([3.0]) == [3.0]
     assert ALONE.gather(b"x") == [b"x"]
     assert ALONE.in_turn(lambda: 5) == 5
     with pytest.raises(UserError, match=r"^bad$"):
-        ALONE.agreed(lambda: fail(UserError("bad")))
+        ALONE.run_or_fail_together(lambda: fail(UserError("bad")))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torchrun import ALONE, Launch, history, real_text, run
 from nanokimi import checkpoint
 from nanokimi.loading import load
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.serial
 
 LENGTH, PER_STEP, STEPS = 32, 8, 12
 EPOCH = STEPS * PER_STEP  # sequences

@@ -17,7 +17,7 @@ from nanokimi.cli import main
 from nanokimi.loading import load
 from nanokimi.parallel import sharded_checkpoint
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.serial
 
 STEPS = 12
 FSDP = ("--parallel", "fsdp")

@@ -15,7 +15,7 @@ import traffic_worker as worker
 from nanokimi.insight.planner import CPU, Device, Layout, memory, traffic
 from nanokimi.ops.newton_schulz import best_dtype
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.serial
 
 LAYOUTS = [  # ranks, mode, replicas, ranks that experts are dealt out to, checkpointing, memory measured
     "2,ddp,1,0,0,1", "2,fsdp,1,0,0,0", "2,fsdp,1,2,1,1",

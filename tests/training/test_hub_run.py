@@ -12,7 +12,7 @@ import pytest
 from hub import LoopbackHub, fineweb, hub_environment
 from test_run import assert_same_run, history, wait_for_steps
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.serial
 
 COMMAND = [sys.executable, "-c", "import sys; from nanokimi.cli import main; sys.exit(main(sys.argv[1:]))", "train"]
 

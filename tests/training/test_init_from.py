@@ -67,7 +67,7 @@ def test_weights_biases_and_tokenizer_are_those_of_the_source(source: Path, text
 def test_the_first_loss_is_the_sources_own_on_the_same_batch(source: Path, text: Path, tmp_path: Path) -> None:
     assert main(arguments(source, text, tmp_path, "--max_steps", "2", "--seed", "5")) == 0
     model, tokenizer = load(source)
-    corpus = open_corpus(TrainConfig(data_path=str(text)), "byte", tokenizer=tokenizer, say=lambda line: None)
+    corpus = open_corpus(TrainConfig(data_path=str(text)), "byte", tokenizer=tokenizer, log=lambda line: None)
     batches = iter(corpus.train.loader(Reading(model.config.max_seq_length, batch_size=2, seed=5)))
     with torch.no_grad():
         losses = [model(batch.tokens, batch.labels).cross_entropy.item() for batch in (next(batches), next(batches))]

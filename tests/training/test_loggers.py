@@ -44,11 +44,11 @@ def reported(tmp_path: Path) -> Callable[..., Reported]:
     """A run in ``tmp_path`` that is to be reported; what it says is kept in ``said.txt``."""
     (tmp_path / "logs").mkdir()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         with (tmp_path / "said.txt").open("a") as file:
             file.write(line + "\n")
 
-    return lambda step=0, continues=False: Reported(tmp_path, {"dim": 32, "seed": 1}, step, continues, say)
+    return lambda step=0, continues=False: Reported(tmp_path, {"dim": 32, "seed": 1}, step, continues, log)
 
 
 def said(folder: Path) -> str:

@@ -92,7 +92,7 @@ def test_values_that_are_missing_or_not_finite_do_no_harm(capsys: pytest.Capture
 
 def test_without_a_terminal_the_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(1, 0, interval=1) as display:
-        display.say("a [sample] \x3a")
+        display.log("a [sample] \x3a")
         display.step(1, VALUES)
     err = capsys.readouterr().err
     assert err.startswith("a [sample] :\nstep 1/1 ")
@@ -157,7 +157,7 @@ def test_an_error_inside_gives_the_terminal_back(terminal: Terminal) -> None:
 
 def test_text_above_the_bar_is_taken_literally(terminal: Terminal) -> None:
     with redirect_stderr(terminal), ProgressDisplay(10, 0, interval=1) as display:
-        display.say("x = [red]1[/red] :smile:")
+        display.log("x = [red]1[/red] :smile:")
     assert "x = [red]1[/red] :smile:" in terminal.getvalue()
 
 

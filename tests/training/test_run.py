@@ -21,7 +21,7 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.loading import load
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.serial
 
 TIMES = {"tokens_per_second"}
 

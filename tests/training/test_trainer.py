@@ -33,7 +33,7 @@ def make_trainer(tmp_path: Path) -> TrainerFactory:
         defaults = {"preset": "debug", "data_path": str(text), "output_dir": str(tmp_path), "eval_interval": 0}
         config = TrainConfig(**{**defaults, "warmup_steps": 0, "max_steps": 8, **settings})
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        corpus = open_corpus(config, "byte", say=lambda line: None)
+        corpus = open_corpus(config, "byte", log=lambda line: None)
         return Trainer(config, ModelConfig.preset("debug", max_seq_length=32), corpus, torch.device("cpu"))
 
     return make

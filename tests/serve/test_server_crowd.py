@@ -1,0 +1,30 @@
+"""Ten seconds of ``benchmarks/serving.py soak``: many clients at once, a third of whom leave in mid-stream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.serial
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+
+
+@pytest.mark.slow
+def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_path: Path) -> None:
+    """Fault 93."""
+    output = tmp_path / "soak.json"
+    command = [sys.executable, str(SCRIPT), "soak", "--seconds", "10", "--clients", "64", "--output", str(output)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(output.read_text())["soak"]
+    assert found["errors"] == []
+    assert found["left"] > 64
+    assert found["finished"] > 64
+    health = found["health_afterwards"]
+    assert (health["status"], health["running"], health["waiting"], health["failures"]) == ("ok", 0, 0, 0)
+    assert found["memory_growth_in_the_second_half"] < 0.05
