@@ -85,10 +85,10 @@ def train(args: argparse.Namespace) -> int:
     """``nanokimi train``."""
     train_values, model_values = gather_settings(args)
 
-    from nanokimi.training.run import Request, run_training
+    from nanokimi.training.run import TrainArguments, run_training
 
     override = frozenset(name.strip().replace("-", "_") for name in args.override.split(",") if name.strip())
-    return run_training(Request(train_values, model_values, args.resume, args.checkpoint_path, override))
+    return run_training(TrainArguments(train_values, model_values, args.resume, args.checkpoint_path, override))
 
 
 # ---- the other commands -------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nanokimi.inference.generate import generate
 from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
 from nanokimi.training.evaluation import evaluate
-from nanokimi.training.run import Request, run_training
+from nanokimi.training.run import TrainArguments, run_training
 
 TEXT = Path("data/train.txt")
 PROMPT = "def main("
@@ -56,7 +56,7 @@ def run_demo(output: Path, seconds: float) -> int:
     earlier = any((output / "checkpoints").glob("*.pt"))
     settings = {**SETTINGS, "max_seconds": float(seconds), "output_dir": str(output)}
     log(f"{'Going on with' if earlier else 'Training'} a small model, for {seconds:.0f} seconds of training in all.")
-    code = run_training(Request(train=settings, model={}, resume=earlier))
+    code = run_training(TrainArguments(train=settings, model={}, resume=earlier))
     if code:
         log("\nInterrupted and saved: the same command goes on from here.")
         return code

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.console import log
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import RunError, UserError
@@ -24,7 +25,7 @@ from nanokimi.interop.push import push_folder, require_pushable
 from nanokimi.interop.receipt import RECEIPT, Comparison, NotCompared, write_receipt
 from nanokimi.interop.stored import StoredModel, with_shared_expert
 from nanokimi.interop.transformers_engine import compare_transformers
-from nanokimi.loading import build, read_model
+from nanokimi.loading import read_model
 from nanokimi.model.transformer import Transformer
 
 AUTO = "auto"  # the type in which the weights are stored
@@ -168,7 +169,7 @@ def _compared(request: Export, compare: Callable[[], Comparison], *, exact: bool
 
 
 def _built(request: Export, stored: StoredModel, weights: Mapping[str, Tensor]) -> Transformer:
-    return build(request.source, stored.config, weights)
+    return build_model(request.source, stored.config, weights)
 
 
 def _as_in_gguf(request: Export, stored: StoredModel, dtype: str) -> Transformer:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint import shards
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
@@ -18,7 +18,6 @@ from nanokimi.interop.hf_folder import read_folder, read_weights
 from nanokimi.interop.model_card import training_figures
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
-from nanokimi.parallel import sharded_checkpoint
 
 WEIGHTS = "model."  # before the names of weights in a sharded checkpoint
 
@@ -33,7 +32,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transfor
             the message says which and why.
     """
     stored = read_model(path)
-    return build(Path(path), stored.config, stored.weights, device), stored.tokenizer
+    return build_model(Path(path), stored.config, stored.weights, device), stored.tokenizer
 
 
 def load_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Transformer:
@@ -46,7 +45,7 @@ def load_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Tra
     if not path.exists() and path.suffix not in (".pt", ".gguf") and str(name).count("/") == 1:
         path = download_model(str(name))
     stored = read_weights(path) if _is_huggingface(path) else read_model(path)
-    return build(path, stored.config, stored.weights, device)
+    return build_model(path, stored.config, stored.weights, device)
 
 
 def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
@@ -56,7 +55,7 @@ def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
         tokenizer: takes the place of a folder's own, see ``interop.hf_folder.read_folder``.
     """
     path = Path(path)
-    if sharded_checkpoint.is_sharded(path):
+    if shards.is_sharded(path):
         return _of_run(path, _read_shards(path))
     if _is_huggingface(path):
         return read_folder(path, tokenizer=tokenizer)
@@ -67,16 +66,16 @@ def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
 
 def _is_huggingface(path: Path) -> bool:
     described = (path / "config.json").exists() or any(path.glob("*.safetensors"))
-    return path.is_dir() and described and not sharded_checkpoint.is_sharded(path)
+    return path.is_dir() and described and not shards.is_sharded(path)
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
     """What a file of the same run would hold, but for the optimizer state."""
-    sharded_checkpoint.verify(path)
-    names = [name for name in sharded_checkpoint.shapes(path) if name.startswith(WEIGHTS)]
-    found = sharded_checkpoint.read_tensors(path, names)
+    shards.verify(path)
+    names = [name for name in shards.shapes(path) if name.startswith(WEIGHTS)]
+    found = shards.read_tensors(path, names)
     weights = {name.removeprefix(WEIGHTS): tensor for name, tensor in found.items()}
-    return {**sharded_checkpoint.read_about(path), "model": weights}
+    return {**shards.read_about(path), "model": weights}
 
 
 def _of_run(path: Path, content: dict[str, Any]) -> StoredModel:
@@ -87,22 +86,3 @@ def _of_run(path: Path, content: dict[str, Any]) -> StoredModel:
         Tokenizer.from_state(content["tokenizer"]),
         training_figures(content),
     )
-
-
-def build(
-    path: Path, config: ModelConfig, weights: Mapping[str, Tensor], device: str | torch.device = "cpu"
-) -> Transformer:
-    """A model with the ``weights`` read from ``path``, in evaluation mode; CheckpointError unless they fit."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to_empty(device=device)
-    load_weights(path, model, weights)
-    model.reset_buffers()
-    return model.eval()
-
-
-def load_weights(path: Path, model: Transformer, saved: Mapping[str, Tensor]) -> None:
-    """Copies saved weights into ``model``; CheckpointError, naming the misfits, unless all of them fit."""
-    saved = checkpoint.plain_state(saved)
-    checkpoint.check_fits(path, saved, model.state_dict())
-    model.load_state_dict(saved)

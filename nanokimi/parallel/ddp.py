@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.distributed_muon import DistributedMuon
 from nanokimi.parallel.layout import Layout
-from nanokimi.parallel.ranks import Ranks
-from nanokimi.parallel.spread import Alone
+from nanokimi.parallel.ranks import Ranks, SingleDevice
 
 
-class Replicated(Alone):
+class Replicated(SingleDevice):
     """The same model on every rank; begins with the same weights on all of them."""
 
     def __init__(self, model: Transformer, ranks: Ranks) -> None:
@@ -27,19 +26,19 @@ class Replicated(Alone):
             warnings.simplefilter("ignore", FutureWarning)
             self._watched = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def called(self, compiled: bool) -> nn.Module:
+    def training_module(self, compiled: bool) -> nn.Module:
         if compiled:
             compile_blocks(self.model)
         return self._watched
 
-    def passing(self, *, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last else self._watched.no_sync()
 
-    def sum(self, numbers: Tensor) -> Tensor:
+    def all_reduce(self, numbers: Tensor) -> Tensor:
         dist.all_reduce(numbers)
         return numbers
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors) if self.ranks.is_main else {}
 
 

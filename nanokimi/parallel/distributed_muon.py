@@ -22,7 +22,7 @@ from nanokimi.parallel.layout import Layout
 class Rows(Protocol):
     """Where rows of the parameters lie."""
 
-    def held_by(self, parameter: Tensor, shard: int) -> slice:
+    def shard_rows(self, parameter: Tensor, shard: int) -> slice:
         """The rows, of the first dimension, that shard rank ``shard`` of a replica holds of ``parameter``."""
 
 
@@ -140,7 +140,7 @@ class DistributedMuon:
         key = tuple(map(id, declared))
         if key not in self._plans:
             shards = range(self.layout.shards)
-            held = [[self.rows.held_by(p, s) for s in shards] for p in declared]
+            held = [[self.rows.shard_rows(p, s) for s in shards] for p in declared]
             pieces = deal([p.shape for p in declared], held, self.layout)
             own = [p for p in pieces if p.replica == self.replica]
             self._plans[key] = Plan(

@@ -83,19 +83,19 @@ class Sharded:
             name = self._names[id(parameter)]
             whole = torch.empty(self._shapes[name], dtype=parameter.dtype)
             self.model.fill(role, whole)
-            self.place(name, parameter, whole)
+            self.copy_rows(name, parameter, whole)
         for router in self.model.routers():
             nn.init.zeros_(router.balance_bias)
         self.model.reset_buffers()
 
     # ---- training -------------------------------------------------------------------------------
 
-    def called(self, compiled: bool) -> nn.Module:
+    def training_module(self, compiled: bool) -> nn.Module:
         if compiled:
             compile_blocks(self.model)
         return self.model
 
-    def passing(self, *, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         for module in self._fsdp_modules():
             module.set_requires_all_reduce(last, recurse=False)
         return nullcontext()
@@ -113,16 +113,16 @@ class Sharded:
         torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
         return norm
 
-    def sum(self, numbers: Tensor) -> Tensor:
+    def all_reduce(self, numbers: Tensor) -> Tensor:
         dist.all_reduce(numbers)
         return numbers
 
     # ---- rows and wholes ------------------------------------------------------------------------
 
-    def held_by(self, parameter: Tensor, shard: int) -> slice:
-        return self._held_by(self._names[id(parameter)], shard)
+    def shard_rows(self, parameter: Tensor, shard: int) -> slice:
+        return self._shard_rows(self._names[id(parameter)], shard)
 
-    def _held_by(self, name: str, shard: int) -> slice:
+    def _shard_rows(self, name: str, shard: int) -> slice:
         rows = self._shapes[name][0]
         if not self._is_apart(name):
             return rows_of(rows, self.layout.shards, shard)
@@ -135,11 +135,11 @@ class Sharded:
         """Whether ``name`` is a stack of experts that are dealt out."""
         return self.layout.expert_parallel > 0 and ".experts." in name
 
-    def place(self, name: str, here: Tensor, whole: Tensor) -> None:
-        rows = self._held_by(name, self._shard) if name in self._shapes else slice(None)
+    def copy_rows(self, name: str, here: Tensor, whole: Tensor) -> None:
+        rows = self._shard_rows(name, self._shard) if name in self._shapes else slice(None)
         local(here.detach()).copy_(whole[rows])
 
-    def stored(self, name: str, tensor: Tensor) -> Tensor:
+    def as_dtensor(self, name: str, tensor: Tensor) -> Tensor:
         if not self._is_apart(name):
             return tensor
         shape = self._shapes[name]
@@ -149,10 +149,10 @@ class Sharded:
             local(tensor), self._expert_mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name, tensor in tensors.items():
-            value = self.stored(name, tensor.detach())
+            value = self.as_dtensor(name, tensor.detach())
             if isinstance(value, DTensor):
                 if value.device_mesh.ndim == 3:  # of experts apart; one dimension of the mesh after the other
                     value = value.redistribute(placements=(Replicate(), Shard(0), Replicate()))

@@ -19,6 +19,7 @@ from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import STATE
 from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.parallel.layout import share_of_step
+from nanokimi.parallel.ranks import current_ranks
 from nanokimi.training.step import TrainingStep
 
 CPU_SHARE, CUDA_SHARE = 0.7, 0.9  # of the free memory: what else runs on a machine needs some, allocators waste some
@@ -32,17 +33,18 @@ def with_fitting_batch(
     model_config: ModelConfig,
     device: torch.device,
     log: Callable[[str], None],
-    *,
-    ranks: int = 1,
 ) -> TrainConfig:
     """``config`` with the largest batch size that fits and the gradient accumulation that goes with it.
 
-    Measured is a replica of the model, with the share of a step that each of ``ranks`` processes has.
+    Measured is a replica of the model, with the share of a step that each rank has; the smallest result counts.
 
     Raises:
-        UserError: not even one sequence fits, or the memory cannot be looked at.
+        UserError: not even one sequence fits, the memory cannot be looked at, or the model is to be in shards.
     """
-    parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks)
+    if config.parallel == "fsdp" or config.replicate > 1 or config.expert_parallel:
+        raise UserError("--batch_size auto measures whole models: name a number (nanokimi plan says what it takes)")
+    ranks = current_ranks()
+    parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
     sequences = parts.batch_size * parts.passes
     divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
     trial = replace(config, batch_size=1, gradient_accumulation=1, compile="off")
@@ -58,7 +60,8 @@ def with_fitting_batch(
         f"batch size {batch}: a step's {sequences} sequences in {passes} pass{'es' if passes > 1 else ''}, "
         f"about {need(batch) / GB:.1f} GB of the {free / GB:.1f} GB that may be used"
     )
-    return replace(config, batch_size=batch, gradient_accumulation=passes * ranks)
+    smallest = -int(ranks.max([-batch])[0])
+    return replace(config, batch_size=smallest, gradient_accumulation=sequences // smallest * ranks.size)
 
 
 def largest_fitting(sizes: list[int], need: Need, free: float) -> int:

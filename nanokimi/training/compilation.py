@@ -13,7 +13,7 @@ from nanokimi.console import log
 from nanokimi.device import compiles_well
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Transformer
-from nanokimi.parallel.spread import Spread
+from nanokimi.parallel.ranks import ParallelModel
 
 # Compiling takes a CPU a minute or more. A pass is then 1.07 (nano-243m) to 1.4 times (tiny) as fast, which has paid
 # after 1e14 and 2e13 floating-point operations. Runs that are a few times as long compile.
@@ -53,7 +53,7 @@ def failed_to_compile(error: Exception) -> bool:
     return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
 
 
-def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> nn.Module:
+def without_compiler(error: Exception, config: TrainConfig, model: ParallelModel) -> nn.Module:
     """The model as it is, after a line about it.
 
     Raises:
@@ -62,7 +62,7 @@ def without_compiler(error: Exception, config: TrainConfig, spread: Spread) -> n
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
     if config.compile == "on":
         raise RunError(f"--compile on: torch.compile failed ({reason}): use --compile off, or auto") from error
-    if spread.layout.mode != "one":
+    if model.layout.mode != "one":
         raise RunError(f"torch.compile failed ({reason}): use --compile off") from error
     log(f"note: torch.compile failed ({reason}): training goes on without it")
-    return spread.called(compiled=False)
+    return model.training_module(compiled=False)

@@ -14,7 +14,7 @@ from nanokimi.data.loader import evenly_spread
 from nanokimi.data.packing import PackedSequences
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.model.transformer import Transformer
-from nanokimi.parallel.ranks import ALONE, Ranks
+from nanokimi.parallel.ranks import Ranks, current_ranks
 
 
 class HeldOut(NamedTuple):
@@ -34,18 +34,17 @@ def evaluate(
     max_tokens: int = 0,
     precision: AbstractContextManager[object] | None = None,
     mask_documents: bool = False,
-    ranks: Ranks = ALONE,
 ) -> HeldOut:
     """Predicts every token of ``sequences`` once, or ``max_tokens`` of them evenly spread over the text.
 
-    End-of-text tokens stand for no bytes; what it costs to predict them is counted.
+    End-of-text tokens stand for no bytes; what it costs to predict them is counted. The ranks of a run share the
+    batches; one that has fewer computes one again, uncounted, for a sharded model is gathered by all of them.
 
     Args:
         precision: an autocast context for the forward passes.
         mask_documents: tokens attend within their document only, as they did in training.
-        ranks: share the batches between them; a rank that has one less computes one twice, for a sharded model is
-            gathered by all of them.
     """
+    ranks = current_ranks()
     device, was_training = next(model.parameters()).device, model.training
     chosen = evenly_spread(len(sequences), max(1, max_tokens // sequences.length) if max_tokens else 0)
     nats, tokens, text_bytes = 0.0, 0, 0
@@ -60,7 +59,7 @@ def evaluate(
                 tokens += batch.labels.numel()
                 text_bytes += tokenizer.count_bytes(rows[:, 1:])
     model.train(was_training)
-    all_nats, all_tokens, all_bytes = ranks.total([nats, tokens, text_bytes])
+    all_nats, all_tokens, all_bytes = ranks.sum([nats, tokens, text_bytes])
     return HeldOut(all_nats / all_tokens, all_nats / math.log(2) / max(1, all_bytes))
 
 

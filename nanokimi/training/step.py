@@ -18,7 +18,7 @@ from nanokimi.device import has_fast_bf16
 from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.parallel.layout import share_of_step
-from nanokimi.parallel.spread import Alone, Spread
+from nanokimi.parallel.ranks import ParallelModel, SingleDevice
 from nanokimi.training.compilation import compiles, failed_to_compile, without_compiler
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Losses]
@@ -52,14 +52,14 @@ class TrainingStep:
 
     Args:
         model: on ``device``; what it notes of a step (``max_logits``, ``expert_counts``) is read and forgotten here.
-        spread: how the model lies on several ranks; None is one process.
+        parallel: the model as it lies on several ranks; None is one process.
         objective: the losses of a batch, whose sum is minimised: summed over labels and divided by the batch's
             ``label_count``, which is such that the step's gradient is that of the mean over all its labels, in
             whatever passes and on whatever ranks they lie.
 
     Attributes:
         parts: how a step is cut into passes.
-        called: ``model`` as the objective calls it: compiled where the config says so, watched over by its layout.
+        module: ``model`` as the objective calls it: compiled where the config says so, wrapped for its ranks.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class TrainingStep:
         config: TrainConfig,
         device: torch.device,
         *,
-        spread: Spread | None = None,
+        parallel: ParallelModel | None = None,
         objective: Objective = cross_entropy,
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.objective = objective
-        self.spread: Spread = spread or Alone(model)
-        self.parts = share_of_step(config.batch_size, config.gradient_accumulation, self.spread.ranks.size)
-        self.called: nn.Module = self.spread.called(compiles(config, model, device))
+        self.parallel: ParallelModel = parallel or SingleDevice(model)
+        self.parts = share_of_step(config.batch_size, config.gradient_accumulation, self.parallel.ranks.size)
+        self.module: nn.Module = self.parallel.training_module(compiles(config, model, device))
         self._proven = False  # a first pass went well
         model.checkpointing = config.activation_checkpointing
 
@@ -98,14 +98,14 @@ class TrainingStep:
         """
         micro_batches = [next(batches) for _ in range(self.parts.passes)]
         own = sum(batch.counted() for batch in micro_batches)
-        labels = self.spread.sum(torch.full((), own, dtype=torch.float64, device=self.device))
-        label_count = (labels / self.spread.ranks.size).clamp(min=1)  # the gradients are averaged over the ranks
+        labels = self.parallel.all_reduce(torch.full((), own, dtype=torch.float64, device=self.device))
+        label_count = (labels / self.parallel.ranks.size).clamp(min=1)  # the gradients are averaged over the ranks
         losses = torch.zeros(2, device=self.device)
         self.model.train()
         for number, batch in enumerate(micro_batches, start=1):
-            with self.spread.passing(last=number == len(micro_batches)):
+            with self.parallel.micro_batch(last=number == len(micro_batches)):
                 losses += self._forward_and_backward(batch.to(self.device)._replace(label_count=label_count))
-        return losses / self.spread.ranks.size, labels
+        return losses / self.parallel.ranks.size, labels
 
     def _forward_and_backward(self, batch: Batch) -> Tensor:
         """Adds the gradients of one micro-batch; its losses ``[2]``."""
@@ -114,7 +114,7 @@ class TrainingStep:
         except Exception as error:
             if self._proven or not failed_to_compile(error):
                 raise
-            self.called = without_compiler(error, self.config, self.spread)
+            self.module = without_compiler(error, self.config, self.parallel)
             self.clear()
             losses = self._pass(batch)
         self._proven = True
@@ -122,19 +122,19 @@ class TrainingStep:
 
     def _pass(self, batch: Batch) -> Tensor:
         with self.autocast():
-            losses = self.objective(self.called, batch)
+            losses = self.objective(self.module, batch)
         losses.loss.backward()
         return torch.stack(losses).detach()
 
     def clip_gradients(self) -> Tensor:
         """Scales the gradients down to ``max_grad_norm``; returns the norm that they had, a scalar."""
-        return self.spread.clip_gradients(self.config.max_grad_norm or math.inf)
+        return self.parallel.clip_gradients(self.config.max_grad_norm or math.inf)
 
     def read(self, losses: Tensor, labels: Tensor, norm: Tensor) -> StepReading:
         """Brings all that the host needs of a step over at once: the step's one wait for the device."""
         self.optimizer.share_statistics()
         model, layers = self.model, self.model.config.n_layers
-        mean = self.spread.sum(losses.double())
+        mean = self.parallel.all_reduce(losses.double())
         numbers = (mean, norm.view(1), labels.view(1), model.max_logits.flatten(), model.expert_counts.flatten())
         values = torch.cat([number.to(torch.float64) for number in numbers]).tolist()
         heads, experts = model.config.n_heads, model.config.n_routed_experts

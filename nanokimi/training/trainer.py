@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from nanokimi import checkpoint
+from nanokimi.checkpoint.file import require
+from nanokimi.checkpoint.run import Checkpoints, SavedRun
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import printable
 from nanokimi.data.batch import Batch
@@ -20,19 +24,16 @@ from nanokimi.data.loader import merge_states
 from nanokimi.data.packing import PackedSequences
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
-from nanokimi.loading import build
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.optim.schedule import lr_factor
+from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import ONE, Layout
-from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, from_bytes, to_bytes
-from nanokimi.training.distributed import spread_model
+from nanokimi.parallel.ranks import HangWatch, current_ranks, from_bytes, to_bytes
 from nanokimi.training.evaluation import evaluate
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.progress import ProgressDisplay
-from nanokimi.training.saving import Checkpoints, take_back
-from nanokimi.training.signals import StopSignals
 from nanokimi.training.step import TrainingStep
 
 SAMPLE_TOKENS = 60
@@ -58,6 +59,51 @@ class Counters:
     best_loss: float = math.inf
 
 
+class StopSignals:
+    """While active: SIGINT and SIGTERM ask the run to save and stop, SIGUSR1 asks it to save and go on.
+
+    Signals set a flag, which the loop looks at between two steps. A second SIGINT raises KeyboardInterrupt at once;
+    what was saved before stays intact.
+
+    Attributes:
+        stop: number of the signal that asked to stop, or None.
+        save: whether SIGUSR1 came since this was last cleared.
+    """
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self.save = False
+        self._ranks = current_ranks()
+        self._came = {"stop": 0, "save": 0}  # to this process, since the last look
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._earlier[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def look(self) -> None:
+        """Notes what has come to any rank; so all ranks stop at the same step."""
+        came, self._came = self._came, {"stop": 0, "save": 0}
+        stop, save = self._ranks.max([came["stop"], came["save"]])
+        self.stop = self.stop or int(stop) or None
+        self.save = self.save or bool(save)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self._came["save"] = 1
+            return
+        self._came["stop"] = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Trainer:
     """One run: the model, its optimizer, its data and what it writes.
 
@@ -65,8 +111,9 @@ class Trainer:
         config, model_config: the run's choices; ``vocab_size`` already fits the tokenizer.
         corpus: tokenised text.
         device: where the model trains.
+        layout: how the model lies on the ranks of the process group, if this process has joined one.
+        checkpoints: where to save; by default in ``config.output_dir``.
         history: ``MetricsLog.state()`` of the checkpoint that is continued, ``""`` for a fresh run.
-        ranks, layout: the processes that train together, and how the model lies on them.
     """
 
     def __init__(
@@ -75,35 +122,37 @@ class Trainer:
         model_config: ModelConfig,
         corpus: Corpus,
         device: torch.device,
-        history: str = "",
         *,
-        ranks: Ranks = ALONE,
         layout: Layout = ONE,
+        checkpoints: Checkpoints | None = None,
+        history: str = "",
     ) -> None:
         torch.manual_seed(config.seed)
         torch.use_deterministic_algorithms(config.deterministic)
-        self.config, self.corpus, self.device, self.ranks = config, corpus, device, ranks
+        self.config, self.corpus, self.device, self.ranks = config, corpus, device, current_ranks()
         output = Path(config.output_dir)
-        self.spread = spread_model(model_config, layout, ranks, device)
-        self.model = self.spread.model
-        self.optimizer = make_optimizer(self.model, config, orthogonalise=self.spread.orthogonalise)
-        self.step = TrainingStep(self.model, self.optimizer, config, device, spread=self.spread)
+        self.parallel = build_parallel_model(model_config, layout, device)
+        self.model = self.parallel.model
+        self.optimizer = make_optimizer(self.model, config, orthogonalise=self.parallel.orthogonalise)
+        self.step = TrainingStep(self.model, self.optimizer, config, device, parallel=self.parallel)
         reading = Reading(
-            model_config.max_seq_length, self.step.parts.batch_size, config.seed, num_workers=config.num_workers,
-            pin_memory=device.type == "cuda", eot_id=corpus.tokenizer.eot_id if config.mask_documents else None,
+            model_config.max_seq_length,
+            self.step.parts.batch_size,
+            config.seed,
+            num_workers=config.num_workers,
+            pin_memory=device.type == "cuda",
+            eot_id=corpus.tokenizer.eot_id if config.mask_documents else None,
             shuffle_buffer=config.shuffle_buffer,
-            rank=ranks.rank, world_size=ranks.size,
-        )  # fmt: skip
-        self.batches = ranks.run_or_fail_together(lambda: corpus.train.loader(reading))
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+        )
+        self.batches = corpus.train.loader(reading)
         self.held_out = self._held_out_sequences()
-        ranks.run_or_fail_together(self._check_sample_prompt)
-        self.metrics = ranks.run_or_fail_together(lambda: MetricsLog(output if ranks.is_main else None, state=history))
+        self._check_sample_prompt()
+        self.metrics = MetricsLog(output if self.ranks.is_main else None, state=history)
         self.counters = Counters()
-        self.checkpoints = Checkpoints(
-            output / "checkpoints", self.spread, self.optimizer, asynchronous=config.async_checkpoints,
-            timeout=config.timeout,
-        )  # fmt: skip
-        self.hang_watch = HangWatch(output / "logs", ranks, config.timeout)
+        self.checkpoints = checkpoints or Checkpoints(output / "checkpoints")
+        self.hang_watch = HangWatch(output / "logs", config.timeout)
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -119,18 +168,18 @@ class Trainer:
         config, counters = self.config, self.counters
         began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
-        with StopSignals(self.ranks) as signals, self._display() as display, self.hang_watch as hang_watch:
+        with StopSignals() as signals, self._display() as display, self.hang_watch as hang_watch:
             while not self.finished() and signals.stop is None:
                 sampled = int(self._progress() * config.samples)
                 values = self._train_step(batches)
                 self.metrics.record(counters.step, values)
-                counters.seconds = self.ranks.largest([time.monotonic() - began])[0]
+                counters.seconds = self.ranks.max([time.monotonic() - began])[0]
                 hang_watch.alive()
                 if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
                     values |= self._validate()
                 self._show(values, display, loggers)
                 if counters.skipped_in_a_row >= config.max_skipped_steps:
-                    self.ranks.run_or_fail_together(self._give_up)
+                    self._give_up()
                 signals.look()
                 if self.finished() or signals.stop is not None:
                     continue
@@ -151,9 +200,12 @@ class Trainer:
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
         factor = lr_factor(
-            config.schedule, counters.step, self._progress(),
-            warmup_steps=config.warmup_steps, decay_fraction=config.decay_fraction,
-        )  # fmt: skip
+            config.schedule,
+            counters.step,
+            self._progress(),
+            warmup_steps=config.warmup_steps,
+            decay_fraction=config.decay_fraction,
+        )
         self.optimizer.set_lr_factor(factor)
         seen = self.step(batches)
         largest = [max(heads) for heads in seen.max_logits]
@@ -178,26 +230,26 @@ class Trainer:
     def _give_up(self) -> None:
         """Ends a run whose loss stays non-finite; nothing is saved over the last good checkpoint."""
         self._write_history()
-        saved = self.checkpoints.exists
+        stopped = f"the loss was not finite in {self.counters.skipped_in_a_row} steps in a row: stopped; "
+        lower = " a lower --learning_rate and --adam_lr"
+        if not self.checkpoints.candidates():
+            raise RunError(f"{stopped}no checkpoint yet: start again with{lower}")
         raise RunError(
-            f"the loss was not finite in {self.counters.skipped_in_a_row} steps in a row: stopped; "
-            + (
-                "the last good checkpoint is intact: --resume it with"
-                if saved
-                else "no checkpoint yet: start again with"
-            )
-            + " a lower --learning_rate and --adam_lr"
-            + (" (--override learning_rate,adam_lr)" if saved else "")
+            f"{stopped}the last good checkpoint is intact: --resume it with{lower} (--override learning_rate,adam_lr)"
         )
 
     def _validate(self) -> dict[str, Any]:
         """Evaluates, records, keeps the best checkpoint; returns what it measured."""
         assert self.held_out is not None
         measured = evaluate(
-            self.model, self.held_out, self.corpus.tokenizer, batch_size=self.config.batch_size,
-            max_tokens=self.config.val_tokens, precision=self.step.autocast(),
-            mask_documents=self.config.mask_documents, ranks=self.ranks,
-        )  # fmt: skip
+            self.model,
+            self.held_out,
+            self.corpus.tokenizer,
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.val_tokens,
+            precision=self.step.autocast(),
+            mask_documents=self.config.mask_documents,
+        )
         self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
         if measured.loss < self.counters.best_loss:
             self.counters.best_loss = measured.loss
@@ -227,9 +279,13 @@ class Trainer:
     def _display(self) -> ProgressDisplay:
         config, counters = self.config, self.counters
         return ProgressDisplay(
-            config.max_steps, counters.step, interval=config.eval_interval or 25,
-            max_seconds=config.max_seconds, spent_seconds=counters.seconds, silent=not self.ranks.is_main,
-        )  # fmt: skip
+            config.max_steps,
+            counters.step,
+            interval=config.eval_interval or 25,
+            max_seconds=config.max_seconds,
+            spent_seconds=counters.seconds,
+            silent=not self.ranks.is_main,
+        )
 
     def _sample(self) -> str:
         """What the model writes, with its heading; empty on ranks that do not lead."""
@@ -237,17 +293,21 @@ class Trainer:
         if model is None:
             return ""
         text = generate(
-            model, self.corpus.tokenizer, config.sample_prompt,
-            max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed,
-        )  # fmt: skip
+            model,
+            self.corpus.tokenizer,
+            config.sample_prompt,
+            max_tokens=SAMPLE_TOKENS,
+            temperature=0.8,
+            seed=config.seed,
+        )
         return printable(f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---")
 
     def _whole_model(self) -> Transformer | None:
         """A model that generates, on the rank that leads: of a sharded one a copy. All ranks call it."""
-        if self.spread.layout.mode != "fsdp":
+        if self.parallel.layout.mode != "fsdp":
             return self.model if self.ranks.is_main else None
-        weights = self.spread.whole(self.model.state_dict())
-        return build(Path("the model in training"), self.model.config, weights) if self.ranks.is_main else None
+        weights = self.parallel.full_tensors(self.model.state_dict())
+        return build_model(Path("the model in training"), self.model.config, weights) if self.ranks.is_main else None
 
     def _check_sample_prompt(self) -> None:
         length = len(self.corpus.tokenizer.encode(self.config.sample_prompt)) if self.config.samples else 0
@@ -267,8 +327,9 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def save(self, name: str = "latest.pt", *, final: bool = False) -> None:
-        """Writes everything a resume or an inference needs; ``latest.pt`` leaves its forerunner as ``previous.pt``."""
-        self.checkpoints.save(name, self.counters.step, self.about(), final=final)
+        """Writes all that a resume or an inference needs; what was ``latest.pt`` becomes ``previous.pt``."""
+        state = self.state_dict()
+        self.checkpoints.save(name, self.counters.step, state, self.parallel, self.optimizer, final=final)
         if name == "latest.pt":
             self._write_history()
 
@@ -282,51 +343,43 @@ class Trainer:
         path = Path(self.config.output_dir) / "logs" / "training_metrics.png"
         plot_training(history, path, tau=self.config.qk_clip_tau, title=self.config.init_from or self.config.preset)
 
-    def about(self) -> dict[str, Any]:
-        """The run as plain data, but for weights and optimizer state; ``restore`` takes it back."""
+    def state_dict(self) -> dict[str, Any]:
+        """The run as plain data, but for weights and optimizer state; the same on all ranks."""
         positions = [from_bytes(own) for own in self.ranks.gather(to_bytes(self.batches.state_dict()))]
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "model_config": asdict(self.model.config),
             "train_config": asdict(self.config),
             "tokenizer": self.corpus.tokenizer.to_state(),
             "counters": asdict(self.counters),
             "data": {"sha256": self.corpus.train.identity, **merge_states(positions)},
-            "random": random_state(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "exact_logits": self.model.exact_logits,
             "history": self.metrics.state(),
         }
 
-    def restore(self, path: Path, content: dict[str, Any], *, override: frozenset[str] = frozenset()) -> None:
-        """Continues where ``content``, read from ``path``, was saved; ``override`` names what may differ.
+    def load_state(self, saved: SavedRun, *, override: frozenset[str] = frozenset()) -> None:
+        """Continues where ``saved`` was written; ``override`` names the fields that may differ.
 
         Raises:
             CheckpointError: weights or optimizer state do not fit.
             UserError: the text or its order is another one.
         """
-        checkpoint.require(path, content, "counters", "data", "random", "exact_logits")
+        path, content = saved
+        require(path, content, "counters", "data", "random", "exact_logits")
         moved = bool(override & DATA_FIELDS)
         if content["data"]["sha256"] != self.corpus.train.identity and not moved:
             raise UserError(
                 f"{path} was trained on another text than the settings give now: restore it, or --override data_path"
             )
-        take_back(path, content, self.spread, self.optimizer)
+        self.checkpoints.load_state(saved, self.parallel, self.optimizer)
         self.counters = Counters(**content["counters"])
         if moved:
             self.batches.go_near(content["data"])
         else:
             self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"]
-        set_random_state(content["random"])
-
-
-def random_state() -> dict[str, Any]:
-    """State of torch's generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Takes ``random_state`` back; generators of devices that are not here are passed over."""
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.set_rng_state(content["random"]["cpu"])
+        cuda = content["random"]["cuda"]
+        if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():  # of these devices, not of others
+            torch.cuda.set_rng_state_all(cuda)

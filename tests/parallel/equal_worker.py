@@ -79,9 +79,10 @@ def make_trainer(folder: Path, name: str, way: Way, ranks: Ranks, steps: int) ->
         max_grad_norm=LIMIT, eval_interval=15, val_tokens=320, save_interval=0, timeout=60.0,
         compile="off", device="cpu", **way.settings,
     )  # fmt: skip
-    corpus = ranks.in_turn(lambda: open_corpus(config, "byte", log=lambda line: None))
+    with ranks.first_of_machine_first():
+        corpus = open_corpus(config, "byte", log=lambda line: None)
     model = ModelConfig.preset("debug", max_seq_length=LENGTH)
-    return Trainer(config, model, corpus, torch.device("cpu"), ranks=ranks, layout=way.layout)
+    return Trainer(config, model, corpus, torch.device("cpu"), layout=way.layout)
 
 
 def row_norms(trainer: Trainer) -> list[Tensor]:
@@ -115,7 +116,7 @@ def of_all_rows(factors: list[list[Tensor]], trainer: Trainer) -> list[list[Tens
     """For each replica, for each weight that QK-Clip scales, the factors ``[steps, rows]``."""
     here = [torch.stack(steps) for steps in zip(*factors, strict=True)]
     everyone = [from_bytes(data) for data in trainer.ranks.gather(to_bytes(here))]
-    shards = trainer.spread.layout.shards
+    shards = trainer.parallel.layout.shards
     replicas = [everyone[first : first + shards] for first in range(0, len(everyone), shards)]
     return [[torch.cat(parts, dim=1) for parts in zip(*replica, strict=True)] for replica in replicas]
 
@@ -131,7 +132,7 @@ def train(folder: Path, name: str, ranks: Ranks, dtype: torch.dtype) -> dict[str
     return {
         "readings": readings,
         "factors": of_all_rows(factors, trainer),
-        "weights": trainer.spread.whole(trainer.model.state_dict()),
+        "weights": trainer.parallel.full_tensors(trainer.model.state_dict()),
         "counters": asdict(trainer.counters),
         "history": trainer.metrics.history(),
     }

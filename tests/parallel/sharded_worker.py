@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from nanokimi.checkpoint import shards as sharded
 from nanokimi.errors import RunError
-from nanokimi.parallel import sharded_checkpoint as sharded
 
 ABOUT: dict[str, Any] = {"step": 10, "name": "run", "losses": [2.5, None], "position": {"order": torch.arange(3)}}
 
@@ -109,7 +109,7 @@ def expect_error(note: Path, act: Any) -> None:
 def go_on(folder: Path, rank: int, group: Any) -> None:
     """Another number of ranks reads what was written, and writes it anew."""
     step = sharded.step_folder(folder, 10)
-    sharded.verify(step, rank, dist.get_world_size())
+    sharded.verify(step)
     tensors = spread(whole(5))
     sharded.load_into(step, tensors)
     for name, expected in spread(whole(0)).items():

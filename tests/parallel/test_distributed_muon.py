@@ -26,7 +26,7 @@ class Cut:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
 
-    def held_by(self, parameter: torch.Tensor, shard: int) -> slice:
+    def shard_rows(self, parameter: torch.Tensor, shard: int) -> slice:
         return rows_of(len(parameter), self.layout.shards, shard)
 
 

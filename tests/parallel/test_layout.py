@@ -111,7 +111,7 @@ def test_every_row_lies_on_exactly_one_shard() -> None:
         sharded._shapes = {f"layers.1.mlp.experts.w{n}": torch.Size((n, 3, 2)) for n in stacks}
         sharded._shapes |= {f"layers.1.mlp.shared.w{n}": torch.Size((n, 2)) for n in (1, 2, 3, 7, 24)}
         for name, shape in sharded._shapes.items():
-            held = [sharded._held_by(name, shard) for shard in range(sharded.layout.shards)]
+            held = [sharded._shard_rows(name, shard) for shard in range(sharded.layout.shards)]
             rows = [row for rows in held for row in range(shape[0])[rows]]
             assert sorted(rows) == list(range(shape[0])), (name, sharded.layout)
 
@@ -123,6 +123,6 @@ def test_a_rank_holds_the_experts_that_tokens_are_sent_to_it_for() -> None:
         "layers.1.mlp.experts.w1": torch.Size((8, 3, 2)),
         "layers.1.mlp.router.weight": torch.Size((8, 2)),
     }
-    held = {name: [sharded._held_by(name, shard) for shard in range(4)] for name in sharded._shapes}
+    held = {name: [sharded._shard_rows(name, shard) for shard in range(4)] for name in sharded._shapes}
     assert held["layers.1.mlp.experts.w1"] == [slice(0, 2), slice(4, 6), slice(2, 4), slice(6, 8)]
     assert held["layers.1.mlp.router.weight"] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,31 @@ import torch.distributed as dist
 from torchrun import Launch, run
 
 from nanokimi.errors import RunError, UserError
-from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, contact_lost_explained, from_bytes, joined, to_bytes
+from nanokimi.parallel import ranks
+from nanokimi.parallel.process_group import contact_lost_explained, process_group
+from nanokimi.parallel.ranks import HangWatch, Ranks, current_ranks, from_bytes, to_bytes
 
 pytestmark = pytest.mark.serial
 
 
 def tell(folder: Path) -> None:
     """What each of two ranks finds; called by torchrun's processes."""
-    with joined("cpu", 30) as ranks:
-        rank = ranks.rank
-        (folder / f"found_{rank}").write_text(json.dumps(found_by(ranks, folder)))
+    with process_group("cpu", 30) as group:
+        (folder / f"found_{group.rank}").write_text(json.dumps(found_by(group, folder)))
 
 
-def found_by(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    rank = ranks.rank
+def found_by(group: Ranks, folder: Path) -> dict[str, Any]:
+    rank = group.rank
+    with group.first_of_machine_first():
+        there = in_cache(folder)
     return {
-        "numbers": [ranks.rank, ranks.size, ranks.local, ranks.on_this_machine],
-        "largest": ranks.largest([rank, -rank]),
-        "total": ranks.total([1 + rank, 0.25]),
-        "gather": [data.decode() for data in ranks.gather(b"longer" if rank else b"")],
-        "given": ranks.given(b"mine" if rank else b"the leader's").decode(),
-        "agreed": ranks.run_or_fail_together(lambda: rank + 10),
-        "in_turn": ranks.in_turn(lambda: in_cache(folder)),
-        "mistake of both": ended(lambda: ranks.run_or_fail_together(lambda: fail(UserError("--seed is odd")))),
-        "mistake of one": ended(lambda: ranks.run_or_fail_together(lambda: fail(RunError("full")) if rank else 0)),
-        "first in turn": ended(lambda: ranks.in_turn(lambda: fail(UserError("bad")) if not rank else 0)),
-        "afterwards": ranks.total([1.0]),
+        "numbers": [rank, group.size, group.local, group.on_this_machine],
+        "current": current_ranks().rank,
+        "max": group.max([rank, -rank]),
+        "sum": group.sum([1 + rank, 0.25]),
+        "gather": [data.decode() for data in group.gather(b"longer" if rank else b"")],
+        "broadcast": group.broadcast(b"mine" if rank else b"the main rank's").decode(),
+        "cache": there,
     }
 
 
@@ -51,18 +51,6 @@ def in_cache(folder: Path) -> bool:
     return there
 
 
-def fail(error: Exception) -> int:
-    raise error
-
-
-def ended(act: Any) -> str:
-    try:
-        act()
-    except (UserError, RunError, SystemExit) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing happened"
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     code, job = run(Launch((), call="test_ranks:tell"), tmp_path_factory.mktemp("ranks"))
@@ -72,32 +60,82 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_ranks_know_each_other_and_reduce_numbers(found: list[dict[str, Any]]) -> None:
     assert [own["numbers"] for own in found] == [[0, 2, 0, 2], [1, 2, 1, 2]]
+    assert [own["current"] for own in found] == [0, 1]
     for own in found:
-        assert own["largest"] == [1, 0]
-        assert own["total"] == [3, 0.5]
+        assert own["max"] == [1, 0]
+        assert own["sum"] == [3, 0.5]
         assert own["gather"] == ["", "longer"]
-        assert own["given"] == "the leader's"
+        assert own["broadcast"] == "the main rank's"
 
 
 def test_one_rank_of_a_machine_goes_first_and_the_others_find_what_it_left(found: list[dict[str, Any]]) -> None:
-    assert [own["agreed"] for own in found] == [10, 11]
-    assert [own["in_turn"] for own in found] == [False, True]
+    assert [own["cache"] for own in found] == [False, True]
 
 
-def test_a_mistake_on_any_rank_ends_all_and_only_the_leader_speaks(found: list[dict[str, Any]]) -> None:
-    assert [own["mistake of both"] for own in found] == ["UserError: --seed is odd", "SystemExit: 2"]
-    assert [own["mistake of one"] for own in found] == ["RunError: rank 1: full", "SystemExit: 1"]
-    assert [own["first in turn"] for own in found] == ["UserError: bad", "SystemExit: 2"]
-    assert found[0]["afterwards"] == found[1]["afterwards"] == [2.0]
+# ---- failing together ---------------------------------------------------------------------------
+
+
+def both_fail(folder: Path) -> None:
+    with process_group("cpu", 30):
+        raise UserError("--seed is odd")
+
+
+def second_fails(folder: Path) -> None:
+    with process_group("cpu", 30) as group:
+        if group.rank:
+            raise RunError("full")
+        group.barrier()
+
+
+def main_fails(folder: Path) -> None:
+    with process_group("cpu", 30) as group:
+        if group.is_main:
+            raise RunError("full")
+        group.barrier()
+
+
+@pytest.mark.parametrize(
+    ("act", "line", "code"),
+    [
+        (both_fail, "--seed is odd", 2),
+        (second_fails, "nanokimi: rank 1: full", 1),
+        (main_fails, "full", 1),
+    ],
+)
+def test_a_failure_on_any_rank_ends_all_with_one_line_and_its_exit_code(
+    act: Any, line: str, code: int, tmp_path: Path
+) -> None:
+    """Where all fail alike the main rank tells; where one fails the others, who wait for it, are silent."""
+    ended, job = run(Launch((), call=f"test_ranks:{act.__name__}_told"), tmp_path)
+    assert ended != 0
+    assert [told for told in job.said().splitlines() if told.endswith(line)] == [line], job.said()
+    assert f"exitcode  : {code}" in job.said()
+    assert "lost contact" not in job.said()
+
+
+def told(act: Any) -> Any:
+    """What ``nanokimi`` does with a mistake that reaches it."""
+
+    def acting(folder: Path) -> None:
+        try:
+            act(folder)
+        except (UserError, RunError) as error:
+            print(error, file=sys.stderr, flush=True)
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from error
+
+    return acting
+
+
+both_fail_told, second_fails_told, main_fails_told = told(both_fail), told(second_fails), told(main_fails)
 
 
 def test_one_process_shares_with_nobody() -> None:
-    assert ALONE.is_main
-    assert ALONE.largest([3.0]) == ALONE.total([3.0]) == [3.0]
-    assert ALONE.gather(b"x") == [b"x"]
-    assert ALONE.in_turn(lambda: 5) == 5
-    with pytest.raises(UserError, match=r"^bad$"):
-        ALONE.run_or_fail_together(lambda: fail(UserError("bad")))
+    one = current_ranks()
+    assert one.is_main
+    assert one.max([3.0]) == one.sum([3.0]) == [3.0]
+    assert one.gather(b"x") == [b"x"]
+    with pytest.raises(UserError, match=r"^bad$"), one.first_of_machine_first(), process_group("cpu", 30):
+        raise UserError("bad")
 
 
 @pytest.mark.parametrize(
@@ -126,17 +164,20 @@ def test_another_error_is_left_as_it_is(error: Exception) -> None:
     assert told.value is error
 
 
-def test_a_hang_leaves_the_stack_of_every_thread_and_no_hang_leaves_nothing(tmp_path: Path) -> None:
+def test_a_hang_leaves_the_stack_of_every_thread_and_no_hang_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fault 51."""
+    with HangWatch(tmp_path / "one", timeout=600):
+        assert not (tmp_path / "one").exists()
+    monkeypatch.setattr(ranks, "current_ranks", lambda: Ranks(1, 2))
     stacks = tmp_path / "stacks_rank_1.txt"
-    with HangWatch(tmp_path, Ranks(1, 2), timeout=600) as watch:
+    with HangWatch(tmp_path, timeout=600) as watch:
         watch.alive()
     assert not stacks.exists()
-    with HangWatch(tmp_path, Ranks(1, 2), timeout=0.2):
+    with HangWatch(tmp_path, timeout=0.2):
         hang_until(stacks)
     assert "in hang_until" in stacks.read_text()
-    with HangWatch(tmp_path / "alone", ALONE, timeout=600):
-        assert not (tmp_path / "alone").exists()
 
 
 def hang_until(written: Path) -> None:

@@ -13,9 +13,9 @@ import torch
 from torchrun import ALONE, Job, Launch, free_port, history, launched, real_text, run, wait_until
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint import shards
 from nanokimi.cli import main
 from nanokimi.loading import load
-from nanokimi.parallel import sharded_checkpoint
 
 pytestmark = pytest.mark.serial
 
@@ -114,7 +114,7 @@ def test_a_killed_rank_ends_the_job_and_resume_completes_it(place: Path, undistu
     assert len(job.lines()) == 1
     assert "lost contact with another rank" in job.lines()[0]
     assert "start again with --resume" in job.lines()[0]
-    sharded_checkpoint.verify(checkpoints(place, "killed") / "step_00000004")
+    shards.verify(checkpoints(place, "killed") / "step_00000004")
     assert checkpoint.read(checkpoints(place, "killed") / "latest.pt")["counters"]["step"] == 4
     said = completes(place, Launch(arguments(place, "killed", *FSDP, "--resume")))
     assert "step_00000004 at step 4 of 12" in said
@@ -180,12 +180,12 @@ def test_signals_save_on_all_ranks_at_one_step(place: Path) -> None:
         saved = wait_for_folders(place, job, 1)
         passed = steps_of(place, "signals")
         wait_until(lambda: steps_of(place, "signals") > passed + 1, job)
-        assert sharded_checkpoint.step_folders(checkpoints(place, "signals")) == saved
+        assert shards.step_folders(checkpoints(place, "signals")) == saved
         os.kill(job.pid, signal.SIGTERM)
         assert job.wait() != 0
-    newest = sharded_checkpoint.step_folders(checkpoints(place, "signals"))[-1]
-    sharded_checkpoint.verify(newest)
-    step = sharded_checkpoint.read_about(newest)["counters"]["step"]
+    newest = shards.step_folders(checkpoints(place, "signals"))[-1]
+    shards.verify(newest)
+    step = shards.read_about(newest)["counters"]["step"]
     assert checkpoint.read(checkpoints(place, "signals") / "latest.pt")["counters"]["step"] == step > passed
     assert not (checkpoints(place, "signals") / "final.pt").exists()
     more = ("--max_steps", str(step + 2), "--resume")
@@ -195,7 +195,7 @@ def test_signals_save_on_all_ranks_at_one_step(place: Path) -> None:
 
 def wait_for_folders(place: Path, job: Job, count: int) -> list[Path]:
     def there() -> list[Path]:
-        return sharded_checkpoint.step_folders(checkpoints(place, "signals"))
+        return shards.step_folders(checkpoints(place, "signals"))
 
     wait_until(lambda: len(there()) == count, job)
     return there()
@@ -208,7 +208,7 @@ def test_saving_beside_the_training_survives_the_end_of_the_whole_job(place: Pat
     """Fault 62: killed in the save of step 8, it goes on from step 4, to the same end."""
     beside = (*FSDP, "--async_checkpoints")
     assert run(Launch(arguments(place, "async", *beside), end_in_save=8), place)[0] == -signal.SIGKILL
-    assert [path.name for path in sharded_checkpoint.step_folders(checkpoints(place, "async"))] == ["step_00000004"]
+    assert [path.name for path in shards.step_folders(checkpoints(place, "async"))] == ["step_00000004"]
     said = completes(place, Launch(arguments(place, "async", *beside, "--resume")))
     assert "step_00000004 at step 4 of 12" in said
     assert losses(place, "async") == undisturbed

@@ -246,16 +246,16 @@ def stumble(step: int, number: int) -> None:
 
 
 def end_in_save(step: int) -> None:
-    from nanokimi.parallel import sharded_checkpoint
+    from nanokimi.checkpoint import shards
 
-    publish = sharded_checkpoint._publish
+    publish = shards._publish
 
     def ending(inside: Path, *rest: Any) -> None:
         if inside.name == f"step_{step:08d}":
             os.killpg(0, signal.SIGKILL)
         publish(inside, *rest)
 
-    sharded_checkpoint._publish = ending
+    shards._publish = ending
 
 
 def note_sequences(path: Path) -> None:

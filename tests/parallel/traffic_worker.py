@@ -27,9 +27,9 @@ from nanokimi.data.batch import Batch
 from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.optim.shards import local
 from nanokimi.parallel import fsdp  # noqa: F401 (here, for all processes)
+from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks
-from nanokimi.training.distributed import spread_model
 from nanokimi.training.step import TrainingStep
 
 SEQUENCES, PASSES, LENGTH = 2, 2, 32
@@ -108,13 +108,13 @@ def one_layout(words: str, ranks: Ranks) -> Found:
     config = small_config()
     torch.manual_seed(0)
     layout, device = Layout(mode, ranks.size, int(replicate), int(experts)), torch.device("cpu")
-    spread = spread_model(config, layout, ranks, device)
+    parallel = build_parallel_model(config, layout, device)
     train = TrainConfig(
         batch_size=SEQUENCES, gradient_accumulation=PASSES * ranks.size, compile="off",
         activation_checkpointing=checkpointing == "1",
     )  # fmt: skip
-    optimizer = make_optimizer(spread.model, train, orthogonalise=spread.orthogonalise)
-    step = TrainingStep(spread.model, optimizer, train, device, spread=spread)
+    optimizer = make_optimizer(parallel.model, train, orthogonalise=parallel.orthogonalise)
+    step = TrainingStep(parallel.model, optimizer, train, device, parallel=parallel)
     generator = torch.Generator().manual_seed(ranks.rank)
     shape = (SEQUENCES, LENGTH + 1)
     batches = iter(lambda: Batch.of_rows(torch.randint(config.vocab_size, shape, generator=generator)), None)
@@ -122,7 +122,7 @@ def one_layout(words: str, ranks: Ranks) -> Found:
         step(batches)
     with Counted() as counted:
         step(batches)
-    weights = sum(local(p).nbytes for p in spread.model.parameters())
+    weights = sum(local(p).nbytes for p in parallel.model.parameters())
     return Found(dict(counted.bytes), weights, *(heights(step, batches) if measured == "1" else (0, 0)))
 
 

@@ -88,7 +88,7 @@ def broken_step(monkeypatch: pytest.MonkeyPatch, compile: str) -> TrainingStep:
         model(tokens, labels, **more).cross_entropy.backward()
         raise TorchDynamoException("no compiler\nand a long story")
 
-    step.called = called
+    step.module = called
     return step
 
 
@@ -97,7 +97,7 @@ def test_a_compiler_that_fails_is_done_without(
 ) -> None:
     batches = [random_batch() for _ in range(2)]
     broken, sound = broken_step(monkeypatch, "auto"), broken_step(monkeypatch, "auto")
-    sound.called = sound.model
+    sound.module = sound.model
     assert broken(iter(batches)) == sound(iter(batches))
     assert all(torch.equal(p, q) for p, q in zip(broken.model.parameters(), sound.model.parameters(), strict=True))
     assert "torch.compile failed (no compiler): training goes on without it" in capsys.readouterr().err
@@ -114,6 +114,6 @@ def test_errors_of_the_model_are_no_errors_of_the_compiler(monkeypatch: pytest.M
     def called(*_: torch.Tensor, **more: Any) -> Losses:
         raise ValueError("mine")
 
-    step.called = called
+    step.module = called
     with pytest.raises(ValueError, match="mine"):
         step(iter([random_batch(), random_batch()]))

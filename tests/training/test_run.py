@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint import file
 from nanokimi.cli import main
 from nanokimi.loading import load
 
@@ -465,7 +466,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_last_save_is_resumed(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 63."""
-    healthy, saves = checkpoint._write, []
+    healthy, saves = file._write, []
 
     def write(*args: Any) -> str:
         saves.append(args)
@@ -474,7 +475,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_last_save_is_resumed(
         return healthy(*args)
 
     with monkeypatch.context() as full:
-        full.setattr(checkpoint, "_write", write)
+        full.setattr(file, "_write", write)
         assert main(arguments(text, tmp_path, "--max_steps", "5")) == 1
     said = capsys.readouterr().err
     assert "the disk is full; the earlier checkpoint is intact: free space and resume" in said.splitlines()[-1]

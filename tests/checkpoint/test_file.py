@@ -18,13 +18,15 @@ import pytest
 import torch
 
 from nanokimi import checkpoint
-from nanokimi.checkpoint import CheckpointError
+from nanokimi.checkpoint import CheckpointError, file
+from nanokimi.checkpoint.weights import load_weights
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
-from nanokimi.loading import load, load_weights
+from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
+from nanokimi.parallel.ranks import SingleDevice
 
 CONTENT: dict[str, Any] = {"weights": {"a": torch.arange(300.0)}, "step": 7, "name": "x", "list": [1, 2.5, None]}
 
@@ -120,17 +122,6 @@ def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "new.pt")
 
 
-def test_a_save_keeps_the_one_before(saved: Path, tmp_path: Path) -> None:
-    previous = tmp_path / "previous.pt"
-    checkpoint.keep(saved, previous)
-    checkpoint.save(saved, {"step": 8})
-    assert checkpoint.read(saved)["step"] == 8
-    assert checkpoint.read(previous)["step"] == 7
-    saved.write_bytes(b"damaged")
-    checkpoint.keep(saved, previous)
-    assert checkpoint.read(previous)["step"] == 7, "a damaged file never takes the place of a good one"
-
-
 def test_a_full_disk_is_noticed_before_anything_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 63."""
     usage = namedtuple("usage", "total used free")
@@ -143,7 +134,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(saved: Path, monkeypa
 def test_a_disk_that_fills_up_in_mid_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 63."""
     written = 0
-    original = checkpoint._HashingFile.write
+    original = file.HashingFile.write
 
     class Full:
         def __init__(self, file: Any) -> None:
@@ -160,7 +151,7 @@ def test_a_disk_that_fills_up_in_mid_save_leaves_the_old_file(saved: Path, monke
         self.file = self.file if isinstance(self.file, Full) else Full(self.file)
         return original(self, data)
 
-    monkeypatch.setattr(checkpoint._HashingFile, "write", write)
+    monkeypatch.setattr(file.HashingFile, "write", write)
     with pytest.raises(RunError, match="the disk is full; the earlier checkpoint is intact"):
         checkpoint.save(saved, {"x": torch.randn(100_000)})
     monkeypatch.undo()
@@ -169,7 +160,7 @@ def test_a_disk_that_fills_up_in_mid_save_leaves_the_old_file(saved: Path, monke
 
 
 def test_what_the_disk_garbles_never_replaces_a_good_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_digest", lambda path: "0" * 64)
+    monkeypatch.setattr(file, "_digest", lambda path: "0" * 64)
     with pytest.raises(RunError, match="read back differs"):
         checkpoint.save(saved, {"step": 8})
     monkeypatch.undo()
@@ -182,7 +173,8 @@ from pathlib import Path
 from nanokimi import checkpoint
 path = Path(sys.argv[1])
 for step in range(1, 10**6):
-    checkpoint.keep(path, path.with_name("previous.pt"))
+    if path.exists():
+        checkpoint.link(path, path.with_name("previous.pt"))
     checkpoint.save(path, {"step": step, "x": torch.full((300_000,), float(step))})
     print(step, flush=True)
 """
@@ -237,7 +229,7 @@ def test_models_saved_compiled_or_not_are_loaded(tmp_path: Path, prefix: str) ->
 def test_weights_that_do_not_fit_are_named(change: Any, message: str) -> None:
     model = Transformer(ModelConfig.preset("debug"))
     with pytest.raises(CheckpointError, match=message):
-        load_weights(Path("some.pt"), model, change(model.state_dict()))
+        load_weights(Path("some.pt"), SingleDevice(model), change(model.state_dict()))
 
 
 def as_version_1(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""From ``--parallel`` and the ranks there are to a model that lies on them."""
+"""From ``--parallel`` and the ranks there are to a layout, and to a model that lies on them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from collections.abc import Callable
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.device import resolve_device
+from nanokimi.console import log
 from nanokimi.errors import UserError
 from nanokimi.memory import free_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.layout import Layout, share_of_step
-from nanokimi.parallel.ranks import Ranks
-from nanokimi.parallel.spread import Alone, Spread
+from nanokimi.parallel.ranks import ParallelModel, Ranks, SingleDevice, current_ranks
 
 REPLICA_SHARE = 0.8  # of a rank's memory: what a replica may need, by estimate
 
 
-def device_of(name: str, ranks: Ranks) -> torch.device:
-    """The device of this rank; UserError where several would have the same one."""
-    several = f"--device {name} cannot be that of {ranks.size} ranks: use cuda, of which each takes its own, or cpu"
-    if ranks.size > 1 and name.startswith("cuda:"):
-        raise UserError(several)
-    device = resolve_device(name)
-    if ranks.size > 1 and device.type == "mps":
-        raise UserError(several)
-    return device
+def layout_of_run(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> Layout:
+    """How the model will lie on the ranks of this run, which are told of it; errors as for ``choose_layout``."""
+    ranks = current_ranks()
+
+    def fits() -> bool:  # on all ranks, for they must choose the same
+        return not any(ranks.max([not replica_fits(config, model_config, device, ranks)]))
+
+    layout = choose_layout(config, model_config, ranks, fits)
+    if line := about_layout(layout, config):
+        log(line)
+    if config.async_checkpoints and layout.mode != "fsdp":
+        log("note: --async_checkpoints: nothing is in shards here, so checkpoints are written at once")
+    return layout
 
 
 def choose_layout(
@@ -73,10 +76,11 @@ def replica_fits(config: TrainConfig, model_config: ModelConfig, device: torch.d
     return free is None or need * ranks.on_this_machine < REPLICA_SHARE * free
 
 
-def spread_model(config: ModelConfig, layout: Layout, ranks: Ranks, device: torch.device) -> Spread:
+def build_parallel_model(config: ModelConfig, layout: Layout, device: torch.device) -> ParallelModel:
     """A model with fresh weights, the same for every layout, on ``device`` and the other ranks' devices."""
     if layout.mode == "one":
-        return Alone(Transformer(config).to(device))
+        return SingleDevice(Transformer(config).to(device))
+    ranks = current_ranks()
     if layout.mode == "ddp":
         from nanokimi.parallel.ddp import Replicated
 

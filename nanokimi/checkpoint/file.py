@@ -58,15 +58,6 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         raise RunError(f"{path}: the disk is full; the earlier checkpoint is intact: free space and resume") from error
 
 
-def keep(path: Path, previous: Path) -> None:
-    """Before ``path`` is written anew: gives what is there the name ``previous`` too, unless it is damaged."""
-    try:
-        verify(path)
-    except CheckpointError:
-        return
-    link(path, previous)
-
-
 def link(source: Path, target: Path) -> None:
     """Makes ``target`` a second name of ``source`` (a copy where the file system has no links), atomically."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.link")
@@ -150,8 +141,8 @@ def check_fits(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, T
         raise CheckpointError(f"{path}: the weights do not fit the model: {'; '.join(problems[:3])}{more}")
 
 
-class _HashingFile:
-    """The part of a file that ``torch.save`` needs; hashes what passes through and remembers why it failed."""
+class HashingFile:
+    """A file that is open for writing; hashes what passes through and remembers why it failed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -165,14 +156,14 @@ class _HashingFile:
             self.error = error
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def _write(file: BinaryIO, content: Mapping[str, Any]) -> str:
-    hashing = _HashingFile(file)
+    hashing = HashingFile(file)
     try:
-        torch.save(dict(content), hashing)  # type: ignore[arg-type]
+        torch.save(dict(content), hashing)
     except RuntimeError:
         if hashing.error is not None:  # torch reports a failed write as a surprise of its own
             raise hashing.error from None

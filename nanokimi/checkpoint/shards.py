@@ -1,13 +1,12 @@
 """A checkpoint that many ranks write together, through ``torch.distributed.checkpoint`` (DCP): one folder.
 
-``step_00000040/`` holds a safetensors file of every rank that has something to write, with its parts
-of tensors and where they belong, and ``run.pt``, a file of ``nanokimi.checkpoint``: the plain values of
-the run, the shape of each tensor, and the size and SHA-256 of every other file. There is no pickle in
-it that could execute anything.
+``step_00000040/`` holds a safetensors file of every rank that has something to write, with its parts of tensors and
+where they belong, and ``run.pt``, a file of ``checkpoint.file``: the plain values of the run, the shape of each tensor,
+and the size and SHA-256 of every other file. Nothing in the folder can execute code.
 
-A folder is written as ``.step_00000040.partial`` and takes its name when it is complete, flushed and
-summed: a kill leaves all of it or nothing of that name. Any number of ranks reads it, one process
-without a process group included, and into any sharding.
+A folder is written as ``.step_00000040.partial`` and gets its name when it is complete, flushed and read back: a kill
+leaves all of it or nothing of that name. Any number of ranks can read it, into any sharding; so can one process
+without a process group.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanokimi import checkpoint
-from nanokimi.checkpoint import CheckpointError
+from nanokimi.checkpoint.file import RENAMED, CheckpointError, HashingFile, check_fits, read, require, save
 from nanokimi.errors import RunError
 from nanokimi.files import disk_errors_explained, move_into, sha256_of
-from nanokimi.parallel.ranks import contact_lost_explained, gather
+from nanokimi.parallel.process_group import contact_lost_explained
+from nanokimi.parallel.ranks import gather
 
 VERSION = 2
 SIDECAR = "run.pt"
@@ -167,22 +166,19 @@ def shapes(folder: Path) -> dict[str, Shape]:
 
 def _present_name(name: str) -> str:
     """What a tensor is called now that an earlier version may have called ``name``."""
-    for old, new in checkpoint.RENAMED.items():
+    for old, new in RENAMED.items():
         name = f"{name.removesuffix(old)}{new}" if name.endswith(f".{old}") else name
     return name
 
 
-def verify(folder: Path, rank: int = 0, size: int = 1) -> None:
+def verify(folder: Path) -> None:
     """Checks that every byte is as it was saved.
-
-    Args:
-        rank, size: read only this rank's share of the files; ``size`` ranks together read all.
 
     Raises:
         CheckpointError: a file is missing, unknown, truncated or damaged; a foreign folder, or a newer version.
     """
     files = _record(folder)["files"]
-    for name in sorted(files)[rank::size]:
+    for name in sorted(files):
         try:
             found = sha256_of(folder / name)
         except OSError as error:
@@ -206,7 +202,7 @@ def load_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     saved = {name: torch.empty(shape, device="meta") for name, (shape, _) in shapes(folder).items() if name in tensors}
-    checkpoint.check_fits(folder, saved, tensors)
+    check_fits(folder, saved, tensors)
     in_files = {_present_name(name): name for name in _record(folder)["tensors"]}
     tensors = {in_files[name]: tensor for name, tensor in tensors.items()}
     try:
@@ -228,8 +224,8 @@ def read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
 
 def _record(folder: Path) -> dict[str, Any]:
     """What the sidecar holds, once it fits the files beside it, whose contents are not read."""
-    content = checkpoint.read(folder / SIDECAR)
-    checkpoint.require(folder / SIDECAR, content, "sharded", "about", "tensors", "files")
+    content = read(folder / SIDECAR)
+    require(folder / SIDECAR, content, "sharded", "about", "tensors", "files")
     if content["sharded"] > VERSION:
         raise CheckpointError(
             f"{folder}: written by a newer nanokimi (version {content['sharded']}, this one reads {VERSION}): update"
@@ -273,15 +269,39 @@ def _prepare(inside: Path, tensors: Mapping[str, Tensor]) -> None:
 def _write_part(
     inside: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> dict[str, list[int | str]]:
-    """Writes this rank's part, flushed; returns size and SHA-256 of its files. The ranks agree on who writes what."""
+    """Writes this rank's part and reads it back; returns size and SHA-256 of its files.
+
+    The ranks agree, within DCP, on who writes which part of a tensor that several of them hold.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with _as_one_error(alone=group is None):
         writer = HuggingFaceStorageWriter(str(inside), save_distributed=True)
+        writer.fs = files = _hashing_file_system()
         save(_with_dimensions(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
-    own = inside.glob(f"shard-{(group.rank() if group else 0) + 1:05d}-*.safetensors")
-    return {file.name: [file.stat().st_size, sha256_of(file)] for file in own}
+    for name, written in files.sha256.items():
+        if sha256_of(inside / name) != written:
+            raise RunError(f"{inside / name}: what was read back differs from what was written: check the disk")
+    return {name: [(inside / name).stat().st_size, written] for name, written in files.sha256.items()}
+
+
+def _hashing_file_system() -> Any:
+    """DCP's file system, with an attribute ``sha256`` by file name of what was written through it."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class HashingFileSystem(FileSystem):
+        def __init__(self) -> None:
+            self.sha256: dict[str, str] = {}
+
+        @contextmanager
+        def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+            with super().create_stream(path, mode) as stream:
+                hashing = HashingFile(stream)  # type: ignore[arg-type]
+                yield hashing
+            self.sha256[Path(path).name] = hashing.sha256.hexdigest()
+
+    return HashingFileSystem()
 
 
 def _publish(
@@ -294,7 +314,7 @@ def _publish(
         )
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     content = {"sharded": VERSION, "about": dict(about), "tensors": shapes, "files": files}
-    checkpoint.save(inside / SIDECAR, content)
+    save(inside / SIDECAR, content)
     folder = inside.parent.with_name(inside.name)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.errors import UserError
 from nanokimi.insight import planner
+from nanokimi.parallel import build, process_group
+from nanokimi.parallel.build import about_layout, build_parallel_model, choose_layout, replica_fits
 from nanokimi.parallel.layout import ONE, Layout
-from nanokimi.parallel.ranks import ALONE, Ranks, launcher
-from nanokimi.training import distributed
-from nanokimi.training.distributed import about_layout, choose_layout, device_of, replica_fits, spread_model
-from nanokimi.training.run import LOCK, _own_folder, _started_again
+from nanokimi.parallel.process_group import rank_device
+from nanokimi.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
 DEBUG = ModelConfig.preset("debug")
@@ -44,7 +42,7 @@ def test_auto_holds_replicas_where_one_fits_and_else_shards(fits: bool, mode: st
     assert choose_layout(config(), DEBUG, ranks(4), answer(fits)) == Layout(mode, 4)
 
 
-@pytest.mark.parametrize("alone", [ALONE, ranks(1)], ids=["python", "torchrun"])
+@pytest.mark.parametrize("alone", [Ranks(), ranks(1)], ids=["python", "torchrun"])
 def test_auto_on_one_rank_shares_nothing(alone: Ranks) -> None:
     assert choose_layout(config(), DEBUG, alone, unasked) == ONE
 
@@ -76,7 +74,7 @@ def test_without_torchrun_there_is_nobody_to_share_with(settings: dict[str, Any]
     with pytest.raises(
         UserError, match=r"--parallel, --replicate and --expert_parallel .* torchrun --nproc_per_node=N"
     ):
-        choose_layout(config(**settings), DEBUG, ALONE, unasked)
+        choose_layout(config(**settings), DEBUG, Ranks(), unasked)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,7 @@ def test_a_replica_fits_where_the_ranks_of_a_machine_leave_a_fifth_of_its_memory
     monkeypatch: pytest.MonkeyPatch, free: float | None, on_this_machine: int, fits: bool
 ) -> None:
     """Where memory cannot be looked at, nobody is kept from trying."""
-    monkeypatch.setattr(distributed, "free_memory", lambda: free)
+    monkeypatch.setattr(build, "free_memory", lambda: free)
     monkeypatch.setattr(planner, "replica_bytes", lambda *_, **__: 70.0)
     assert replica_fits(config(), DEBUG, CPU, ranks(8, on_this_machine)) is fits
 
@@ -125,9 +123,9 @@ def test_what_a_replica_needs_is_that_of_a_pass_as_it_will_be(monkeypatch: pytes
 
 
 def test_one_process_has_all_of_the_model_and_nothing_else() -> None:
-    spread = spread_model(DEBUG, ONE, ALONE, CPU)
-    assert spread.orthogonalise is None
-    assert spread.model.num_parameters() == sum(p.numel() for p in spread.model.parameters())
+    parallel = build_parallel_model(DEBUG, ONE, CPU)
+    assert parallel.orthogonalise is None
+    assert parallel.model.num_parameters() == sum(p.numel() for p in parallel.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -157,39 +155,14 @@ def test_one_process_has_nothing_to_be_told() -> None:
 
 
 def test_several_ranks_never_share_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2
+    monkeypatch.setattr(process_group, "current_ranks", lambda: ranks(size))
     with pytest.raises(UserError, match="--device cuda:0 cannot be that of 2 ranks: use cuda"):
-        device_of("cuda:0", ranks(2))
+        rank_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(UserError, match="--device auto cannot be that of 2 ranks"):
-        device_of("auto", ranks(2))
-    assert device_of("auto", ranks(1)).type == "mps"
-    assert device_of("cpu", ranks(2)) == CPU
-
-
-# ---- started again ------------------------------------------------------------------------------
-
-
-def test_what_the_same_torchrun_starts_again_goes_on_and_what_another_starts_begins_afresh(tmp_path: Path) -> None:
-    ranks = Ranks(launched=True)
-    text = tmp_path / "text.txt"
-    text.write_text("def main() -> None:\n" * 300)
-    arguments = ["--preset", "debug", "--set", "max_seq_length=32", "--max_steps", "1", "--eval_interval", "0"]
-    assert main(["train", "--data_path", str(text), "--output_dir", str(tmp_path / "run"), *arguments]) == 0
-    with _own_folder(tmp_path / "run", ranks):
-        pass
-    assert _started_again(tmp_path / "run", ranks)
-    (tmp_path / "run" / LOCK).write_text("node7 4711 815\n")
-    assert not _started_again(tmp_path / "run", ranks)
-
-
-def test_a_run_that_was_never_saved_begins_afresh(tmp_path: Path) -> None:
-    ranks = Ranks(launched=True)
-    with _own_folder(tmp_path, ranks):
-        assert (tmp_path / LOCK).read_text() == f"{launcher()}\n"
-    assert not _started_again(tmp_path, ranks)
-
-
-def test_a_process_that_was_started_alone_leaves_no_name(tmp_path: Path) -> None:
-    with _own_folder(tmp_path, Ranks()):
-        assert (tmp_path / LOCK).read_text() == ""
+        rank_device("auto")
+    assert rank_device("cpu") == CPU
+    size = 1
+    assert rank_device("auto").type == "mps"

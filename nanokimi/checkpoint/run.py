@@ -1,0 +1,329 @@
+"""What a run leaves in ``checkpoints/`` and goes on from.
+
+One process, or replicas of a model, write all of the run into one file. A model in shards is written by all ranks at
+once, into a folder ``step_N``; the files beside it then hold its weights alone, for readers who want no more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from nanokimi.checkpoint import file, shards
+from nanokimi.checkpoint.file import CheckpointError
+from nanokimi.checkpoint.weights import load_weights
+from nanokimi.console import log
+from nanokimi.errors import UserError
+from nanokimi.optim.muonclip import STATE, MuonClip
+from nanokimi.parallel.process_group import launcher, restarts
+from nanokimi.parallel.ranks import ParallelModel, current_ranks
+
+KEPT = 2  # folders ``step_N``: the newest and the one before it
+LOCK = ".nanokimi.lock"  # in the folder of a run, held while it trains
+
+
+class SavedRun(NamedTuple):
+    """A checkpoint that was verified: ``content`` is all of it but, of a folder of shards, the tensors."""
+
+    path: Path
+    content: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks call its methods, but for those that only look at the folder.
+
+    Args:
+        folder: ``checkpoints/`` of the run.
+        asynchronous: shards are written while training goes on.
+        timeout: seconds in which the slowest rank writes its shards.
+    """
+
+    def __init__(self, folder: Path, *, asynchronous: bool = False, timeout: float = 600.0) -> None:
+        self.folder, self.asynchronous, self.timeout = folder, asynchronous, timeout
+        self.ranks = current_ranks()
+        self._group: Any = None  # of all ranks, for shards alone
+        self._saved: tuple[int, Path] | None = None  # step and name of the last file that was written here
+        self._wrote_latest = False  # then it was read back, and need not be again
+        self._pending: shards.Pending | None = None
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def save(
+        self,
+        name: str,
+        step: int,
+        state: Mapping[str, Any],
+        model: ParallelModel,
+        optimizer: MuonClip,
+        *,
+        final: bool = False,
+    ) -> None:
+        """Writes the run after ``step`` steps as ``name``; what was ``latest.pt`` becomes ``previous.pt``.
+
+        Args:
+            state: all of the run but weights and optimizer state.
+            final: gives it the name ``final.pt`` too.
+
+        Raises:
+            RunError: no room, or the disk does not give back what was written; earlier checkpoints are as they were.
+        """
+        sharded = model.layout.mode == "fsdp"
+        again = self._saved is not None and self._saved[0] == step
+        content = {}
+        if not again:
+            content = {**state, "model": model.full_tensors(model.model.state_dict())}
+            content |= {} if sharded else {"optimizer": optimizer.state_dict()}
+        if self.ranks.is_main:
+            self._write_file(self.folder / name, content, final)
+        if not again:
+            self._saved = (step, self.folder / name)
+        if sharded and name == "latest.pt":
+            self._save_shards(step, state, model, optimizer, last=final)
+
+    def finish(self) -> None:
+        """Waits for what is still being written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.wait()
+            if self.ranks.is_main:
+                shards.prune(self.folder, KEPT)
+
+    def _write_file(self, path: Path, content: Mapping[str, Any], final: bool) -> None:
+        if path.name == "latest.pt":
+            if self._wrote_latest or _is_whole(path):
+                file.link(path, self.folder / "previous.pt")
+            self._wrote_latest = True
+        if content:
+            file.save(path, content)
+        else:
+            assert self._saved is not None
+            file.link(self._saved[1], path)  # best.pt was written at this very step
+        if final:
+            file.link(path, self.folder / "final.pt")
+
+    def _save_shards(
+        self, step: int, state: Mapping[str, Any], model: ParallelModel, optimizer: MuonClip, *, last: bool
+    ) -> None:
+        self.finish()
+        self._group = self._group or shards.new_group(timedelta(seconds=self.timeout))
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self._pending = shards.begin_save(
+            shards.step_folder(self.folder, step),
+            dict(tensors_of(model, optimizer)),
+            {**state, "optimizer_groups": groups},
+            self._group,
+            asynchronous=self.asynchronous and not last,
+        )
+        if not self.asynchronous or last:
+            self.finish()
+
+    # ---- the folder -----------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it until this one ends.
+
+        Raises:
+            UserError: it cannot be written, or another run is writing there.
+        """
+        launchers = self._launchers()
+        with self._lock(launchers) if self.ranks.is_main else nullcontext():
+            self.ranks.barrier()  # until the folder is there
+            yield
+
+    def _lock(self, launchers: set[str]) -> TextIO:
+        """The lock, which names the programs that started the run; held until it is closed."""
+        output = self.folder.parent
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (output / LOCK).open("a")
+        except OSError as error:
+            raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not held on by orphaned data workers
+        except OSError:
+            lock.close()
+            raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
+        lock.truncate(0)
+        lock.writelines(f"{name}\n" for name in sorted(launchers))
+        lock.flush()
+        return lock
+
+    def started_again(self) -> bool:
+        """Whether ``torchrun`` has started the run of this folder again, and there is something to go on from.
+
+        It does so when a process has ended, which it counts, and when machines join or leave, which it does not.
+        """
+        if not self.ranks.launched:
+            return False
+        launchers = self._launchers()
+        lock = self.folder.parent / LOCK
+        earlier = set(lock.read_text().splitlines()) if self.ranks.is_main and lock.is_file() else set()
+        again = (restarts() > 0 or bool(earlier & launchers)) and self.has_run()
+        return bool(self.ranks.max([self.ranks.is_main and again])[0])
+
+    def _launchers(self) -> set[str]:
+        """Every ``torchrun`` that takes part; none in a process that was started without it."""
+        if not self.ranks.launched:
+            return set()
+        return {name.decode() for name in self.ranks.gather(launcher().encode())} - {""}
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints, newest first; of two names for one file the plainer one first."""
+        names = ("latest.pt", "final.pt", "best.pt", "previous.pt")
+        found = [path for name in names if (path := self.folder / name).is_file()]
+        found += shards.step_folders(self.folder)
+        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+    def has_run(self) -> bool:
+        """Whether a run was saved here, and not the weights of one alone; a damaged file counts as one."""
+        return any(shards.is_sharded(path) or _is_more_than_weights(path) for path in self.candidates())
+
+    def put_aside(self, *, unless_newest: Path | None = None) -> bool:
+        """Renames the folder if it holds checkpoints, so that no run overwrites another's; whether it did.
+
+        Args:
+            unless_newest: leave the folder as it is if this is its newest checkpoint.
+        """
+        found = self.candidates()
+        self.ranks.barrier()  # until all have looked
+        if not found or (unless_newest is not None and found[0].samefile(unless_newest)):
+            return False
+        if self.ranks.is_main:
+            self._rename()
+        return True
+
+    def _rename(self) -> None:
+        number = next(n for n in range(1, 1 << 20) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
+        kept = self.folder.with_name(f"{self.folder.name}.{number}")
+        self.folder.rename(kept)
+        self.folder.mkdir()
+        log(f"the earlier run's checkpoints are kept in {kept} (--resume goes on from them instead)")
+
+    # ---- going on -------------------------------------------------------------------------------
+
+    def find(self, named: str = "") -> SavedRun:
+        """The checkpoint ``named``, or the newest that can be read and holds all of a run.
+
+        Raises:
+            UserError: there is none.
+            CheckpointError: the one that is named, or each that there is, is damaged.
+        """
+        found = (self._read(Path(named)) if named else self._newest()) if self.ranks.is_main else None
+        path = Path(self.ranks.broadcast(str(found.path).encode() if found else None).decode())
+        return found or self._read(path, verify=False)
+
+    def _newest(self) -> SavedRun:
+        problems: list[str] = []
+        for path in self.candidates():
+            try:
+                saved = self._read(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if holds_a_run(saved.content):
+                for problem in problems:
+                    log(f"warning: {problem}")
+                return saved
+        if problems:
+            raise CheckpointError("; ".join(problems))
+        raise UserError(f"--resume: no checkpoint in {self.folder}: check --output_dir, or start without --resume")
+
+    def _read(self, path: Path, *, verify: bool = True) -> SavedRun:
+        if not shards.is_sharded(path):
+            return SavedRun(path, file.read(path))
+        if verify:
+            shards.verify(path)
+        return SavedRun(path, shards.read_about(path))
+
+    def load_state(self, saved: SavedRun, model: ParallelModel, optimizer: MuonClip) -> None:
+        """Gives model and optimizer what was saved.
+
+        Raises:
+            CheckpointError: weights or optimizer state do not fit.
+        """
+        path, content = saved
+        chosen = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
+        if shards.is_sharded(path):
+            _load_shards(path, content, model, optimizer)
+        else:
+            file.require(path, content, "model", "optimizer")
+            load_weights(path, model, content["model"])
+            try:
+                _load_optimizer(content["optimizer"], model, optimizer)
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path}: the optimizer state does not fit: {error}") from error
+        for group, values in zip(optimizer.param_groups, chosen, strict=True):
+            group.update(values)  # the config rules, which a resume may have overridden
+
+
+def _is_whole(path: Path) -> bool:
+    with suppress(CheckpointError):
+        file.verify(path)
+        return True
+    return False
+
+
+def holds_a_run(content: Mapping[str, Any]) -> bool:
+    """Whether there is optimizer state to go on with, and not weights alone."""
+    return "optimizer" in content or "optimizer_groups" in content
+
+
+def _is_more_than_weights(path: Path) -> bool:
+    try:
+        return holds_a_run(file.read(path))
+    except CheckpointError:
+        return True
+
+
+def tensors_of(model: ParallelModel, optimizer: MuonClip) -> Iterator[tuple[str, Tensor]]:
+    """Weights, buffers and optimizer state under the names they have in a folder of shards, each as stored there."""
+    for name, tensor in model.model.state_dict().items():
+        yield f"model.{name}", model.as_dtensor(name, tensor)
+    for name, parameter, key in _optimizer_tensors(model, optimizer):
+        yield f"optimizer.{key}.{name}", model.as_dtensor(name, optimizer.state[parameter][key])
+
+
+def _optimizer_tensors(model: ParallelModel, optimizer: MuonClip) -> Iterator[tuple[str, Tensor, str]]:
+    """Name, parameter and key of every tensor of optimizer state; one that does not exist yet is made, as zeros."""
+    names = {id(p): name for name, p in model.model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key in STATE[group["kind"]]:
+                if key not in optimizer.state[parameter]:
+                    optimizer.state[parameter][key] = torch.zeros_like(parameter)
+                yield names[id(parameter)], parameter, key
+
+
+def _load_optimizer(saved: dict[str, Any], model: ParallelModel, optimizer: MuonClip) -> None:
+    if model.layout.mode != "fsdp":
+        optimizer.load_state_dict(saved)
+        return
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    wholes = {id(p): saved["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=True)}
+    for name, parameter, key in _optimizer_tensors(model, optimizer):
+        if saved["state"]:
+            model.copy_rows(name, optimizer.state[parameter][key], wholes[id(parameter)][key])
+    _load_steps(saved["param_groups"], optimizer)
+
+
+def _load_shards(path: Path, content: Mapping[str, Any], model: ParallelModel, optimizer: MuonClip) -> None:
+    tensors = dict(tensors_of(model, optimizer))
+    saved = {name: torch.empty(shape, device="meta") for name, (shape, _) in shards.shapes(path).items()}
+    file.check_fits(path, saved, tensors)
+    shards.load_into(path, tensors)
+    _load_steps(content["optimizer_groups"], optimizer)
+
+
+def _load_steps(groups: list[dict[str, Any]], optimizer: MuonClip) -> None:
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        if "step" in saved:
+            group["step"] = saved["step"]
