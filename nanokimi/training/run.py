@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanokimi import checkpoint
-from nanokimi.config import AUTO, ModelConfig, TrainConfig, from_dict
+from nanokimi.config import AUTO, ModelConfig, TrainConfig, field_names, from_dict
 from nanokimi.console import log
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
@@ -31,18 +31,11 @@ from nanokimi.training.loggers import check_loggers, open_loggers
 from nanokimi.training.saving import candidates, has_run, holds_a_run, newest_run, place_weights, read_run
 from nanokimi.training.trainer import Trainer
 
-# What a resume may change without being asked twice: none of it alters what a step computes,
-# but for the length of the run, by which the schedule is laid out anew.
-FREE_TO_CHANGE = frozenset(
-    {
-        "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
-        "device", "num_workers", "output_dir", "log", "activation_checkpointing", "parallel", "replicate",
-        "expert_parallel", "async_checkpoints", "timeout",
-    }
-)  # fmt: skip
-
-# What belongs to the place and the processes of a run and not to what it learns: never taken from a checkpoint.
-OF_THIS_PLACE = ("output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout")
+# What belongs to this machine and these processes: never taken from a checkpoint.
+LOCAL_FIELDS = field_names(TrainConfig, resume="local")
+# What a resume may change without --override: none of it alters what a step computes, but for the length of the run,
+# by which the schedule is laid out anew.
+FREE_FIELDS = frozenset(field_names(TrainConfig, resume="free") + LOCAL_FIELDS)
 
 LOCK = ".nanokimi.lock"  # in the folder of a run, held while it trains
 
@@ -76,7 +69,7 @@ def run_training(request: Request) -> int:
         raise UserError("--checkpoint_path names where to go on from: add --resume")
     if auto := request.train.get("batch_size") == AUTO:
         request = replace(request, train={k: v for k, v in request.train.items() if k != "batch_size"})
-    place = from_dict(TrainConfig, {k: v for k, v in request.train.items() if k in (*OF_THIS_PLACE, "device")})
+    place = from_dict(TrainConfig, {k: v for k, v in request.train.items() if k in (*LOCAL_FIELDS, "device")})
     output = Path(place.output_dir)
     with joined(place.device, place.timeout) as ranks, out_of_memory_explained():
         if ranks.launched and _started_again(output, ranks):
@@ -297,17 +290,17 @@ def _resumed_configs(request: Request, path: Path, content: dict[str, Any]) -> t
     saved_model = from_dict(ModelConfig, content["model_config"])
     if request.train.get("init_from", "") not in ("", saved_train.init_from):
         raise UserError(f"--init_from: --resume goes on with the weights of {path}: leave one of the two out")
-    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))} - {"preset", "init_from"}
+    known = {*field_names(TrainConfig), *field_names(ModelConfig)} - {*field_names(TrainConfig, resume="never")}
     if unknown := sorted(request.override - known):
         raise UserError(f"--override {', '.join(unknown)}: no such field, or none that a resume can change")
-    place = {name: request.train.get(name, getattr(TrainConfig, name)) for name in OF_THIS_PLACE}
+    place = {name: request.train.get(name, getattr(TrainConfig, name)) for name in LOCAL_FIELDS}
     config = replace(saved_train, **{**request.train, **place})
     model_config = replace(saved_model, **request.model)
     differences = [
         f"{name} (saved {earlier!r}, now {value!r})"
         for saved, asked in ((saved_train, request.train), (saved_model, request.model))
         for name, value in asked.items()
-        if (earlier := getattr(saved, name)) != value and name not in FREE_TO_CHANGE | request.override
+        if (earlier := getattr(saved, name)) != value and name not in FREE_FIELDS | request.override
     ]
     if differences:
         raise UserError(
