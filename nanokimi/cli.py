@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanokimi.cli_settings import (
-    DATA_FIELDS,
-    EVAL_FIELDS,
-    TRAIN_FIELDS,
     Parser,
     add_settings,
     gather_settings,
     spellings,
 )
+from nanokimi.config import TrainConfig, field_names
 from nanokimi.console import complain, log, show
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
-from nanokimi.insight.plan_report import PLAN_FIELDS, add_plan_arguments, plan_lines, question_of
+from nanokimi.insight.plan_report import add_plan_arguments, plan_lines, question_of
 from nanokimi.serve.arguments import add_serve_arguments, options_of
 
 
@@ -74,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_train(commands: Any) -> None:
     """``nanokimi train``: every field of TrainConfig is a flag of the same name."""
     parser = commands.add_parser("train", help="train a model", description="Train a model on a text.")
-    add_settings(parser, TRAIN_FIELDS)
+    add_settings(parser, field_names(TrainConfig))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
     parser.add_argument(*spellings("checkpoint_path"), default="", metavar="FILE", help="with --resume: from this one")
     parser.add_argument("--override", default="", metavar="FIELD,...", help="fields a resume may change all the same")
@@ -131,7 +129,7 @@ def add_prepare(commands: Any) -> None:
         description="Tokenises once what `nanokimi train` would read with the same flags. Killed, it goes on when "
         "called again. Train on the result with --dataset tokenbin.",
     )  # fmt: skip
-    add_settings(tokens, DATA_FIELDS - {"mix", "seed", "num_workers", "val_tokens", "shuffle_buffer"})
+    add_settings(tokens, field_names(TrainConfig, used_by="prepare"))
     tokens.add_argument("--output", default="data/tokens", metavar="FOLDER", help="(default: %(default)s)")
     tokens.add_argument(
         *spellings("shard_tokens"), type=int, default=100_000_000, metavar="N",
@@ -184,7 +182,7 @@ def add_inspect(commands: Any) -> None:
     data = subjects.add_parser(
         "data", help="what training will see", description="What training will see, read the way training reads it."
     )
-    add_settings(data, DATA_FIELDS)
+    add_settings(data, field_names(TrainConfig, used_by="inspect"))
     data.add_argument(
         "--sequences", type=int, default=1000, metavar="N",
         help="how many to look at; of a source that ends, at most one epoch (default: %(default)s)",
@@ -214,7 +212,7 @@ def add_eval(commands: Any) -> None:
         "Without a text and without --tasks: on the held-out part of what it was trained on.",
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, or a folder in Hugging Face format")
-    add_settings(parser, EVAL_FIELDS)
+    add_settings(parser, field_names(TrainConfig, used_by="eval"))
     parser.add_argument(
         "--batch_size", "--batch-size", default=argparse.SUPPRESS, metavar="N",
         help="windows per forward pass; no result depends on it (default: 8)",
@@ -332,7 +330,7 @@ def add_plan(commands: Any) -> None:
         description="Memory of a device by component, traffic, FLOPs and time of a step: of the layout that is named, "
         "or of all that are worth a look. Computed, nothing is run.",
     )  # fmt: skip
-    add_settings(parser, PLAN_FIELDS)
+    add_settings(parser, field_names(TrainConfig, used_by="plan"))
     add_plan_arguments(parser)
     parser.set_defaults(run=plan)
 

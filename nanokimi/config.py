@@ -1,17 +1,20 @@
-"""Every choice a user can make: ``ModelConfig``, ``TrainConfig``, the presets.
+"""Every choice a user can make: ``ModelConfig``, ``TrainConfig``, and everything that is known about each field.
 
 Both are frozen, validated once when they are made, and saved in every checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from configparser import ConfigParser
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, TypeVar
 
 from nanokimi.errors import ConfigError
+from nanokimi.presets import PRESETS
 
 MAX_SEED = 2**63 - 1
 AUTO = "auto"
@@ -19,87 +22,114 @@ AUTO = "auto"
 Config = TypeVar("Config", "ModelConfig", "TrainConfig")
 
 
-def _choice(default: Any, about: str, *choices: str) -> Any:
-    """A dataclass field that carries its own help text and, where closed, its allowed values."""
-    return field(default=default, metadata={"help": about, "choices": choices})
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a field beside its name, type and default; ``field_names`` finds fields by it.
+
+    Attributes:
+        help: one line for ``--help``.
+        choices: the only values that are allowed; empty allows all.
+        group: heading in ``--help`` (TrainConfig).
+        resume: what a resume may do with it: change it without being asked (``free``); change it with ``--override``
+            (``fixed``); ``never`` change it. ``local`` fields are free, and never taken from a checkpoint: they belong
+            to this machine and these processes.
+        used_by: commands other than ``train`` that have a flag for it.
+        decides_text: whether it decides which text is read, and in which order.
+        shapes_weights: whether it decides how many weights there are, and their shapes.
+        low, above, high, below: limits of a number: at least, more than, at most, less than.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    group: str = ""
+    resume: str = "fixed"
+    used_by: tuple[str, ...] = ()
+    decides_text: bool = False
+    shapes_weights: bool = False
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+
+def setting(default: Any, about: str, **facts: Any) -> Any:
+    """A dataclass field with its ``Facts`` as metadata."""
+    return field(default=default, metadata=vars(Facts(about, **facts)))
+
+
+def field_names(cls: type[ModelConfig] | type[TrainConfig], **facts: Any) -> tuple[str, ...]:
+    """Names of the fields of which all ``facts`` are true, in their order.
+
+    ``field_names(TrainConfig, resume="local")``; of a fact with several values one is named: ``used_by="eval"``.
+    """
+
+    def holds(known: Any, asked: Any) -> bool:
+        return asked in known if isinstance(known, tuple) else asked == known
+
+    return tuple(f.name for f in fields(cls) if all(holds(f.metadata[name], asked) for name, asked in facts.items()))
+
+
+_count = partial(setting, low=1)
+_shape = partial(setting, low=1, shapes_weights=True)
+_part = partial(setting, low=0, shapes_weights=True)
+_factor = partial(setting, low=0)
+_positive = partial(setting, above=0)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a model in the DeepSeek-V3 / Kimi K2 layout. The defaults are ``nano-243m``.
 
-    Attributes:
-        vocab_size: rows of embedding and head; in training it follows the tokenizer unless set.
-        max_seq_length: context in tokens.
-        n_dense_layers: leading layers with a plain SwiGLU MLP of width ``inter_dim``.
-        attention: ``mla`` is Multi-head Latent Attention; ``mha`` and ``gqa``, for comparison, have keys and values of
-            their own in every head, or in ``n_kv_heads`` that the query heads share, of MLA's widths.
-        n_shared_experts: experts every token visits, stored as one MLP.
-        kv_lora_rank: width of the shared key/value latent, the thing that is cached.
-        q_lora_rank: width of the query latent; 0 projects queries directly.
-        score_func: ``sigmoid`` (DeepSeek-V3) or ``softmax`` (DeepSeek-V2) router scores.
-        n_expert_groups, n_limited_groups: group-limited routing; 1 and 1 switch it off.
-        bias_update_rate: step of the auxiliary-loss-free balance bias (DeepSeek-V3, section 2.1.2).
-        aux_loss_coeff: weight of the sequence-wise balance loss (same section); 0 switches it off.
-        rope_factor: how many times longer than ``original_seq_len``, the context in training, YaRN makes the
-            context (see ``model.rope``); 1 is off.
-        beta_fast, beta_slow: pairs that turn more often than ``beta_fast`` times within the original context stay as
-            they are, those that turn less often than ``beta_slow`` times are slowed down by ``rope_factor``.
-        mscale, mscale_all_dim: growth of attention logits with ``rope_factor``, in the rotary dimensions and in all.
-
     Raises:
         ConfigError: a value is impossible; the message names the field and what to change.
     """
 
-    tokenizer_name: str = "HuggingFaceTB/SmolLM-135M"
-    vocab_size: int = 49152
-    dim: int = 896
-    n_heads: int = 8
-    n_layers: int = 6
-    max_seq_length: int = 1024
-    n_dense_layers: int = 1
-    inter_dim: int = 3968
-    n_routed_experts: int = 8
-    n_activated_experts: int = 2
-    n_shared_experts: int = 2
-    moe_inter_dim: int = 960
-    n_expert_groups: int = 1
-    n_limited_groups: int = 1
-    score_func: str = _choice("sigmoid", "router scores", "sigmoid", "softmax")
-    norm_topk_prob: bool = True
-    route_scale: float = 1.0
-    bias_update_rate: float = 0.001
-    aux_loss_coeff: float = 0.0001
-    attention: str = _choice("mla", "kind of attention", "mla", "mha", "gqa")
-    n_kv_heads: int = 1
-    kv_lora_rank: int = 256
-    q_lora_rank: int = 640
-    qk_nope_head_dim: int = 56
-    qk_rope_head_dim: int = 56
-    v_head_dim: int = 112
-    rope_theta: float = 10000.0
-    rope_factor: float = 1.0
-    original_seq_len: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    tokenizer_name: str = setting("HuggingFaceTB/SmolLM-135M", "byte, bpe:N, a folder, a tokenizer.json or a hub name")
+    vocab_size: int = _shape(49152, "rows of embedding and head; in training it follows the tokenizer unless set")
+    dim: int = _shape(896, "width of the model")
+    n_heads: int = _shape(8, "attention heads")
+    n_layers: int = _shape(6, "layers")
+    max_seq_length: int = _count(1024, "context in tokens", decides_text=True)
+    n_dense_layers: int = _part(1, "leading layers with a plain SwiGLU MLP instead of experts")
+    inter_dim: int = _shape(3968, "width of the plain MLPs")
+    n_routed_experts: int = _shape(8, "experts of a layer among which the router chooses")
+    n_activated_experts: int = _count(2, "routed experts that a token visits")
+    n_shared_experts: int = _part(2, "experts that every token visits, stored as one MLP")
+    moe_inter_dim: int = _shape(960, "width of an expert")
+    n_expert_groups: int = _count(1, "groups of experts for group-limited routing; 1 = off")
+    n_limited_groups: int = _count(1, "groups among which a token's experts are chosen")
+    score_func: str = setting(
+        "sigmoid", "router scores, as in DeepSeek-V3 or in DeepSeek-V2", choices=("sigmoid", "softmax")
+    )
+    norm_topk_prob: bool = setting(True, "let the gate weights of a token's routed experts sum to route_scale")
+    route_scale: float = _positive(1.0, "factor on the gate weights")
+    bias_update_rate: float = _factor(0.001, "step of the balance bias (DeepSeek-V3, section 2.1.2); 0 = off")
+    aux_loss_coeff: float = _factor(0.0001, "weight of the sequence-wise balance loss (same section); 0 = off")
+    attention: str = setting(
+        "mla",
+        "Multi-head Latent Attention, or for comparison: keys and values of their own in every head (mha), or in "
+        "n_kv_heads that the query heads share (gqa)",
+        choices=("mla", "mha", "gqa"),
+        shapes_weights=True,
+    )
+    n_kv_heads: int = _count(1, "heads of keys and values with gqa")
+    kv_lora_rank: int = _shape(256, "width of the shared key/value latent, which the cache holds")
+    q_lora_rank: int = _part(640, "width of the query latent; 0 = queries are projected directly")
+    qk_nope_head_dim: int = _part(56, "width of a query or key head without position")
+    qk_rope_head_dim: int = setting(56, "width of a query or key head with RoPE", low=2, shapes_weights=True)
+    v_head_dim: int = _shape(112, "width of a value head")
+    rope_theta: float = _positive(10000.0, "base of the RoPE frequencies")
+    rope_factor: float = _count(1.0, "YaRN: the context is longer than original_seq_len by this factor; 1 = off")
+    original_seq_len: int = _factor(0, "YaRN: context that the model was first trained with")
+    beta_fast: float = _positive(32.0, "YaRN: pairs with more turns than this in the original context keep their speed")
+    beta_slow: float = _positive(1.0, "YaRN: pairs with fewer turns than this are slowed down by rope_factor")
+    mscale: float = _factor(1.0, "YaRN: growth of attention logits with rope_factor, in the rotary dimensions")
+    mscale_all_dim: float = _factor(1.0, "YaRN: the same, in all dimensions")
+    norm_eps: float = _positive(1e-6, "epsilon of the blocks' RMSNorms")
+    init_std: float = _factor(0.02, "standard deviation of the initial weights")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(1, self, "vocab_size", "dim", "n_heads", "n_layers", "max_seq_length")
-        _require_at_least(1, self, "inter_dim", "n_routed_experts", "n_activated_experts", "moe_inter_dim")
-        _require_at_least(1, self, "n_expert_groups", "n_limited_groups", "kv_lora_rank", "v_head_dim", "n_kv_heads")
-        _require_at_least(0, self, "n_dense_layers", "n_shared_experts", "q_lora_rank", "qk_nope_head_dim")
-        _require_at_least(0, self, "bias_update_rate", "aux_loss_coeff", "init_std")
-        _require_at_least(2, self, "qk_rope_head_dim")
-        _require_at_least(0, self, "original_seq_len", "mscale", "mscale_all_dim")
-        _require_at_least(1, self, "rope_factor")
-        for name in ("route_scale", "rope_theta", "norm_eps", "beta_fast", "beta_slow"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        _check_fields(self)
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, choose an even number")
         if self.n_dense_layers > self.n_layers:
@@ -139,19 +169,19 @@ class ModelConfig:
 
     @property
     def key_value_heads(self) -> int:
-        """Heads that have keys and values of their own, but for ``mla``."""
+        """Heads that have keys and values of their own with ``mha`` or ``gqa``."""
         return self.n_kv_heads if self.attention == "gqa" else self.n_heads
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
-        """Numbers that a cache holds of each token in a layer: of latent and rotary key, else of keys and values."""
+        """Numbers that a cache holds per token and layer: of latent and rotary key (``mla``), or of keys and values."""
         if self.attention == "mla":
             return self.kv_lora_rank, self.qk_rope_head_dim
         return self.key_value_heads * self.qk_head_dim, self.key_value_heads * self.v_head_dim
 
     @property
     def n_moe_layers(self) -> int:
-        """Layers behind the leading dense ones."""
+        """Layers with experts, which follow the dense ones."""
         return self.n_layers - self.n_dense_layers
 
     @classmethod
@@ -162,107 +192,15 @@ class ModelConfig:
         return from_dict(cls, {**PRESETS[name], **overrides})
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "nano-243m": {},
-    "tiny": {
-        "tokenizer_name": "bpe:4096",
-        "vocab_size": 4096,
-        "dim": 192,
-        "n_heads": 3,
-        "n_layers": 4,
-        "max_seq_length": 256,
-        "inter_dim": 512,
-        "moe_inter_dim": 96,
-        "kv_lora_rank": 64,
-        "q_lora_rank": 96,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 64,
-    },
-    "debug": {
-        "tokenizer_name": "byte",
-        "vocab_size": 257,
-        "dim": 32,
-        "n_heads": 2,
-        "n_layers": 3,
-        "max_seq_length": 128,
-        "inter_dim": 64,
-        "moe_inter_dim": 16,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 24,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-    },
-    "kimi-k2": {
-        "tokenizer_name": "moonshotai/Kimi-K2-Base",
-        "vocab_size": 163840,
-        "dim": 7168,
-        "n_heads": 64,
-        "n_layers": 61,
-        "max_seq_length": 131072,
-        "inter_dim": 18432,
-        "n_routed_experts": 384,
-        "n_activated_experts": 8,
-        "n_shared_experts": 1,
-        "moe_inter_dim": 2048,
-        "route_scale": 2.827,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "rope_theta": 50000.0,
-        "rope_factor": 32.0,
-        "original_seq_len": 4096,
-        "beta_fast": 1.0,
-    },
-    "deepseek-v3": {
-        "tokenizer_name": "deepseek-ai/DeepSeek-V3",
-        "vocab_size": 129280,
-        "dim": 7168,
-        "n_heads": 128,
-        "n_layers": 61,
-        "n_dense_layers": 3,
-        "max_seq_length": 163840,
-        "inter_dim": 18432,
-        "n_routed_experts": 256,
-        "n_activated_experts": 8,
-        "n_shared_experts": 1,
-        "moe_inter_dim": 2048,
-        "n_expert_groups": 8,
-        "n_limited_groups": 4,
-        "route_scale": 2.5,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "rope_factor": 40.0,
-        "original_seq_len": 4096,
-    },
-    "moonlight-16b": {
-        "tokenizer_name": "moonshotai/Moonlight-16B-A3B",
-        "vocab_size": 163840,
-        "dim": 2048,
-        "n_heads": 16,
-        "n_layers": 27,
-        "max_seq_length": 8192,
-        "inter_dim": 11264,
-        "n_routed_experts": 64,
-        "n_activated_experts": 6,
-        "n_shared_experts": 2,
-        "moe_inter_dim": 1408,
-        "route_scale": 2.446,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 0,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "rope_theta": 50000.0,
-        "norm_eps": 1e-5,
-    },
-}
+_start = partial(setting, group="model", resume="never")
+_source = partial(setting, group="text", decides_text=True, used_by=("prepare", "inspect", "eval"))
+_steps = partial(setting, group="steps")
+_optimizer = partial(setting, group="optimizer")
+_schedule = partial(setting, group="learning rate schedule")
+_evaluation = partial(setting, group="evaluation", resume="free")
+_output = partial(setting, group="output")
+_device = partial(setting, group="device")
+_ranks = partial(setting, group="several devices (start with torchrun)", resume="local")
 
 
 @dataclass(frozen=True)
@@ -273,91 +211,136 @@ class TrainConfig:
         ConfigError: a value is impossible; the message names the flag.
     """
 
-    preset: str = _choice("nano-243m", "model shape", *PRESETS)
-    init_from: str = _choice("", "begin with the weights and the tokenizer of this checkpoint or Hugging Face folder")
-    dataset: str = _choice(
-        "local", "where the text comes from", "local", "hfstreaming", "fineweb", "localstreaming", "tokenbin"
+    preset: str = _start(
+        "nano-243m", "size and shape of the model", choices=tuple(PRESETS), used_by=("prepare", "inspect", "plan")
     )
-    data_path: str = _choice("data/train.txt", "file, folder or pattern to train on; several with commas")
-    mix: str = _choice("", "several sources by weight, such as a.txt=0.7,tokenbin:b=0.3")
-    val_path: str = _choice("", "held-out data of their own (default: a part of the training data)")
-    val_fraction: float = _choice(0.05, "share of the data that is held out")
-    val_tokens: int = _choice(16384, "held-out tokens per evaluation, evenly spread; 0 takes all")
-    hf_repo_name: str = _choice("", "hub data set")
-    hf_config: str = _choice("", "configuration of the hub data set")
-    hf_split: str = _choice("train", "split of the hub data set")
-    hf_revision: str = _choice("", "commit, branch or tag of the hub data set; the newest, which a resume keeps to")
-    text_column: str = _choice("", "column or JSON field that holds the text")
-    num_samples: int = _choice(10000, "documents taken from the hub data set; 0 takes all")
-    streaming: bool = _choice(False, "stream FineWeb instead of keeping a sample")
-    shuffle_buffer: int = _choice(1024, "sequences of a stream among which the next is drawn; 1 keeps their order")
-    encoding_errors: str = _choice("strict", "bytes that are not UTF-8", "strict", "replace")
-    mask_documents: bool = _choice(False, "attend within a document only")
-    optimizer: str = _choice(
-        "muonclip", "MuonClip; Muon, without QK-Clip; or AdamW for all, with its rate", "muonclip", "muon", "adamw"
+    init_from: str = _start("", "start with the weights and the tokenizer of this checkpoint or Hugging Face folder")
+    dataset: str = _source(
+        "local",
+        "kind of source: files; a data set of the Hugging Face hub; FineWeb; files read as a stream; token files",
+        choices=("local", "hfstreaming", "fineweb", "localstreaming", "tokenbin"),
     )
-    batch_size: int = _choice(2, "sequences per forward pass; auto: as many of a step's as the memory holds")
-    gradient_accumulation: int = _choice(2, "forward passes per optimizer step")
-    max_steps: int = _choice(1000, "optimizer steps")
-    max_seconds: float = _choice(0.0, "end after this much training time, schedule included; 0 = no limit")
-    learning_rate: float = _choice(0.02, "Muon's rate")
-    adam_lr: float = _choice(0.02, "AdamW's rate: embedding, head, norms")
-    momentum: float = _choice(0.95, "Muon's momentum")
-    weight_decay: float = _choice(0.01, "decoupled decay of every matrix")
-    adjust_lr_fn: str = _choice("original", "Muon's scale; 0.02 is meant for 'original'", "original", "match_rms_adamw")
-    qk_clip_tau: float = _choice(100.0, "largest attention logit allowed; 0 switches QK-Clip off")
-    qk_clip_meter: str = _choice(
-        "lse", "logits read as an upper bound for free, or exactly when near tau", "lse", "exact"
+    data_path: str = _source("data/train.txt", "file, folder or pattern to read; separate several by commas")
+    mix: str = _source(
+        "", "train on several sources by weight, as in a.txt=0.7,tokenbin:b=0.3", used_by=("inspect", "eval")
     )
-    max_grad_norm: float = _choice(1.0, "gradient norm limit; 0 = none")
-    schedule: str = _choice("wsd", "learning rate after warm-up", "wsd", "cosine", "constant")
-    warmup_steps: int = _choice(100, "steps of linear warm-up")
-    decay_fraction: float = _choice(0.4, "last part of the run in which 'wsd' decays to zero")
-    eval_interval: int = _choice(25, "steps between held-out evaluations; 0 = never")
-    save_interval: int = _choice(500, "steps between checkpoints; 0 = only at the end")
-    samples: int = _choice(0, "samples printed along the way, evenly spread")
-    sample_prompt: str = _choice("def main(", "prompt of the printed samples")
-    max_skipped_steps: int = _choice(10, "non-finite steps in a row before the run stops")
-    output_dir: str = _choice(".", "folder for checkpoints/ and logs/")
-    log: str = _choice("", "report to tensorboard, wandb or trackio too; several with commas")
-    device: str = _choice("auto", "auto, cpu, cuda, cuda:N or mps")
-    parallel: str = _choice(
-        "auto", "under torchrun: replicas, or shards (auto: replicas where one fits)", "auto", "ddp", "fsdp"
+    val_path: str = _source("", "file or folder to evaluate on, instead of a held-out part of the training text")
+    val_fraction: float = _source(0.05, "share of the text that is held out from training", low=0, below=1)
+    val_tokens: int = _evaluation(
+        16384, "tokens per evaluation, evenly spread over the held-out text; 0 = all", low=0, used_by=("inspect",)
     )
-    replicate: int = _choice(1, "replicas of a model that is sharded over the other ranks")
-    expert_parallel: int = _choice(0, "ranks over which the routed experts are dealt out; 0 = with the other weights")
-    async_checkpoints: bool = _choice(False, "write the checkpoints of a sharded model while training goes on")
-    timeout: float = _choice(600.0, "seconds that a rank waits for the others before the run ends")
-    mixed_precision: str = _choice("auto", "bf16 autocast (auto: on CUDA)", "auto", "on", "off")
-    compile: str = _choice("auto", "torch.compile (auto: on CUDA, in long runs on a CPU)", "auto", "on", "off")
-    activation_checkpointing: bool = _choice(False, "compute blocks twice to keep less in memory; same results")
-    num_workers: int = _choice(0, "background processes that load data")
-    seed: int = _choice(1337, "initial weights and data order")
-    deterministic: bool = _choice(False, "refuse operations that are not reproducible")
+    hf_repo_name: str = _source("", "data set on the Hugging Face hub: OWNER/NAME")
+    hf_config: str = _source("", "configuration of the hub data set")
+    hf_split: str = _source("train", "split of the hub data set")
+    hf_revision: str = _source(
+        "", "commit, branch or tag of the hub data set; none = the newest, to which a resume keeps", used_by=()
+    )
+    text_column: str = _source("", "column or JSON field that holds the text; none = 'text', or the only one")
+    num_samples: int = _source(10000, "documents taken from the hub data set; 0 = all", low=0)
+    streaming: bool = _source(False, "read FineWeb as a stream instead of keeping a sample on disk")
+    shuffle_buffer: int = setting(
+        1024,
+        "a stream is shuffled by drawing the next sequence from this many; 1 = keep its order",
+        group="text",
+        used_by=("inspect",),
+        low=1,
+    )
+    encoding_errors: str = _source(
+        "strict", "bytes that are not UTF-8: stop, or put a replacement character there", choices=("strict", "replace")
+    )
+    mask_documents: bool = setting(False, "let tokens attend only within their own document", group="text")
+    optimizer: str = _optimizer(
+        "muonclip",
+        "MuonClip; Muon, which lacks QK-Clip; or AdamW for all weights, with --adam_lr",
+        choices=("muonclip", "muon", "adamw"),
+    )
+    batch_size: int = _steps(
+        2,
+        "sequences per forward pass; auto = as many as fit into memory, in steps of the same size",
+        low=1,
+        used_by=("plan",),
+    )
+    gradient_accumulation: int = _steps(2, "forward passes per optimizer step", low=1, used_by=("plan",))
+    max_steps: int = _steps(1000, "optimizer steps of the whole run", low=1, resume="free")
+    max_seconds: float = _steps(
+        0.0, "end after this much training time, with the schedule laid out for it; 0 = no limit", low=0, resume="free"
+    )
+    learning_rate: float = _optimizer(0.02, "learning rate of Muon, for the matrices", low=0)
+    adam_lr: float = _optimizer(0.02, "learning rate of AdamW, for embedding, head and norms", low=0)
+    momentum: float = _optimizer(0.95, "momentum of Muon", low=0, below=1)
+    weight_decay: float = _optimizer(0.01, "decoupled weight decay of every matrix", low=0)
+    adjust_lr_fn: str = _optimizer(
+        "original",
+        "how Muon scales its update; a learning rate of 0.02 is meant for 'original'",
+        choices=("original", "match_rms_adamw"),
+    )
+    qk_clip_tau: float = _optimizer(100.0, "largest attention logit that QK-Clip allows; 0 = no QK-Clip", low=0)
+    qk_clip_meter: str = _optimizer(
+        "lse",
+        "how QK-Clip measures logits: an upper bound that costs nothing, or exactly once the bound is near tau",
+        choices=("lse", "exact"),
+    )
+    max_grad_norm: float = _optimizer(1.0, "largest norm of the gradient, which is scaled down to it; 0 = none", low=0)
+    schedule: str = _schedule(
+        "wsd",
+        "after the warm-up: level with a linear decay at the end, cosine, or constant",
+        choices=("wsd", "cosine", "constant"),
+    )
+    warmup_steps: int = _schedule(100, "steps over which the rate rises from 0", low=0)
+    decay_fraction: float = _schedule(0.4, "last part of the run, in which 'wsd' decays to 0", low=0, high=1)
+    eval_interval: int = _evaluation(25, "steps between evaluations on held-out text; 0 = never", low=0)
+    save_interval: int = _output(500, "steps between checkpoints; 0 = only at the end", low=0, resume="free")
+    samples: int = _evaluation(0, "texts that the model writes during the run, evenly spread", low=0)
+    sample_prompt: str = _evaluation("def main(", "prompt of these texts")
+    max_skipped_steps: int = _steps(10, "end after so many steps in a row that are skipped as not finite", low=1)
+    output_dir: str = _output(".", "folder for checkpoints/ and logs/", resume="local")
+    log: str = _output("", "report to tensorboard, wandb or trackio too; separate several by commas", resume="free")
+    device: str = _device("auto", "auto, cpu, cuda, cuda:N or mps", resume="free", used_by=("eval",))
+    parallel: str = _ranks(
+        "auto",
+        "a whole model on every rank (ddp), or the model in shards (fsdp); auto = ddp where a whole model fits",
+        choices=("auto", "ddp", "fsdp"),
+        used_by=("plan",),
+    )
+    replicate: int = _ranks(
+        1, "with fsdp: replicas of the model, each sharded over its part of the ranks", low=1, used_by=("plan",)
+    )
+    expert_parallel: int = _ranks(
+        0,
+        "with fsdp: ranks over which routed experts are distributed; 0 = like other weights",
+        low=0,
+        used_by=("plan",),
+    )
+    async_checkpoints: bool = _ranks(False, "with fsdp: write checkpoints while training goes on")
+    timeout: float = _ranks(600.0, "seconds that a rank waits for the others before the run ends", low=1)
+    mixed_precision: str = _device(
+        "auto", "bf16 autocast; auto = on CUDA devices that have bf16", choices=("auto", "on", "off"), used_by=("plan",)
+    )
+    compile: str = _device(
+        "auto", "torch.compile; auto = on CUDA, on a CPU in long runs", choices=("auto", "on", "off")
+    )
+    activation_checkpointing: bool = _device(
+        False, "compute each block twice to keep less in memory; same results", resume="free", used_by=("plan",)
+    )
+    num_workers: int = _device(0, "background processes that load data", low=0, resume="free", used_by=("inspect",))
+    seed: int = setting(
+        1337,
+        "seed of the initial weights and of the order of the text",
+        group="steps",
+        decides_text=True,
+        used_by=("inspect",),
+        low=0,
+        high=MAX_SEED,
+    )
+    deterministic: bool = _device(False, "refuse operations whose results are not reproducible")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(
-            1, self, "batch_size", "gradient_accumulation", "max_steps", "max_skipped_steps", "shuffle_buffer",
-            "replicate", "timeout", flag="--",
-        )  # fmt: skip
-        _require_at_least(
-            0, self, "learning_rate", "adam_lr", "weight_decay", "qk_clip_tau", "max_grad_norm", "max_seconds",
-            "warmup_steps", "eval_interval", "save_interval", "samples", "val_tokens", "num_workers", "num_samples",
-            "seed", "expert_parallel", flag="--",
-        )  # fmt: skip
-        for name in ("momentum", "val_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.seed > MAX_SEED:
-            raise ConfigError(f"--seed must be from 0 to {MAX_SEED}, got {self.seed}")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(f"--decay_fraction must be in [0, 1], got {self.decay_fraction}")
+        _check_fields(self)
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """Builds a config from plain values; an unknown key raises with the nearest known names."""
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in fields(cls)}
     for name in values:
         if name not in known:
             raise ConfigError(f"unknown field {name!r} in {cls.__name__}{suggest(name, known)}")
@@ -374,46 +357,39 @@ def suggest(name: str, known: set[str]) -> str:
 
 def parse_value(cls: type[ModelConfig] | type[TrainConfig], name: str, text: str) -> Any:
     """Reads ``text`` (as given to ``--set``) as a value for field ``name`` of ``cls``."""
-    kind = {f.name: f.type for f in dataclasses.fields(cls)}[name]
     if (name, text) == ("batch_size", AUTO):
-        return AUTO  # for whoever starts a run to make a number of
-    if kind == "bool":
-        words = {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-        }
-        if text.lower() not in words:
-            raise ConfigError(f"{name} takes true or false, got {text!r}")
-        return words[text.lower()]
+        return AUTO  # becomes a number where the run starts
+    kind = next(str(f.type) for f in fields(cls) if f.name == name)
     try:
-        return {"int": int, "float": float, "str": str}[str(kind)](text)
-    except ValueError:
-        raise ConfigError(f"{name} takes {_KINDS[str(kind)]}, got {text!r}") from None
+        if kind == "bool":
+            return ConfigParser.BOOLEAN_STATES[text.lower()]
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{name} takes {_KINDS[kind]}, got {text!r}") from None
 
 
 _KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
-_ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_ACCEPTED: dict[str, Any] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+_LIMITS = {
+    "low": (operator.ge, "{} or more"),
+    "above": (operator.gt, "more than {}"),
+    "high": (operator.le, "{} or less"),
+    "below": (operator.lt, "less than {}"),
+}
 
 
-def _check_types(config: ModelConfig | TrainConfig) -> None:
+def _check_fields(config: ModelConfig | TrainConfig) -> None:
+    """Raises ConfigError for the first field of a wrong type, out of its choices or beyond its limits."""
     flag = "--" if isinstance(config, TrainConfig) else ""
-    for f in dataclasses.fields(config):
-        value, kind = getattr(config, f.name), str(f.type)
+    for f in fields(config):
+        value, kind, choices = getattr(config, f.name), str(f.type), f.metadata["choices"]
         if not isinstance(value, _ACCEPTED[kind]) or (isinstance(value, bool) and kind != "bool"):
             raise ConfigError(f"{flag}{f.name} takes {_KINDS[kind]}, got {value!r}")
-        choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(f"{flag}{f.name} is {value!r}: choose one of {', '.join(choices)}")
-
-
-def _require_at_least(low: int, config: ModelConfig | TrainConfig, *names: str, flag: str = "") -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value < math.inf:
-            raise ConfigError(f"{flag}{name} must be {low} or more, got {value}")
+        limits = {name: f.metadata[name] for name in _LIMITS if f.metadata[name] is not None}
+        finite = not limits or -math.inf < value < math.inf
+        if not finite or not all(_LIMITS[name][0](value, limit) for name, limit in limits.items()):
+            words = [_LIMITS[name][1].format(limit) for name, limit in limits.items()]
+            words += [] if finite else ["finite"]
+            raise ConfigError(f"{flag}{f.name} must be {' and '.join(words)}, got {value}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanokimi.config import ModelConfig, TrainConfig, from_dict, parse_value
+from nanokimi.config import ModelConfig, TrainConfig, field_names, from_dict, parse_value
 from nanokimi.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ from nanokimi.errors import ConfigError
         ({"n_dense_layers": 7}, r"n_dense_layers \(7\) exceeds n_layers \(6\)"),
         ({"dim": 12.5}, "dim takes a whole number"),
         ({"norm_topk_prob": 1}, "norm_topk_prob takes true or false"),
-        ({"route_scale": float("nan")}, "route_scale must be positive"),
+        ({"route_scale": float("nan")}, "route_scale must be more than 0 and finite, got nan"),
         ({"nheads": 8}, "unknown field 'nheads' in ModelConfig: did you mean n_heads"),
     ],
 )
@@ -38,6 +38,10 @@ def test_impossible_models_are_refused_in_one_line(values: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"val_fraction": 1.0}, "--val_fraction must be 0 or more and less than 1, got 1.0"),
+        ({"decay_fraction": 1.5}, "--decay_fraction must be 0 or more and 1 or less, got 1.5"),
+        ({"max_seconds": float("inf")}, "--max_seconds must be 0 or more and finite, got inf"),
+        ({"seed": 2**63}, "--seed must be 0 or more and 9223372036854775807 or less"),
         ({"learning_rate": -0.1}, "--learning_rate must be 0 or more, got -0.1"),  # fault 32
         ({"learning_rate": float("nan")}, "--learning_rate"),
         ({"max_steps": 0}, "--max_steps must be 1 or more, got 0"),  # fault 34
@@ -45,7 +49,7 @@ def test_impossible_models_are_refused_in_one_line(values: dict[str, Any], messa
         ({"batch_size": 0}, "--batch_size must be 1 or more"),  # fault 35
         ({"max_grad_norm": -1.0}, "--max_grad_norm must be 0 or more"),  # fault 38
         ({"num_workers": -1}, "--num_workers must be 0 or more"),
-        ({"momentum": 1.0}, r"--momentum must be in \[0, 1\)"),
+        ({"momentum": 1.0}, "--momentum must be 0 or more and less than 1, got 1.0"),
         ({"schedule": "step"}, "--schedule is 'step': choose one of wsd"),
         ({"preset": "huge"}, "--preset is 'huge': choose one of nano-243m"),
     ],
@@ -80,3 +84,32 @@ def test_values_given_as_text_are_read_by_the_type_of_their_field(name: str, tex
 def test_values_of_the_wrong_type_are_refused(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} takes"):
         parse_value(ModelConfig, name, text)
+
+
+def test_what_is_known_about_a_field_names_exactly_these() -> None:
+    source = {
+        "dataset", "data_path", "val_path", "val_fraction", "hf_repo_name", "hf_config", "hf_split", "text_column",
+        "num_samples", "streaming", "encoding_errors",
+    }  # fmt: skip
+    local = {"output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout"}
+    free = {
+        "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
+        "device", "num_workers", "log", "activation_checkpointing",
+    }  # fmt: skip
+    plan = {"batch_size", "gradient_accumulation", "activation_checkpointing", "mixed_precision", "parallel"}
+    inspect = {"preset", "mix", "val_tokens", "shuffle_buffer", "num_workers", "seed"}
+
+    def names(**facts: Any) -> set[str]:
+        return set(field_names(TrainConfig, **facts))
+
+    assert names(used_by="prepare") == source | {"preset"}
+    assert names(used_by="inspect") == source | inspect
+    assert names(used_by="eval") == source | {"mix", "device"}
+    assert names(used_by="plan") == plan | {"preset", "replicate", "expert_parallel"}
+    assert names(resume="local") == local
+    assert names(resume="free") == free
+    assert names(resume="never") == {"preset", "init_from"}
+    assert names(resume="fixed") == names() - local - free - {"preset", "init_from"}
+    assert names(decides_text=True) == source | {"mix", "hf_revision", "seed"}
+    assert field_names(ModelConfig, decides_text=True) == ("max_seq_length",)
+    assert all(f.metadata["group"] and f.metadata["help"] for f in dataclasses.fields(TrainConfig))

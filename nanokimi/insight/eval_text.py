@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanokimi.config import TrainConfig
+from nanokimi.config import TrainConfig, field_names
 from nanokimi.data.corpus import Finite
 from nanokimi.data.documents import START, Advance
 from nanokimi.data.packing import TokenRow
@@ -25,10 +25,7 @@ from nanokimi.errors import UserError
 
 ENCODED_CHARACTERS = 1 << 22  # a longer document is tokenised in stretches of about so many
 BLOCK_TOKENS = 1 << 20
-SETTINGS = (
-    "dataset", "data_path", "mix", "val_path", "val_fraction", "hf_repo_name", "hf_config", "hf_split", "hf_revision",
-    "text_column", "num_samples", "streaming", "encoding_errors",
-)  # fmt: skip
+SETTINGS = field_names(TrainConfig, group="text", decides_text=True)
 
 Say = Callable[[str], None]
 

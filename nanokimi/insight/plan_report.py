@@ -25,10 +25,6 @@ from nanokimi.insight.planner import (
 )
 
 GB, TERA = 1e9, 1e12
-PLAN_FIELDS = {
-    "preset", "batch_size", "gradient_accumulation", "activation_checkpointing", "mixed_precision", "parallel",
-    "replicate", "expert_parallel",
-}  # fmt: skip
 COMPONENTS = {
     "weights": "weights",
     "gradients": "gradients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from nanokimi.checkpoint.file import require
 from nanokimi.checkpoint.run import Checkpoints, SavedRun, holds_a_run
 from nanokimi.checkpoint.weights import load_weights
-from nanokimi.config import AUTO, ModelConfig, TrainConfig, from_dict
+from nanokimi.config import AUTO, ModelConfig, TrainConfig, field_names, from_dict
 from nanokimi.console import log
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
@@ -31,18 +31,11 @@ from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers
 from nanokimi.training.trainer import Trainer
 
-# What a resume may change without being asked twice: none of it alters what a step computes,
-# but for the length of the run, by which the schedule is laid out anew.
-FREE_TO_CHANGE = frozenset(
-    {
-        "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
-        "device", "num_workers", "output_dir", "log", "activation_checkpointing", "parallel", "replicate",
-        "expert_parallel", "async_checkpoints", "timeout",
-    }
-)  # fmt: skip
-
-# What belongs to the place and the processes of a run and not to what it learns: never taken from a checkpoint.
-OF_THIS_PLACE = ("output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout")
+# What belongs to this machine and these processes: never taken from a checkpoint.
+LOCAL_FIELDS = field_names(TrainConfig, resume="local")
+# What a resume may change without --override: none of it alters what a step computes, but for the length of the run,
+# by which the schedule is laid out anew.
+FREE_FIELDS = frozenset(field_names(TrainConfig, resume="free") + LOCAL_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def run_training(arguments: TrainArguments) -> int:
     """
     if arguments.checkpoint_path and not arguments.resume:
         raise UserError("--checkpoint_path names where to go on from: add --resume")
-    local = from_dict(TrainConfig, {k: v for k, v in arguments.settings.items() if k in (*OF_THIS_PLACE, "device")})
+    local = from_dict(TrainConfig, {k: v for k, v in arguments.settings.items() if k in (*LOCAL_FIELDS, "device")})
     folder = Path(local.output_dir) / "checkpoints"
     with process_group(local.device, local.timeout), out_of_memory_explained():
         checkpoints = Checkpoints(folder, asynchronous=local.async_checkpoints, timeout=local.timeout)
@@ -233,21 +226,21 @@ def resumed_configs(arguments: TrainArguments, saved: SavedRun) -> tuple[TrainCo
     asked = _as_cut_before(arguments.settings, saved_train) if arguments.auto_batch else arguments.settings
     if asked.get("init_from", "") not in ("", saved_train.init_from):
         raise UserError(f"--init_from: --resume goes on with the weights of {path}: leave one of the two out")
-    known = {f.name for f in (*fields(TrainConfig), *fields(ModelConfig))} - {"preset", "init_from"}
+    known = {*field_names(TrainConfig), *field_names(ModelConfig)} - {*field_names(TrainConfig, resume="never")}
     if unknown := sorted(arguments.override - known):
         raise UserError(f"--override {', '.join(unknown)}: no such field, or none that a resume can change")
     differences = [
         f"{name} (saved {earlier!r}, now {value!r})"
         for config, values in ((saved_train, asked), (saved_model, arguments.model))
         for name, value in values.items()
-        if (earlier := getattr(config, name)) != value and name not in FREE_TO_CHANGE | arguments.override
+        if (earlier := getattr(config, name)) != value and name not in FREE_FIELDS | arguments.override
     ]
     if differences:
         raise UserError(
             f"{path} was trained with other settings: {', '.join(differences)}: "
             "leave them out, or name those to change with --override"
         )
-    local = {name: asked.get(name, getattr(TrainConfig, name)) for name in OF_THIS_PLACE}
+    local = {name: asked.get(name, getattr(TrainConfig, name)) for name in LOCAL_FIELDS}
     return replace(saved_train, **{**asked, **local}), replace(saved_model, **arguments.model)
 
 

@@ -16,7 +16,7 @@ import torch
 from nanokimi.checkpoint.file import require
 from nanokimi.checkpoint.run import Checkpoints, SavedRun
 from nanokimi.checkpoint.weights import build_model
-from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.config import ModelConfig, TrainConfig, field_names
 from nanokimi.console import printable
 from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Corpus, Reading
@@ -38,13 +38,8 @@ from nanokimi.training.step import TrainingStep
 
 SAMPLE_TOKENS = 60
 
-# Fields that decide which text is read in which order: to override one is to give up the exact place in the data.
-DATA_FIELDS = frozenset(
-    {
-        "dataset", "data_path", "mix", "val_path", "val_fraction", "encoding_errors", "seed", "max_seq_length",
-        "hf_repo_name", "hf_config", "hf_split", "hf_revision", "text_column", "num_samples", "streaming",
-    }
-)  # fmt: skip
+# To override one of these is to give up the exact place in the text.
+TEXT_FIELDS = {*field_names(TrainConfig, decides_text=True), *field_names(ModelConfig, decides_text=True)}
 
 
 @dataclass
@@ -367,7 +362,7 @@ class Trainer:
         """
         path, content = saved
         require(path, content, "counters", "data", "random", "exact_logits")
-        moved = bool(override & DATA_FIELDS)
+        moved = bool(override & TEXT_FIELDS)
         if content["data"]["sha256"] != self.corpus.train.identity and not moved:
             raise UserError(
                 f"{path} was trained on another text than the settings give now: restore it, or --override data_path"

@@ -294,7 +294,7 @@ def test_a_full_disk_ends_it_in_one_line_and_it_goes_on(
         (("--dataset", "tokenbin"), "--dataset tokenbin: prepare one source of text"),
         (("--dataset", "hfstreaming"), "--hf_repo_name (empty)"),
         (("--data_path", "gone.txt"), "--data_path gone.txt: no such file"),
-        (("--val_fraction", "1"), "--val_fraction must be in [0, 1)"),
+        (("--val_fraction", "1"), "--val_fraction must be 0 or more and less than 1"),
         (("--set", "tokenizer_name=bpe:3"), "needs at least 257 entries"),
     ],
 )

@@ -17,7 +17,7 @@ from test_run import assert_same_run, history, refused
 
 from nanokimi import checkpoint
 from nanokimi.cli import main
-from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.config import ModelConfig, TrainConfig, field_names
 from nanokimi.data.corpus import Reading
 from nanokimi.data.sources import open_corpus
 from nanokimi.loading import load
@@ -129,11 +129,7 @@ def test_the_fields_that_shape_weights_are_known() -> None:
         for name, value in asdict(base).items()
         if weight_shapes(replace(base, **{name: another(name, value)})) != weight_shapes(base)
     }
-    assert shaping == {
-        "vocab_size", "dim", "n_heads", "n_layers", "n_dense_layers", "inter_dim", "n_routed_experts",
-        "n_shared_experts", "moe_inter_dim", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-        "v_head_dim", "attention",
-    }  # fmt: skip
+    assert shaping == set(field_names(ModelConfig, shapes_weights=True))
 
 
 @pytest.mark.parametrize(

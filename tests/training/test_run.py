@@ -258,7 +258,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--set", "n_layers=-1"], "n_layers"),
         (["--set", "n_layer=3"], "did you mean n_layers"),
         (["--set", "dim"], "write it as FIELD=VALUE"),
-        (["--seed", "99999999999999999999"], "--seed must be from 0 to"),
+        (["--seed", "99999999999999999999"], "--seed must be 0 or more"),
         (["--dataset", "fineweb"], "the Hugging Face hub cannot be reached"),  # fault 27
         (["--samples", "1", "--sample_prompt", "x" * 200], "--sample_prompt has 200 tokens and the context holds 64"),
         (["--set", "vocab_size=100"], "vocab_size 100 is below the tokenizer's 257"),
