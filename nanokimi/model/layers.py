@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.model.roles import EMBEDDING, MATRIX, NORM, Role
-from nanokimi.ops.gated import gated
-from nanokimi.ops.products import linear
+from nanokimi.ops.products import gated, linear
 
 LATENT_EPS = 1e-6  # of the norms inside attention: every engine that reads these weights hard-wires it
 

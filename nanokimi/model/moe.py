@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from nanokimi.config import ModelConfig
 from nanokimi.model.layers import PreciseBuffers, SwiGLU
 from nanokimi.model.roles import EXPERTS, MATRIX
-from nanokimi.ops.gated import gated
-from nanokimi.ops.grouped import grouped_linear, permute
-from nanokimi.ops.products import at_least_fp32
+from nanokimi.ops.products import at_least_fp32, gated, grouped_linear, permute
 
 
 class Routing(NamedTuple):

@@ -347,7 +347,12 @@ def _counted(tokens: Tensor, labelled: Tensor | None, documents: Tensor | None) 
     return counted if documents is None else counted & (documents >= 0)
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Of every tensor in the state of ``Transformer(config)``, by name; takes no memory."""
+def meta_model(config: ModelConfig) -> Transformer:
+    """``Transformer(config)`` on the meta device: its names, shapes and counts, without any memory."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+        return Transformer(config)
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every tensor in the state dict of ``Transformer(config)``, by name."""
+    return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}

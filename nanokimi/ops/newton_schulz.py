@@ -34,6 +34,15 @@ def reference_newton_schulz(g: Tensor, *, steps: int = STEPS) -> Tensor:
     return x.mT if g.shape[0] > g.shape[1] else x
 
 
+def newton_schulz_flops(rows: int, cols: int, *, steps: int = STEPS) -> int:
+    """FLOPs of the iteration on one matrix, with l its long and s its short side: ``2 steps s² (2 l + s)``.
+
+    Three products a step: s x l by l x s, s x s by s x s, s x s by s x l. Half-products by symmetry count in full.
+    """
+    short, long = sorted((rows, cols))
+    return 2 * steps * short**2 * (2 * long + short)
+
+
 def best_dtype(device: torch.device, stored: torch.dtype = torch.float32) -> torch.dtype:
     """bf16 where the hardware multiplies it, else fp32 (bf16 is 23 to 41 times slower on a CPU without it).
 
