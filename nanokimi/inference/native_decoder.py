@@ -16,9 +16,8 @@ from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, extended, fitting_le
 from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
 from nanokimi.model.attention import MLA
 from nanokimi.model.cache import LatentCache
-from nanokimi.model.layers import LATENT_EPS
+from nanokimi.model.layers import LATENT_EPS, softmax_scale
 from nanokimi.model.moe import MoE
-from nanokimi.model.rope import softmax_scale
 from nanokimi.model.transformer import Block, Transformer
 from nanokimi.native import build
 from nanokimi.native.huge_pages import prefer_huge_pages

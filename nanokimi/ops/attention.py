@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nanokimi.ops.products import at_least_fp32
 
-ROWS_PER_CHUNK = 128
+ROWS_PER_CHUNK = 128  # queries whose logits ``largest_logits`` holds at once
 ROW_ALIGNMENT = 8  # elements: in half precision the 16 bytes that CUDA reads at once
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
@@ -26,7 +26,7 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """``causal_attention`` written out: what the kernels are held against, and the way on devices without one."""
     logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
-    logits = logits.masked_fill(_hidden_pairs(0, q.shape[-2], k.shape[-2], q.device, documents), -torch.inf)
+    logits = torch.where(_attn_mask(0, q.shape[-2], k.shape[-2], q.device, documents), logits, -torch.inf)
     return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
 
 
@@ -54,19 +54,18 @@ def causal_attention(
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
-    """Softmax attention of T queries ``[B, H, T, N + P]`` to S keys, where ``hidden`` says what each must not see.
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
+    """Softmax attention of T queries ``[B, H, T, N + P]`` to S keys.
 
     Args:
         k, v: ``[B, H, S, N + P]`` and ``[B, H, S, V]``.
         scale: factor of the logits.
-        hidden: bool, broadcasts to ``[B, H, T, S]``; every query sees something. None: each sees all.
+        attn_mask: bool, broadcasts to ``[B, H, T, S]``, what a query may attend to (something at least); None: to all.
 
     Returns:
         ``[B, H, T, V]``.
     """
-    seen = None if hidden is None else ~hidden
-    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=seen, scale=scale)
+    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=attn_mask, scale=scale)
     return out[..., : v.shape[-1]]
 
 
@@ -85,7 +84,8 @@ def _fused_kernel(q: Tensor, v: Tensor, *, masked: bool) -> tuple[Kernel, int] |
     return None
 
 
-# The bias is causal by itself. The kernels are told of causality all the same: they skip what lies behind the diagonal.
+# The bias is causal by itself. The kernels are told of causality all the same, so that they skip what is above the
+# diagonal.
 
 
 def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,8 @@ def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
     return out, lse
 
 
-# The value heads come as a view that may begin between the 16-byte marks CUDA's kernels read from: hence the copy.
+# The value heads come as a view, which may begin between the multiples of 16 bytes that CUDA's kernels read from: hence
+# the copies.
 
 
 def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,25 +117,25 @@ def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor 
 
 
 def _document_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels add to the logits, ``[B, 1, T, T]``: 0 for visible pairs, -inf for hidden ones.
+    """What the kernels add to the logits, ``[B, 1, T, T]``: 0 where a position may attend, -inf elsewhere.
 
     Its rows begin at multiples of ``ROW_ALIGNMENT`` elements, whatever T is: CUDA's kernel refuses others.
     """
     length = documents.shape[1]
-    hidden = F.pad(_hidden_pairs(0, length, length, documents.device, documents), (0, -length % ROW_ALIGNMENT))
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=documents.device).masked_fill(hidden, -torch.inf)
-    return bias[..., :length]
+    attn_mask = _attn_mask(0, length, length, documents.device, documents)
+    bias = torch.zeros(attn_mask.shape, dtype=dtype, device=documents.device).masked_fill(~attn_mask, -torch.inf)
+    return F.pad(bias, (0, -length % ROW_ALIGNMENT))[..., :length]
 
 
-def _hidden_pairs(start: int, end: int, keys: int, device: torch.device, documents: Tensor | None) -> Tensor:
-    """Which of the first ``keys`` positions the rows from ``start`` to ``end`` must not see.
+def _attn_mask(start: int, end: int, keys: int, device: torch.device, documents: Tensor | None) -> Tensor:
+    """Which of the first ``keys`` positions the rows from ``start`` to ``end`` may attend to.
 
     Bool ``[end - start, keys]``, with ``documents`` ``[B, 1, end - start, keys]``.
     """
-    hidden = torch.ones(end - start, keys, dtype=torch.bool, device=device).triu(start + 1)
+    causal = torch.ones(end - start, keys, dtype=torch.bool, device=device).tril(start)
     if documents is None:
-        return hidden
-    return hidden | (documents[:, None, start:end, None] != documents[:, None, None, :keys])
+        return causal
+    return causal & (documents[:, None, start:end, None] == documents[:, None, None, :keys])
 
 
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,8 +158,8 @@ def largest_logits(
     for start in range(0, length, ROWS_PER_CHUNK):
         end = min(start + ROWS_PER_CHUNK, length)
         logits = at_least_fp32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)) * scale
-        hidden = _hidden_pairs(start, end, end, q.device, documents)
+        attn_mask = _attn_mask(start, end, end, q.device, documents)
         if counted is not None:
-            hidden = hidden | ~counted[:, None, start:end, None]
-        best = torch.maximum(best, logits.masked_fill(hidden, -torch.inf).amax(dim=(0, 2, 3)))
+            attn_mask = attn_mask & counted[:, None, start:end, None]
+        best = torch.maximum(best, torch.where(attn_mask, logits, -torch.inf).amax(dim=(0, 2, 3)))
     return best

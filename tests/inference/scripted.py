@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.cache import LatentCache
-from nanokimi.model.roles import NORM, Declaration
+from nanokimi.model.layers import ParamRole
 
 HELD_BY_PADDING = 1000.0
 
@@ -32,8 +32,8 @@ class ScriptedModel(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         return self.weight.numel()
 
-    def param_roles(self) -> list[Declaration]:
-        return [(NORM, self.weight)]
+    def param_roles(self) -> list[tuple[ParamRole, nn.Parameter]]:
+        return [("norm", self.weight)]
 
     def forward(self, tokens: Tensor, cache: LatentCache, *, last_only: bool) -> Tensor:
         time.sleep(self.seconds)

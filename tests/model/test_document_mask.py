@@ -106,7 +106,7 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_each_alone(
     tokens, labels = packed_tokens()
     documents = document_numbers(tokens, EOT)
     with torch.no_grad():
-        packed = model.head(model.hidden(tokens, documents=documents))
+        packed = model.head(model.hidden_states(tokens, documents=documents))
         for b, at in documents_of():
             torch.testing.assert_close(packed[b, at], model(tokens[b : b + 1, at])[0], rtol=0, atol=tolerance)
 
@@ -121,8 +121,8 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_each_alone(
 def test_without_the_mask_documents_do_see_one_another(debug_model: Transformer) -> None:
     tokens, _ = packed_tokens()
     with torch.no_grad():
-        masked = debug_model.hidden(tokens, documents=document_numbers(tokens, EOT))
-        difference = (debug_model.hidden(tokens) - masked).abs().amax(dim=-1)
+        masked = debug_model.hidden_states(tokens, documents=document_numbers(tokens, EOT))
+        difference = (debug_model.hidden_states(tokens) - masked).abs().amax(dim=-1)
     assert float(difference[0, LAYOUTS[0][0] :].min()) > 1e-3
     assert float(difference[0, : LAYOUTS[0][0]].max()) < 2e-5
 
@@ -134,7 +134,7 @@ def test_changing_a_document_changes_nothing_at_all_in_the_others() -> None:
     changed[0, 10:20] = (changed[0, 10:20] + 1) % 256
     documents = document_numbers(tokens, EOT)
     with torch.no_grad():
-        before, after = (model.hidden(x, documents=documents) for x in (tokens, changed))
+        before, after = (model.hidden_states(x, documents=documents) for x in (tokens, changed))
     same = (before == after).all(dim=-1)
     others = documents != documents[0, 10]
     others[1] = True
