@@ -42,7 +42,7 @@ class ModelConfig:
         bias_update_rate: step of the auxiliary-loss-free balance bias (DeepSeek-V3, section 2.1.2).
         aux_loss_coeff: weight of the sequence-wise balance loss (same section); 0 switches it off.
         rope_factor: how many times longer than ``original_seq_len``, the context in training, YaRN makes the
-            context (see ``model.layers``); 1 is off.
+            context (see ``model.attention``); 1 is off.
         beta_fast, beta_slow: pairs that turn more often than ``beta_fast`` times within the original context stay as
             they are, those that turn less often than ``beta_slow`` times are slowed down by ``rope_factor``.
         mscale, mscale_all_dim: growth of attention logits with ``rope_factor``, in the rotary dimensions and in all.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from nanokimi.config import ModelConfig
 from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, extended, fitting_length
 from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
-from nanokimi.model.attention import MLA
+from nanokimi.model.attention import MLA, softmax_scale
 from nanokimi.model.cache import LatentCache
-from nanokimi.model.layers import LATENT_EPS, softmax_scale
+from nanokimi.model.layers import LATENT_EPS
 from nanokimi.model.moe import MoE
 from nanokimi.model.transformer import Block, Transformer
 from nanokimi.native import build

@@ -13,19 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.attention import ATTENTIONS, Attention, QKRows
+from nanokimi.model.attention import ATTENTIONS, Attention, QKRows, rotary_tables
 from nanokimi.model.cache import CacheSlots, LatentCache
-from nanokimi.model.layers import (
-    Embedding,
-    Linear,
-    ParamRole,
-    PreciseBuffers,
-    RMSNorm,
-    SwiGLU,
-    is_plain,
-    precise,
-    rotary_tables,
-)
+from nanokimi.model.layers import Embedding, Linear, ParamRole, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
 from nanokimi.model.moe import Load, MoE, Router
 from nanokimi.ops.loss import IGNORED, linear_cross_entropy, linear_log_probabilities, log_probabilities_by
 from nanokimi.ops.products import at_least_fp32

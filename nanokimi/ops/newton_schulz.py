@@ -91,7 +91,11 @@ def orthogonalise(matrices: Sequence[Tensor], *, steps: int = STEPS, dtype: torc
     """
     wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in matrices]
     stacks = [m.reshape(-1, *m.shape[-2:]) for m in wide]
-    x = _of_unit_norm(torch.cat(stacks), dtype or best_dtype(wide[0].device, wide[0].dtype))
+    x = torch.cat(stacks)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = dtype or best_dtype(x.device, x.dtype)
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)  # no second copy where the type is kept
+    x = torch.div(x, norm.clamp_min_(torch.finfo(norm.dtype).tiny), out=out)
     if batched(wide[0]):
         x = _quintic(x, steps)
     else:
@@ -99,13 +103,6 @@ def orthogonalise(matrices: Sequence[Tensor], *, steps: int = STEPS, dtype: torc
             matrix.copy_(_quintic_by_mirror(matrix, steps))
     done = [part.view(m.shape) for m, part in zip(wide, x.split([len(s) for s in stacks]), strict=True)]
     return [d.mT if m.shape != d.shape else d for m, d in zip(matrices, done, strict=True)]
-
-
-def _of_unit_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each matrix of ``x`` divided by its norm; ``x`` itself may be overwritten."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    return torch.div(x, norm.clamp_min_(torch.finfo(norm.dtype).tiny), out=out)
 
 
 def _quintic(x: Tensor, steps: int) -> Tensor:

@@ -114,7 +114,7 @@ class DistributedMuon:
     def orthogonalise(
         self, declared: Sequence[Tensor], updates: Sequence[Tensor], *, dtype: torch.dtype | None
     ) -> list[Tensor]:
-        """See ``optim.shards.Orthogonalise``."""
+        """See ``optim.muonclip.Orthogonalise``."""
         plan = self._plan(declared)
         dtype = dtype or best_dtype(updates[0].device, updates[0].dtype)
         matrices = iter(self._to_owners(plan, declared, updates))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.shards import Orthogonalise
+from nanokimi.optim.muonclip import Orthogonalise
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import ALONE, Ranks
 

@@ -22,7 +22,7 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.loading import build
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, from_bytes, to_bytes

@@ -8,8 +8,7 @@ from conftest import lively
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.attention import MLA
-from nanokimi.model.layers import frequencies
+from nanokimi.model.attention import MLA, frequencies
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.attention import causal_attention, largest_logits, reference_attention
 from nanokimi.optim.muonclip import MuonClip
