@@ -99,7 +99,7 @@ class NativeDecoder:
         """By the PyTorch model."""
         held = self.lengths[slot]
         cache = LatentCache(self._config, 1, held + len(tokens))
-        cache.length = held
+        cache.advance(held)
         pairs = self._parts_beside(cache, slot)
         for theirs, ours in pairs:
             theirs[:, :held] = ours[:, :held]

@@ -70,18 +70,6 @@ class LatentCache:
         part.rows = rows
         return part
 
-    @property
-    def length(self) -> int:
-        """Tokens held, for rows that all hold the same number."""
-        held = {self.lengths[row] for row in self.rows}
-        assert len(held) == 1, "the rows have lengths of their own"
-        return held.pop()
-
-    @length.setter
-    def length(self, tokens: int) -> None:
-        for row in self.rows:
-            self.lengths[row] = tokens
-
     def advance(self, tokens: int) -> None:
         """Counts ``tokens`` more in every row: called once all layers have stored theirs."""
         for row in self.rows:

@@ -205,7 +205,7 @@ class Transformer(PreciseBuffers):
         count = labelled.sum().clamp(min=1) if label_count is None else label_count
         if isinstance(count, Tensor):
             count = count.to(torch.promote_types(x.dtype, torch.float32))  # not to change the losses' type
-        cross_entropy = self._per_token(x, labels) if per_token else self._cross_entropy(x, labels, count)
+        cross_entropy = self._cross_entropy(x, labels, count, per_token=per_token)
         return Losses(cross_entropy, self._balance(reports, labelled, count, like=x))
 
     def hidden_states(self, tokens: Tensor, *, documents: Tensor | None = None) -> Tensor:
@@ -253,19 +253,16 @@ class Transformer(PreciseBuffers):
 
     # ---- losses ---------------------------------------------------------------------------------
 
-    def _cross_entropy(self, x: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
-        """Sum over the labels that count, divided by ``count``."""
-        if is_plain(self.head):
-            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten(), count)
-        return self._per_token(x, labels).sum() / count
-
-    def _per_token(self, x: Tensor, labels: Tensor) -> Tensor:
-        rows, targets = x.flatten(0, 1), labels.flatten()
-        if is_plain(self.head):
+    def _cross_entropy(self, x: Tensor, labels: Tensor, count: float | Tensor, *, per_token: bool) -> Tensor:
+        """Sum over the labels that count, divided by ``count``; or the loss of each token."""
+        rows, targets, fused = x.flatten(0, 1), labels.flatten(), is_plain(self.head)
+        if fused and not per_token:
+            return linear_cross_entropy(rows, self.head.weight, targets, count)
+        if fused:
             found = linear_log_probabilities(rows, self.head.weight, targets)
         else:
             found = log_probabilities_by(self.head, rows, targets)
-        return -found.view_as(labels)
+        return -found.view_as(labels) if per_token else -found.sum() / count
 
     def _balance(self, reports: list[BlockStats], labelled: Tensor, count: float | Tensor, *, like: Tensor) -> Tensor:
         """Sum of the layers' balance losses: of each the mean over the sequences, weighted by the labels that count."""

@@ -45,7 +45,7 @@ def causal_attention(
         the output ``[B, H, T, V]`` and the log-sum-exp of each row of visible scaled logits ``[B, H, T]``
         in fp32 (fp64 for fp64 inputs); no gradient flows through the latter.
     """
-    fused = _fused_kernel(q, v, masked=documents is not None)
+    fused = _fused_kernel(q, v)
     if fused is None:
         return reference_attention(q, k, v, scale, documents)
     kernel, multiple = fused
@@ -69,50 +69,37 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: T
     return out[..., : v.shape[-1]]
 
 
-def _fused_kernel(q: Tensor, v: Tensor, *, masked: bool) -> tuple[Kernel, int] | None:
-    """The kernel for this device, dtype and head width, and what head widths must be a multiple of.
-
-    ``masked``: it must take a bias, which flash attention on CUDA does not.
-    """
+def _fused_kernel(q: Tensor, v: Tensor) -> tuple[Kernel, int] | None:
+    """The kernel for this device, dtype and head width, and what head widths must be a multiple of, if there is one."""
     if v.device.type == "cpu":
-        return _cpu_flash, 1
+        return _cpu_kernel, 1
     if v.device.type == "cuda" and v.dtype in (torch.bfloat16, torch.float16):
         fits = torch.cuda.get_device_capability(v.device) >= (8, 0) and max(q.shape[-1], v.shape[-1]) <= 256
-        return (_cuda_efficient if masked else _cuda_flash, 8) if fits else None
-    if v.device.type == "cuda" and v.dtype == torch.float32:
-        return _cuda_efficient, 4
-    return None
+        return (_cuda_kernel, 8) if fits else None
+    return (_cuda_kernel, 4) if v.device.type == "cuda" and v.dtype == torch.float32 else None
 
 
 # The bias is causal by itself. The kernels are told of causality all the same, so that they skip what is above the
 # diagonal.
 
 
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, True, attn_mask=bias, scale=scale
     )
     return out, lse
 
 
-# The value heads come as a view, which may begin between the multiples of 16 bytes that CUDA's kernels read from: hence
-# the copies.
-
-
-def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert bias is None, "this kernel takes no bias"
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v.contiguous(), 0.0, True, False, scale=scale
-    )
-    return out, lse
-
-
-def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    if bias is not None:
-        bias = bias.expand(-1, q.shape[1], -1, -1)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v.contiguous(), bias, True, 0.0, True, scale=scale
-    )
+def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Flash attention in half precision; in fp32, and with a bias, which flash does not take, the efficient kernel."""
+    v = v.contiguous()  # a view may begin between the multiples of 16 bytes that the kernels read from
+    if bias is None and v.dtype != torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    else:
+        bias = None if bias is None else bias.expand(-1, q.shape[1], -1, -1)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, True, 0.0, True, scale=scale
+        )
     return out, lse
 
 

@@ -73,6 +73,7 @@ class MuonClip(torch.optim.Optimizer):
         adjust_lr_fn: ``original`` scales an update by ``sqrt(max(1, rows / cols))`` (Jordan et al., 2024),
             ``match_rms_adamw`` by ``0.2 sqrt(max(rows, cols))`` (Liu et al., 2025).
         tau: largest attention logit allowed; 0 switches QK-Clip off.
+        muon_roles: of the parameters that Muon updates; AdamW updates the others.
         ns_dtype: precision of Newton-Schulz; None chooses by hardware.
         group: the ranks that train the model together; None: all there are.
         orthogonalise: where the model lies on several ranks, a way to share that work
@@ -84,8 +85,6 @@ class MuonClip(torch.optim.Optimizer):
     Raises:
         ValueError: a parameter has two roles or an unknown one, or a value is out of range.
     """
-
-    muon_roles = MUON_ROLES
 
     def __init__(
         self,
@@ -100,6 +99,7 @@ class MuonClip(torch.optim.Optimizer):
         eps: float = 1e-8,
         adjust_lr_fn: str = "original",
         tau: float = 100.0,
+        muon_roles: frozenset[str] = MUON_ROLES,
         ns_dtype: torch.dtype | None = None,
         group: dist.ProcessGroup | None = None,
         orthogonalise: Orthogonalise | None = None,
@@ -115,7 +115,7 @@ class MuonClip(torch.optim.Optimizer):
         adamw = {"kind": "adamw", "lr": adam_lr, "betas": betas, "eps": eps}
         groups = []
         for role, parameters in parameters_by_role(model).items():
-            kind = muon if role in self.muon_roles else adamw
+            kind = muon if role in muon_roles else adamw
             decay = 0.0 if role in ("norm", "vector without a role") else weight_decay
             groups.append({**kind, "params": parameters, "weight_decay": decay, "is_qk": role == "query_key"})
         self._buckets: dict[int, tuple[list[int], list[Bucket]]] = {}  # by the number of a group
@@ -219,35 +219,19 @@ class MuonClip(torch.optim.Optimizer):
         adamw_(TensorLists(bucket.local, bucket.grads, bucket.state["exp_avg"], bucket.state["exp_avg_sq"]), step)
 
 
-class Muon(MuonClip):
-    """Muon for hidden matrices and AdamW for the rest, without QK-Clip."""
-
-    def __init__(self, model: nn.Module, lr: float = 0.02, **options: Any) -> None:
-        super().__init__(model, lr, **{**options, "tau": 0.0})
-
-
-class AdamW(Muon):
-    """AdamW for every parameter, at ``adam_lr``."""
-
-    muon_roles = frozenset()
-
-
-# The values of ``--optimizer``.
-OPTIMIZERS: dict[str, type[MuonClip]] = {"muonclip": MuonClip, "muon": Muon, "adamw": AdamW}
+# The values of ``--optimizer``: what each adds to the options of ``MuonClip``.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muonclip": {},
+    "muon": {"tau": 0.0},
+    "adamw": {"tau": 0.0, "muon_roles": frozenset()},
+}
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, **where: Any) -> MuonClip:
     """The optimizer of a run; ``where``: the arguments ``group`` and ``orthogonalise`` of ``MuonClip``."""
-    return OPTIMIZERS[config.optimizer](
-        model,
-        config.learning_rate,
-        adam_lr=config.adam_lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn=config.adjust_lr_fn,
-        tau=config.qk_clip_tau,
-        **where,
-    )
+    rates = {"lr": config.learning_rate, "adam_lr": config.adam_lr, "momentum": config.momentum}
+    scales = {"weight_decay": config.weight_decay, "adjust_lr_fn": config.adjust_lr_fn, "tau": config.qk_clip_tau}
+    return MuonClip(model, **{**rates, **scales, **OPTIMIZERS[config.optimizer], **where})
 
 
 def update_scale(adjust_lr_fn: str, rows: int, cols: int) -> float:

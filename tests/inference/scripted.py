@@ -37,12 +37,13 @@ class ScriptedModel(nn.Module):
 
     def forward(self, tokens: Tensor, cache: LatentCache, *, last_only: bool) -> Tensor:
         time.sleep(self.seconds)
-        if cache.length == 0:
+        (row,) = cache.rows
+        if cache.lengths[row] == 0:
             self.prompts.append(tokens[0].tolist())
             self.written = 0
-        cache.length += tokens.shape[1]
+        cache.advance(tokens.shape[1])
         assert last_only
-        assert cache.length <= cache.max_length <= self.config.max_seq_length
+        assert cache.lengths[row] <= cache.max_length <= self.config.max_seq_length
         logits = torch.zeros(1, 1, self.config.vocab_size)
         logits[..., self.script[min(self.written, len(self.script) - 1)]] = 100.0
         logits[..., 257:] = HELD_BY_PADDING

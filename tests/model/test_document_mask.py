@@ -16,7 +16,7 @@ from nanokimi.data.batch import document_numbers
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.attention import (
     ROW_ALIGNMENT,
-    _cuda_efficient,
+    _cuda_kernel,
     _document_bias,
     _fused_kernel,
     causal_attention,
@@ -264,7 +264,7 @@ def test_cuda_is_given_a_bias_whose_rows_are_aligned_and_dense(length: int) -> N
     assert all(stride % ROW_ALIGNMENT == 0 for stride in bias.stride()[:-1])
     assert bias.stride(-1) == 1
     q, k, v = (x.to("meta", torch.bfloat16) for x in heads(length, 24, 24, 24))
-    out, lse = _cuda_efficient(q, k, v, 0.3, bias.to("meta"))
+    out, lse = _cuda_kernel(q, k, v, 0.3, bias.to("meta"))
     assert (out.shape, lse.shape[:2]) == (q.shape, (2, 3))
 
 
@@ -279,7 +279,7 @@ def test_cuda_equals_the_reference_within_documents(
     q, k, v = heads(length, qk, qk, value, dtype=dtype, device="cuda")
     documents = random_documents(length).cuda()
     weight = torch.randn(2, 3, length, value, device="cuda", dtype=dtype)
-    assert _fused_kernel(q, v, masked=True) is not None
+    assert _fused_kernel(q, v) is not None
     scale = 1 / math.sqrt(qk)
     out, lse = causal_attention(q, k, v, scale, documents)
     ours = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
