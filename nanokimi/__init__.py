@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nanokimi.loading import load
     from nanokimi.model.transformer import Transformer
     from nanokimi.optim.muonclip import MuonClip
-    from nanokimi.optim.statistics import balance_experts
+    from nanokimi.optim.qk_clip import balance_experts
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,7 @@ _HOMES = {
     "MuonClip": "nanokimi.optim.muonclip",
     "TrainConfig": "nanokimi.config",
     "Transformer": "nanokimi.model.transformer",
-    "balance_experts": "nanokimi.optim.statistics",
+    "balance_experts": "nanokimi.optim.qk_clip",
     "generate": "nanokimi.inference.generate",
     "generate_batch": "nanokimi.inference.generate",
     "generate_tokens": "nanokimi.inference.generate",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
 from nanokimi.errors import RunError, UserError
 
 
+@cache
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 autocast pays: on CUDA devices that multiply bf16 themselves."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -6,6 +6,7 @@ Letters: B batch, T sequence, S cached length, L layers, H heads, N/P/V nope/rop
 from __future__ import annotations
 
 from nanokimi.config import ModelConfig
+from nanokimi.ops.newton_schulz import newton_schulz_flops as newton_schulz_flops  # for the planner
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
 
@@ -50,15 +51,6 @@ def training_flops(config: ModelConfig, active_parameters: int, batch_size: int,
     to save memory does not count.
     """
     return 3 * forward_flops(config, active_parameters, batch_size, length)
-
-
-def newton_schulz_flops(rows: int, cols: int, steps: int = 5) -> int:
-    """FLOPs of ``ops.newton_schulz`` of one matrix, with l its long and s its short side: ``2 steps s² (2 l + s)``.
-
-    Three products a step: s x l by l x s, s x s by s x s, s x s by s x l. Half-products by symmetry count in full.
-    """
-    short, long = sorted((rows, cols))
-    return 2 * steps * short**2 * (2 * long + short)
 
 
 def cache_bytes(config: ModelConfig, length: int, *, bytes_per_value: float = 4.0) -> float:

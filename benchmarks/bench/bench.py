@@ -19,7 +19,7 @@ from benchmarks.bench.settings import Request
 from benchmarks.bench.turns import Candidate, LeftOut, Turns, Worker, take_turns
 from nanokimi.config import ModelConfig
 from nanokimi.console import log, show
-from nanokimi.model.transformer import Transformer
+from nanokimi.model.transformer import meta_model
 
 
 @dataclass
@@ -162,5 +162,4 @@ class Bench:
 
 def active_parameters(config: ModelConfig) -> int:
     """Those that work on one token."""
-    with torch.device("meta"):
-        return Transformer(config).num_parameters(active=True)
+    return meta_model(config).num_parameters(active=True)

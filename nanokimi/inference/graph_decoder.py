@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanokimi.inference.decoder import EagerDecoder
-from nanokimi.model.cache import ragged_place
+from nanokimi.model.cache import ragged_slots
 from nanokimi.model.moe import Experts, MoE
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.products import at_least_fp32
@@ -109,11 +109,11 @@ class FixedStep:
         """The step itself, from ``inputs``: no shape in it depends on their values."""
         tokens, positions = self.inputs.unsqueeze(-1).unbind()  # [B, 1] each
         rows = torch.arange(len(tokens), device=tokens.device)
-        place = ragged_place(self.entries, rows, positions, seen=slice(None), span=self.span)
+        slots = ragged_slots(self.entries, rows, positions, seen=slice(None), span=self.span)
         rope = (self.model.cos[positions], self.model.sin[positions])
         x = self.model.embed(tokens)
         for block in self.model.blocks():
-            x = x + block.attention(block.attention_norm(x), rope, place)[0]
+            x = x + block.attention(block.attention_norm(x), rope, slots)[0]
             h = block.mlp_norm(x)
             x = x + (sparse_mlp(block.mlp, h) if isinstance(block.mlp, MoE) else block.mlp(h))
         return at_least_fp32(self.model.head(self.model.norm(x)))[:, 0]

@@ -51,7 +51,7 @@ def inspect_tokens(
     check_prompt(ids, model.config.max_seq_length, tokenizer.vocab_size)
     device = next(model.parameters()).device
     with _routings(model) as routings:
-        hidden = model.hidden(torch.tensor([ids], device=device))
+        hidden = model.hidden_states(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
     reports = _reports(model, tokenizer, hidden[0], ids, max(start, 1), top)
     views = []

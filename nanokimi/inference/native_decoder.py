@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from nanokimi.config import ModelConfig
 from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, extended, fitting_length
 from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
-from nanokimi.model.attention import MLA
+from nanokimi.model.attention import MLA, softmax_scale
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.layers import LATENT_EPS
 from nanokimi.model.moe import MoE
-from nanokimi.model.rope import softmax_scale
 from nanokimi.model.transformer import Block, Transformer
 from nanokimi.native import build
 from nanokimi.native.huge_pages import prefer_huge_pages
@@ -100,7 +99,7 @@ class NativeDecoder:
         """By the PyTorch model."""
         held = self.lengths[slot]
         cache = LatentCache(self._config, 1, held + len(tokens))
-        cache.length = held
+        cache.advance(held)
         pairs = self._parts_beside(cache, slot)
         for theirs, ours in pairs:
             theirs[:, :held] = ours[:, :held]

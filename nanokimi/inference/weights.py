@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from nanokimi.errors import UserError
 from nanokimi.inference.settings import WEIGHT_FORMATS as WEIGHT_FORMATS
-from nanokimi.model.roles import EMBEDDING, NORM
 from nanokimi.model.transformer import Transformer
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,10 +53,9 @@ def round_weights_(model: Transformer, weight_format: str) -> None:
 
 
 def _decoding_matrices(model: Transformer) -> list[nn.Parameter]:
-    routers = {id(router.weight) for router in model.routers()}
-    return [
-        weight for role, weight in model.param_roles() if role not in (NORM, EMBEDDING) and id(weight) not in routers
-    ]
+    kept = {id(router.weight) for router in model.routers()}
+    parameters = [weight for role, weight in model.param_roles() if role not in ("norm", "embedding")]
+    return [weight for weight in parameters if id(weight) not in kept]
 
 
 def _rounded(weight: Tensor, weight_format: str) -> Tensor:

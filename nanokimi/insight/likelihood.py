@@ -123,7 +123,7 @@ def _score_batch(model: Transformer, batch: Sequence[Window]) -> list[Score]:
     places = torch.arange(length - 1)
     device = model.embed.weight.device
     rows, chosen = rows.to(device), ((places >= starts) & (places < ends)).to(device)  # [B, T]
-    hidden = model.hidden(rows[:, :-1])
+    hidden = model.hidden_states(rows[:, :-1])
     log_probs, hits = _read_off(model, hidden[chosen], rows[:, 1:][chosen])
     counts = [window.scored for window in batch]
     sums = [float(part.sum()) for part in log_probs.split(counts)]

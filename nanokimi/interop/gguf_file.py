@@ -17,8 +17,8 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_path
 from nanokimi.interop.gguf_tokenizer import Vocabulary, gguf_vocabulary
+from nanokimi.model.attention import frequencies, rotary_tables, softmax_scale
 from nanokimi.model.layers import LATENT_EPS
-from nanokimi.model.rope import frequencies, rotary_tables, softmax_scale
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -16,7 +16,7 @@ from nanokimi.config import ModelConfig
 
 
 class CacheSlots(NamedTuple):
-    """Where the T new tokens of one forward pass go, and what they see; S is the longest row with them.
+    """Where in a cache the T new tokens of a forward pass go, and what they see; S is the longest row with them.
 
     Attributes:
         entries: of the whole cache, ``[L, rows of the cache, max_length, R + P]``.
@@ -24,7 +24,7 @@ class CacheSlots(NamedTuple):
         seen: the B rows that take part, as an index.
         positions: an index into the rotary tables that gives ``[T, P / 2]``, or ``[B, T, P / 2]`` for ragged rows.
         span: S.
-        hidden: bool, broadcasts to ``[B, H, T, S]``: what a token must not see; None: each sees all.
+        attn_mask: bool, broadcasts to ``[B, H, T, S]``: what a token may attend to; None: to everything.
     """
 
     entries: Tensor
@@ -32,7 +32,7 @@ class CacheSlots(NamedTuple):
     seen: slice | Tensor
     positions: slice | Tensor
     span: int
-    hidden: Tensor | None
+    attn_mask: Tensor | None
 
     def append(self, layer: int, new: Tensor) -> Tensor:
         """Stores ``new`` ``[B, T, R + P]``; returns all that ``layer`` holds of these rows, ``[B, S, R + P]``."""
@@ -70,25 +70,13 @@ class LatentCache:
         part.rows = rows
         return part
 
-    @property
-    def length(self) -> int:
-        """Tokens held, for rows that all hold the same number."""
-        held = {self.lengths[row] for row in self.rows}
-        assert len(held) == 1, "the rows have lengths of their own"
-        return held.pop()
-
-    @length.setter
-    def length(self, tokens: int) -> None:
-        for row in self.rows:
-            self.lengths[row] = tokens
-
     def advance(self, tokens: int) -> None:
         """Counts ``tokens`` more in every row: called once all layers have stored theirs."""
         for row in self.rows:
             self.lengths[row] += tokens
 
-    def place(self, tokens: int) -> CacheSlots:
-        """Where so many new tokens of every row go.
+    def slots(self, tokens: int) -> CacheSlots:
+        """Slots for so many new tokens of every row.
 
         Raises:
             ValueError: there is no room for them.
@@ -98,20 +86,16 @@ class LatentCache:
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
         if min(lengths) < max(lengths):
-            return self._ragged(lengths, tokens, end)
+            positions = torch.tensor(lengths)[:, None] + torch.arange(tokens)  # [B, T]
+            positions = positions.to(self.entries.device, non_blocking=True)
+            ragged = torch.tensor(self.rows).to(self.entries.device, non_blocking=True)
+            return ragged_slots(self.entries, ragged, positions, seen=self._index(), span=end)
         columns = slice(end - tokens, end)
         rows = self._index()
-        hidden = None
-        if 1 < tokens < end:  # into empty rows tokens attend in the expanded form, which is causal by itself
-            hidden = torch.ones(tokens, end, dtype=torch.bool, device=self.entries.device).triu(end - tokens + 1)
-        return CacheSlots(self.entries, (rows, columns), rows, columns, end, hidden)
-
-    def _ragged(self, lengths: list[int], tokens: int, end: int) -> CacheSlots:
-        device = self.entries.device
-        positions = torch.tensor(lengths)[:, None] + torch.arange(tokens)
-        positions = positions.to(device, non_blocking=True)  # [B, T]
-        rows = torch.tensor(self.rows).to(device, non_blocking=True)
-        return ragged_place(self.entries, rows, positions, seen=self._index(), span=end)
+        attn_mask = None
+        if 1 < tokens < end:  # in empty rows tokens attend in the expanded form, which is causal by itself
+            attn_mask = torch.ones(tokens, end, dtype=torch.bool, device=self.entries.device).tril(end - tokens)
+        return CacheSlots(self.entries, (rows, columns), rows, columns, end, attn_mask)
 
     def _index(self) -> slice | Tensor:
         """The rows as an index: a slice, which copies nothing, where they stand side by side."""
@@ -121,8 +105,8 @@ class LatentCache:
         return torch.tensor(self.rows).to(self.entries.device, non_blocking=True)
 
 
-def ragged_place(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slice | Tensor, span: int) -> CacheSlots:
-    """A ``Place`` from indices on the device, without waiting for it; shapes depend on B, T and ``span`` alone.
+def ragged_slots(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slice | Tensor, span: int) -> CacheSlots:
+    """``CacheSlots`` from indices on the device, without waiting for it; shapes depend on B, T and ``span`` alone.
 
     Args:
         entries: of the cache.
@@ -131,5 +115,5 @@ def ragged_place(entries: Tensor, rows: Tensor, positions: Tensor, *, seen: slic
         seen: the same rows, where there is a cheaper index than ``rows``.
         span: leading columns to look at.
     """
-    hidden = torch.arange(span, device=entries.device) > positions[:, None, :, None]
-    return CacheSlots(entries, (rows[:, None], positions), seen, positions, span, hidden)
+    attn_mask = torch.arange(span, device=entries.device) <= positions[:, None, :, None]
+    return CacheSlots(entries, (rows[:, None], positions), seen, positions, span, attn_mask)

@@ -1,7 +1,7 @@
-"""The small parts every layer is made of: Linear, Embedding, RMSNorm, SwiGLU.
+"""The small modules that every layer is made of: Linear, Embedding, RMSNorm, SwiGLU.
 
-They are PyTorch's own, but that they draw no random numbers when they are made (``Transformer.reset_parameters``
-does), and that each says what its weight is (``model.roles``).
+They are PyTorch's own with two differences: they draw no random numbers when they are made
+(``Transformer.reset_parameters`` does), and ``param_role`` tells an optimizer what their parameters are.
 
 Letters, the same in every file of the package: B batch, T sequence, S cached sequence, D model width,
 H heads, N position-free, P rotary and V value head width, R latent rank, Q query rank,
@@ -11,16 +11,23 @@ E experts, K experts per token, F expert width, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from nanokimi.model.roles import EMBEDDING, MATRIX, NORM, Role
-from nanokimi.ops.gated import gated
-from nanokimi.ops.products import linear
+from nanokimi.ops.products import gated, linear
 
 LATENT_EPS = 1e-6  # of the norms inside attention: every engine that reads these weights hard-wires it
+
+ParamRole: TypeAlias = Literal[
+    "query_key",  # a matrix that attention logits depend on
+    "matrix",  # any other hidden matrix, [out, in]
+    "experts",  # a stack of matrices, [E, out, in]
+    "embedding",
+    "head",
+    "norm",
+]
 
 
 class Linear(nn.Linear):
@@ -28,9 +35,9 @@ class Linear(nn.Linear):
 
     weight: nn.Parameter
 
-    def __init__(self, in_features: int, out_features: int, role: Role = MATRIX) -> None:
+    def __init__(self, in_features: int, out_features: int, param_role: ParamRole = "matrix") -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.role = role
+        self.param_role = param_role
 
     def reset_parameters(self) -> None:
         """Leaves the weight as it is."""
@@ -40,10 +47,9 @@ class Linear(nn.Linear):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` does no more than ``x Wᵀ`` by its ``weight``: then who needs the weight may read it.
+    """Whether ``module`` does no more than ``x Wᵀ``, so that its ``weight`` may be read instead of a call.
 
-    A parametrised weight reads as its present value. A module with an adapter around it, or with hooks, has to be
-    called: they would be passed over.
+    A module with hooks or with an adapter around it has to be called: they would be passed over.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return isinstance(module, Linear) and not any(hooks)
@@ -52,7 +58,7 @@ def is_plain(module: nn.Module) -> bool:
 class Embedding(nn.Embedding):
     """A row of width D for each of the vocabulary's entries."""
 
-    role = EMBEDDING
+    param_role: ParamRole = "embedding"
 
     def reset_parameters(self) -> None:
         """Leaves the weight as it is."""
@@ -61,7 +67,7 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.RMSNorm):
     """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich, 2019), in the type of ``x``."""
 
-    role = NORM
+    param_role: ParamRole = "norm"
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)

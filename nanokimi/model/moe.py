@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.layers import PreciseBuffers, SwiGLU
-from nanokimi.model.roles import EXPERTS, MATRIX
-from nanokimi.ops.gated import gated
-from nanokimi.ops.grouped import grouped_linear, permute
-from nanokimi.ops.products import at_least_fp32
+from nanokimi.model.layers import ParamRole, PreciseBuffers, SwiGLU
+from nanokimi.ops.products import at_least_fp32, gated, grouped_linear, permute
 
 
 class Routing(NamedTuple):
@@ -45,7 +42,7 @@ class Router(PreciseBuffers):
     """Scores in fp32; the bias steers the selection and never enters a gate value."""
 
     balance_bias: Tensor
-    role = MATRIX
+    param_role: ParamRole = "matrix"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -86,7 +83,7 @@ class Router(PreciseBuffers):
 class Experts(nn.Module):
     """The routed experts, each a SwiGLU: ``w1``, ``w3`` ``[E, F, D]`` and ``w2`` ``[E, D, F]``."""
 
-    role = EXPERTS
+    param_role: ParamRole = "experts"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -132,13 +129,13 @@ class MoE(nn.Module):
         """
         tokens, chosen = routing.experts.shape
         by_expert, order = routing.experts.flatten().sort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         numbers = torch.arange(self.config.n_routed_experts, device=x.device)
         ends = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
         counts = ends.diff(prepend=ends.new_zeros(1))
         copies = x.unsqueeze(1).expand(-1, chosen, -1).flatten(0, 1)
-        results = self.experts(permute(copies, order, place), counts)
-        out = permute(results, place, order).unflatten(0, (tokens, chosen))
+        results = self.experts(permute(copies, order, inverse), counts)
+        out = permute(results, inverse, order).unflatten(0, (tokens, chosen))
         weighted: Tensor = (out * routing.weights.unsqueeze(-1).type_as(out)).sum(dim=1)
         return weighted
 

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.attention import ATTENTIONS, Attention, QKRows
+from nanokimi.model.attention import ATTENTIONS, Attention, QKRows, rotary_tables
 from nanokimi.model.cache import CacheSlots, LatentCache
-from nanokimi.model.layers import Embedding, Linear, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
+from nanokimi.model.layers import Embedding, Linear, ParamRole, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
 from nanokimi.model.moe import Load, MoE, Router
-from nanokimi.model.roles import HEAD, NORM, Declaration, Role
-from nanokimi.model.rope import rotary_tables
 from nanokimi.ops.loss import IGNORED, linear_cross_entropy, linear_log_probabilities, log_probabilities_by
 from nanokimi.ops.products import at_least_fp32
 
@@ -43,7 +41,7 @@ class Losses(NamedTuple):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; ``mlp`` is dense in the leading layers, sparse behind them."""
+    """One pre-norm layer; ``mlp`` is dense in the leading layers, sparse after them."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -57,7 +55,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        place: CacheSlots | None,
+        slots: CacheSlots | None,
         *,
         documents: Tensor | None = None,
         counted: Tensor | None = None,
@@ -66,7 +64,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockStats]:
         """``[B, T, D] -> [B, T, D]`` (``last_only``: ``[B, 1, D]``) and what the layer has to report."""
         out, max_logits = self.attention(
-            self.attention_norm(x), rope, place, documents=documents, counted=counted, exact=exact, last_only=last_only
+            self.attention_norm(x), rope, slots, documents=documents, counted=counted, exact=exact, last_only=last_only
         )
         x = (x[:, -1:] if last_only else x) + out
         if isinstance(self.mlp, MoE):
@@ -102,7 +100,7 @@ class Transformer(PreciseBuffers):
         self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size, HEAD)
+        self.head = Linear(config.dim, config.vocab_size, "head")
         for name in ("cos", "sin"):
             angles = torch.empty(config.max_seq_length, config.qk_rope_head_dim // 2)
             self.register_buffer(name, angles, persistent=False)
@@ -125,9 +123,9 @@ class Transformer(PreciseBuffers):
         for router in self.routers():
             nn.init.zeros_(router.balance_bias)
 
-    def fill(self, role: Role, parameter: Tensor) -> None:
+    def fill(self, role: ParamRole, parameter: Tensor) -> None:
         """Fresh values for one parameter."""
-        if role == NORM:
+        if role == "norm":
             nn.init.ones_(parameter)
         else:
             nn.init.normal_(parameter, std=self.config.init_std)
@@ -207,10 +205,10 @@ class Transformer(PreciseBuffers):
         count = labelled.sum().clamp(min=1) if label_count is None else label_count
         if isinstance(count, Tensor):
             count = count.to(torch.promote_types(x.dtype, torch.float32))  # not to change the losses' type
-        cross_entropy = self._per_token(x, labels) if per_token else self._cross_entropy(x, labels, count)
+        cross_entropy = self._cross_entropy(x, labels, count, per_token=per_token)
         return Losses(cross_entropy, self._balance(reports, labelled, count, like=x))
 
-    def hidden(self, tokens: Tensor, *, documents: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, *, documents: Tensor | None = None) -> Tensor:
         """Normalised output of the last block, ``[B, T] -> [B, T, D]``: what the head makes logits of."""
         return self._run(tokens, documents=documents)[0]
 
@@ -231,20 +229,20 @@ class Transformer(PreciseBuffers):
                 it caches.
         """
         assert documents is None or (cache is None and documents.shape == tokens.shape)
-        place = cache.place(tokens.shape[1]) if cache is not None else None
-        end = place.span if place is not None else tokens.shape[1]
+        slots = cache.slots(tokens.shape[1]) if cache is not None else None
+        end = slots.span if slots is not None else tokens.shape[1]
         if end > self.config.max_seq_length:
             raise ValueError(f"{end} tokens exceed the context of {self.config.max_seq_length} (max_seq_length)")
         # Positions run on across documents: rotated logits depend on distances alone (Su et al., 2021, section 3.2).
-        positions = place.positions if place is not None else slice(end)
+        positions = slots.positions if slots is not None else slice(end)
         rope = (self.cos[positions], self.sin[positions])
         counted = _counted(tokens, labelled, documents) if self.training and cache is None else None
         x, reports = self.embed(tokens), []
         for layer in self.blocks():
-            narrow = last_only and place is not None and layer is self.layers[-1]
+            narrow = last_only and slots is not None and layer is self.layers[-1]
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
             x, stats = run(
-                x, rope, place, documents=documents, counted=counted, exact=self.exact_logits, last_only=narrow
+                x, rope, slots, documents=documents, counted=counted, exact=self.exact_logits, last_only=narrow
             )
             reports.append(stats)
         if cache is not None:
@@ -255,19 +253,16 @@ class Transformer(PreciseBuffers):
 
     # ---- losses ---------------------------------------------------------------------------------
 
-    def _cross_entropy(self, x: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
-        """Sum over the labels that count, divided by ``count``."""
-        if is_plain(self.head):
-            return linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten(), count)
-        return self._per_token(x, labels).sum() / count
-
-    def _per_token(self, x: Tensor, labels: Tensor) -> Tensor:
-        rows, targets = x.flatten(0, 1), labels.flatten()
-        if is_plain(self.head):
+    def _cross_entropy(self, x: Tensor, labels: Tensor, count: float | Tensor, *, per_token: bool) -> Tensor:
+        """Sum over the labels that count, divided by ``count``; or the loss of each token."""
+        rows, targets, fused = x.flatten(0, 1), labels.flatten(), is_plain(self.head)
+        if fused and not per_token:
+            return linear_cross_entropy(rows, self.head.weight, targets, count)
+        if fused:
             found = linear_log_probabilities(rows, self.head.weight, targets)
         else:
             found = log_probabilities_by(self.head, rows, targets)
-        return -found.view_as(labels)
+        return -found.view_as(labels) if per_token else -found.sum() / count
 
     def _balance(self, reports: list[BlockStats], labelled: Tensor, count: float | Tensor, *, like: Tensor) -> Tensor:
         """Sum of the layers' balance losses: of each the mean over the sequences, weighted by the labels that count."""
@@ -313,15 +308,15 @@ class Transformer(PreciseBuffers):
         """Those of the sparse layers, first to last; an adapter around one is passed over."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def param_roles(self) -> list[Declaration]:
-        """The role of every parameter, each once; what ``MuonClip`` goes by.
+    def param_roles(self) -> list[tuple[ParamRole, nn.Parameter]]:
+        """Every parameter once, with its role, by which ``MuonClip`` chooses how to update it.
 
-        In this order initial weights are drawn, and optimizer state lies in checkpoints.
+        Initial weights are drawn in this order, and checkpoints hold the optimizer state in it.
         """
         blocks = [(b.attention_norm, b.mlp_norm, b.attention, b.mlp) for b in self.blocks()]
         parts = (self.embed, *chain.from_iterable(blocks), self.norm, self.head)
-        holders = [module for part in parts for module in part.modules() if hasattr(module, "role")]
-        return [(cast(Role, module.role), p) for module in holders for p in module.parameters(recurse=False)]
+        holders = [module for part in parts for module in part.modules() if hasattr(module, "param_role")]
+        return [(cast(ParamRole, module.param_role), p) for module in holders for p in module.parameters(recurse=False)]
 
     def qk_rows(self) -> list[list[QKRows]]:
         """Per layer, the rows of weights that QK-Clip scales."""
@@ -347,7 +342,12 @@ def _counted(tokens: Tensor, labelled: Tensor | None, documents: Tensor | None) 
     return counted if documents is None else counted & (documents >= 0)
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Of every tensor in the state of ``Transformer(config)``, by name; takes no memory."""
+def meta_model(config: ModelConfig) -> Transformer:
+    """``Transformer(config)`` on the meta device: its names, shapes and counts, without any memory."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+        return Transformer(config)
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every tensor in the state dict of ``Transformer(config)``, by name."""
+    return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}

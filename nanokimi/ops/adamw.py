@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CPU_PIECE = 1 << 17  # numbers of a parameter at a time on a CPU: its cache holds them from one operation to the next
+CPU_CHUNK = 1 << 17  # numbers of a parameter at a time on a CPU: its cache holds them from one operation to the next
 
 
-class Lists(NamedTuple):
+class TensorLists(NamedTuple):
     """Parameters, their gradients and both moments, in the same order."""
 
     parameters: list[Tensor]
@@ -21,7 +21,7 @@ class Lists(NamedTuple):
     squares: list[Tensor]
 
 
-class AdamW(NamedTuple):
+class AdamWStep(NamedTuple):
     """What one update depends on beside the tensors; ``step`` counts from 1."""
 
     step: int
@@ -31,42 +31,53 @@ class AdamW(NamedTuple):
     eps: float
 
 
-def reference_adamw_(of: Lists, by: AdamW) -> None:
+def reference_adamw_(lists: TensorLists, by: AdamWStep) -> None:
     """The update as the paper writes it, operation by operation."""
     beta1, beta2 = by.betas
-    torch._foreach_mul_(of.parameters, 1 - by.lr * by.weight_decay)
-    torch._foreach_lerp_(of.means, of.grads, 1 - beta1)
-    torch._foreach_mul_(of.squares, beta2)
-    torch._foreach_addcmul_(of.squares, of.grads, of.grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(of.squares)
+    torch._foreach_mul_(lists.parameters, 1 - by.lr * by.weight_decay)
+    torch._foreach_lerp_(lists.means, lists.grads, 1 - beta1)
+    torch._foreach_mul_(lists.squares, beta2)
+    torch._foreach_addcmul_(lists.squares, lists.grads, lists.grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(lists.squares)
     torch._foreach_div_(denominators, math.sqrt(1 - beta2**by.step))
     torch._foreach_add_(denominators, by.eps)
-    torch._foreach_addcdiv_(of.parameters, of.means, denominators, -by.lr / (1 - beta1**by.step))
+    torch._foreach_addcdiv_(lists.parameters, lists.means, denominators, -by.lr / (1 - beta1**by.step))
 
 
-def adamw_(of: Lists, by: AdamW) -> None:
+def adamw_(lists: TensorLists, by: AdamWStep) -> None:
     """One update in place of parameters and moments; no host synchronisation."""
-    device = of.parameters[0].device.type
+    device = lists.parameters[0].device.type
     if device == "cuda":
-        fused(of, by)
-        return
-    for part in _in_pieces(of) if device == "cpu" else [of]:
-        reference_adamw_(part, by)
+        fused_adamw_(lists, by)
+    elif device == "cpu":
+        for chunk in _chunks(lists):
+            reference_adamw_(chunk, by)
+    else:
+        reference_adamw_(lists, by)
 
 
-def fused(of: Lists, by: AdamW) -> None:
+def fused_adamw_(lists: TensorLists, by: AdamWStep) -> None:
     """In one kernel, that of ``torch.optim.AdamW(fused=True)``; differs from ``reference_adamw_`` in the last bits."""
-    step = torch.full((), by.step, dtype=torch.float32, device=of.parameters[0].device)
+    # A tensor, since the kernel reads the step from the device; a number would have to be copied there.
+    step = torch.full((), by.step, dtype=torch.float32, device=lists.parameters[0].device)
     torch._fused_adamw_(
-        *of, [], [step] * len(of.parameters), lr=by.lr, beta1=by.betas[0], beta2=by.betas[1],
-        weight_decay=by.weight_decay, eps=by.eps, amsgrad=False, maximize=False,
-    )  # fmt: skip
+        *lists,
+        [],
+        [step] * len(lists.parameters),
+        lr=by.lr,
+        beta1=by.betas[0],
+        beta2=by.betas[1],
+        weight_decay=by.weight_decay,
+        eps=by.eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
-def _in_pieces(of: Lists) -> Iterator[Lists]:
+def _chunks(lists: TensorLists) -> Iterator[TensorLists]:
     """A few rows of one parameter at a time, and the same rows of what belongs to it."""
-    for tensors in zip(*of, strict=True):
+    for tensors in zip(*lists, strict=True):
         rows = [tensor if tensor.ndim else tensor[None] for tensor in tensors]
-        count = max(1, CPU_PIECE // max(1, rows[0][0].numel()))
-        for pieces in zip(*(r.split(count) for r in rows), strict=True):
-            yield Lists(*([piece] for piece in pieces))
+        count = max(1, CPU_CHUNK // max(1, rows[0][0].numel()))
+        for chunks in zip(*(r.split(count) for r in rows), strict=True):
+            yield TensorLists(*([chunk] for chunk in chunks))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nanokimi.ops.products import at_least_fp32
 
-ROWS_PER_CHUNK = 128
+ROWS_PER_CHUNK = 128  # queries whose logits ``largest_logits`` holds at once
 ROW_ALIGNMENT = 8  # elements: in half precision the 16 bytes that CUDA reads at once
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
@@ -26,7 +26,7 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """``causal_attention`` written out: what the kernels are held against, and the way on devices without one."""
     logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
-    logits = logits.masked_fill(_hidden_pairs(0, q.shape[-2], k.shape[-2], q.device, documents), -torch.inf)
+    logits = torch.where(_attn_mask(0, q.shape[-2], k.shape[-2], q.device, documents), logits, -torch.inf)
     return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
 
 
@@ -45,7 +45,7 @@ def causal_attention(
         the output ``[B, H, T, V]`` and the log-sum-exp of each row of visible scaled logits ``[B, H, T]``
         in fp32 (fp64 for fp64 inputs); no gradient flows through the latter.
     """
-    fused = _fused_kernel(q, v, masked=documents is not None)
+    fused = _fused_kernel(q, v)
     if fused is None:
         return reference_attention(q, k, v, scale, documents)
     kernel, multiple = fused
@@ -54,87 +54,75 @@ def causal_attention(
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
-    """Softmax attention of T queries ``[B, H, T, N + P]`` to S keys, where ``hidden`` says what each must not see.
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
+    """Softmax attention of T queries ``[B, H, T, N + P]`` to S keys.
 
     Args:
         k, v: ``[B, H, S, N + P]`` and ``[B, H, S, V]``.
         scale: factor of the logits.
-        hidden: bool, broadcasts to ``[B, H, T, S]``; every query sees something. None: each sees all.
+        attn_mask: bool, broadcasts to ``[B, H, T, S]``, what a query may attend to (something at least); None: to all.
 
     Returns:
         ``[B, H, T, V]``.
     """
-    seen = None if hidden is None else ~hidden
-    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=seen, scale=scale)
+    out = F.scaled_dot_product_attention(*_equal_widths(q, k, v, 1), attn_mask=attn_mask, scale=scale)
     return out[..., : v.shape[-1]]
 
 
-def _fused_kernel(q: Tensor, v: Tensor, *, masked: bool) -> tuple[Kernel, int] | None:
-    """The kernel for this device, dtype and head width, and what head widths must be a multiple of.
-
-    ``masked``: it must take a bias, which flash attention on CUDA does not.
-    """
+def _fused_kernel(q: Tensor, v: Tensor) -> tuple[Kernel, int] | None:
+    """The kernel for this device, dtype and head width, and what head widths must be a multiple of, if there is one."""
     if v.device.type == "cpu":
-        return _cpu_flash, 1
+        return _cpu_kernel, 1
     if v.device.type == "cuda" and v.dtype in (torch.bfloat16, torch.float16):
         fits = torch.cuda.get_device_capability(v.device) >= (8, 0) and max(q.shape[-1], v.shape[-1]) <= 256
-        return (_cuda_efficient if masked else _cuda_flash, 8) if fits else None
-    if v.device.type == "cuda" and v.dtype == torch.float32:
-        return _cuda_efficient, 4
-    return None
+        return (_cuda_kernel, 8) if fits else None
+    return (_cuda_kernel, 4) if v.device.type == "cuda" and v.dtype == torch.float32 else None
 
 
-# The bias is causal by itself. The kernels are told of causality all the same: they skip what lies behind the diagonal.
+# The bias is causal by itself. The kernels are told of causality all the same, so that they skip what is above the
+# diagonal.
 
 
-def _cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, True, attn_mask=bias, scale=scale
     )
     return out, lse
 
 
-# The value heads come as a view that may begin between the 16-byte marks CUDA's kernels read from: hence the copy.
-
-
-def _cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert bias is None, "this kernel takes no bias"
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v.contiguous(), 0.0, True, False, scale=scale
-    )
-    return out, lse
-
-
-def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    if bias is not None:
-        bias = bias.expand(-1, q.shape[1], -1, -1)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v.contiguous(), bias, True, 0.0, True, scale=scale
-    )
+def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Flash attention in half precision; in fp32, and with a bias, which flash does not take, the efficient kernel."""
+    v = v.contiguous()  # a view may begin between the multiples of 16 bytes that the kernels read from
+    if bias is None and v.dtype != torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    else:
+        bias = None if bias is None else bias.expand(-1, q.shape[1], -1, -1)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, True, 0.0, True, scale=scale
+        )
     return out, lse
 
 
 def _document_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels add to the logits, ``[B, 1, T, T]``: 0 for visible pairs, -inf for hidden ones.
+    """What the kernels add to the logits, ``[B, 1, T, T]``: 0 where a position may attend, -inf elsewhere.
 
     Its rows begin at multiples of ``ROW_ALIGNMENT`` elements, whatever T is: CUDA's kernel refuses others.
     """
     length = documents.shape[1]
-    hidden = F.pad(_hidden_pairs(0, length, length, documents.device, documents), (0, -length % ROW_ALIGNMENT))
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=documents.device).masked_fill(hidden, -torch.inf)
-    return bias[..., :length]
+    attn_mask = _attn_mask(0, length, length, documents.device, documents)
+    bias = torch.zeros(attn_mask.shape, dtype=dtype, device=documents.device).masked_fill(~attn_mask, -torch.inf)
+    return F.pad(bias, (0, -length % ROW_ALIGNMENT))[..., :length]
 
 
-def _hidden_pairs(start: int, end: int, keys: int, device: torch.device, documents: Tensor | None) -> Tensor:
-    """Which of the first ``keys`` positions the rows from ``start`` to ``end`` must not see.
+def _attn_mask(start: int, end: int, keys: int, device: torch.device, documents: Tensor | None) -> Tensor:
+    """Which of the first ``keys`` positions the rows from ``start`` to ``end`` may attend to.
 
     Bool ``[end - start, keys]``, with ``documents`` ``[B, 1, end - start, keys]``.
     """
-    hidden = torch.ones(end - start, keys, dtype=torch.bool, device=device).triu(start + 1)
+    causal = torch.ones(end - start, keys, dtype=torch.bool, device=device).tril(start)
     if documents is None:
-        return hidden
-    return hidden | (documents[:, None, start:end, None] != documents[:, None, None, :keys])
+        return causal
+    return causal & (documents[:, None, start:end, None] == documents[:, None, None, :keys])
 
 
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,8 +145,8 @@ def largest_logits(
     for start in range(0, length, ROWS_PER_CHUNK):
         end = min(start + ROWS_PER_CHUNK, length)
         logits = at_least_fp32(q[:, :, start:end] @ k[:, :, :end].transpose(-2, -1)) * scale
-        hidden = _hidden_pairs(start, end, end, q.device, documents)
+        attn_mask = _attn_mask(start, end, end, q.device, documents)
         if counted is not None:
-            hidden = hidden | ~counted[:, None, start:end, None]
-        best = torch.maximum(best, logits.masked_fill(hidden, -torch.inf).amax(dim=(0, 2, 3)))
+            attn_mask = attn_mask & counted[:, None, start:end, None]
+        best = torch.maximum(best, torch.where(attn_mask, logits, -torch.inf).amax(dim=(0, 2, 3)))
     return best

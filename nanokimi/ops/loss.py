@@ -21,7 +21,7 @@ from nanokimi.ops.products import as_multiplied, at_least_fp32, product
 
 IGNORED = -100  # the label of a row that does not count, as in torch
 ROWS_PER_CHUNK = 512  # 100 MB of fp32 logits with a vocabulary of 49,152
-CPU_STRIP = 4096  # entries of the vocabulary whose gradients are multiplied at once: a caches' worth of operands
+CPU_STRIP = 4096  # entries of the vocabulary whose gradients are multiplied at once, so that the operands fit a cache
 
 
 def reference_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
@@ -72,21 +72,19 @@ class _Chunk(NamedTuple):
     """Some rows and what their logits say.
 
     Attributes:
-        place: which rows of all.
-        rows: ``[m, D]``.
-        targets: ``[m]``, 0 for ignored rows.
-        columns: ``[m]``, 0, 1, 2, ...: with ``targets`` the places of the targets' logits.
+        rows: which of all.
+        x: ``[m, D]``.
+        at_targets: index of the targets' logits in ``[V, m]``; of ignored rows the first one's.
         ignored: ``[m]`` bool.
-        exponentials: of the logits less the largest, ``[V, m]``: transposed, so that the gradient of the weight finds
-            its left operand in rows (see ``product``).
+        exponentials: of the logits less the largest, ``[V, m]``: transposed, so that the left operand of the product
+            that is the gradient of the weight is contiguous (see ``product``).
         totals: their sums, ``[m]``.
         losses: ``[m]``.
     """
 
-    place: slice
-    rows: Tensor
-    targets: Tensor
-    columns: Tensor
+    rows: slice
+    x: Tensor
+    at_targets: tuple[Tensor, Tensor]
     ignored: Tensor
     exponentials: Tensor
     totals: Tensor
@@ -95,21 +93,21 @@ class _Chunk(NamedTuple):
 
 def _chunks(x: Tensor, weight: Tensor, labels: Tensor) -> Iterator[_Chunk]:
     for start in range(0, len(x), ROWS_PER_CHUNK):
-        place = slice(start, start + ROWS_PER_CHUNK)
-        ignored = labels[place] == IGNORED
-        rows, targets = x[place], labels[place].masked_fill(ignored, 0)
-        logits = at_least_fp32(product(weight, rows.mT))
+        rows = slice(start, start + ROWS_PER_CHUNK)
+        ignored = labels[rows] == IGNORED
+        targets = labels[rows].masked_fill(ignored, 0)
+        logits = at_least_fp32(product(weight, x[rows].mT))
         largest = logits.amax(dim=0)
         chosen = logits.gather(0, targets.unsqueeze(0)).squeeze(0) - largest
-        exponentials = logits.sub_(largest).exp_()
+        exponentials = logits.sub_(largest).exp_()  # in place: a chunk's logits are the largest tensor of the loss
         totals = exponentials.sum(dim=0)
         losses = (totals.log() - chosen).masked_fill(ignored, 0)
-        columns = torch.arange(len(rows), device=x.device)
-        yield _Chunk(place, rows, targets, columns, ignored, exponentials, totals, losses)
+        at_targets = (targets, torch.arange(len(targets), device=x.device))
+        yield _Chunk(rows, x[rows], at_targets, ignored, exponentials, totals, losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss, with the gradients of ``x`` and ``weight`` made on the way."""
+    """The loss; the gradients of ``x`` and ``weight`` are computed with it, in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
@@ -117,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(x, weight, labels):
             losses.append(chunk.losses.sum())
             grad = chunk.exponentials.div_((chunk.totals * count).masked_fill(chunk.ignored, torch.inf))
-            grad[chunk.targets, chunk.columns] -= (~chunk.ignored).to(grad.dtype) / count
+            grad[chunk.at_targets] -= (~chunk.ignored).to(grad.dtype) / count
             gradients.add(chunk, grad)
         ctx.save_for_backward(gradients.of_x, gradients.of_weight.to(weight.dtype))
         return torch.stack(losses).sum() / count
@@ -130,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearLogProbabilities(torch.autograd.Function):
-    """Keeps its operands alone, and makes the logits anew for the backward pass."""
+    """Keeps nothing but its operands, and computes the logits again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -143,15 +141,15 @@ class _LinearLogProbabilities(torch.autograd.Function):
         x, weight, labels = ctx.saved_tensors
         gradients = _Gradients(x, weight)
         for chunk in _chunks(x, weight, labels):
-            own = grad[chunk.place].masked_fill(chunk.ignored, 0)
+            own = grad[chunk.rows].masked_fill(chunk.ignored, 0)
             by_logit = chunk.exponentials.mul_(-own / chunk.totals)
-            by_logit[chunk.targets, chunk.columns] += own
+            by_logit[chunk.at_targets] += own
             gradients.add(chunk, by_logit)
         return gradients.of_x, gradients.of_weight.to(weight.dtype), None
 
 
 class _Gradients:
-    """Of ``x`` and ``weight``, as they grow chunk by chunk; that of the weight in fp32 or better."""
+    """Those of ``x`` and ``weight``, filled chunk by chunk; that of the weight in fp32 or better."""
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.weight, self.of_x = weight, torch.empty_like(x)
@@ -159,9 +157,8 @@ class _Gradients:
 
     def add(self, chunk: _Chunk, by_logit: Tensor) -> None:
         """``by_logit``: the gradient of the chunk's logits, ``[V, m]``."""
-        first = chunk.place.start == 0
-        self.of_x[chunk.place] = torch.ops.nanokimi.logit_gradients(
-            by_logit.to(chunk.rows.dtype), chunk.rows, self.weight, self.of_weight, first
+        self.of_x[chunk.rows] = torch.ops.nanokimi.logit_gradients(
+            by_logit.to(chunk.x.dtype), chunk.x, self.weight, self.of_weight, chunk.rows.start == 0
         )
 
 

@@ -1,18 +1,18 @@
-"""QK-Clip (Kimi K2 report, section 2.1): keeps attention logits below tau by shrinking the weights behind them.
+"""QK-Clip (Kimi K2 report, section 2.1), and the statistics of a step that it and the balance of experts need.
 
-The logit of a head is linear in each slice of weights scaled here, so for the same inputs a head
-that reached S > tau lands on tau exactly, and no other head changes by one bit.
+QK-Clip keeps attention logits below tau by shrinking query and key weights. The logit of a head is linear in each slice
+of weights that is scaled, so for the same inputs a head that reached S > tau lands on tau exactly, and no other head
+changes by one bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
-
-from nanokimi.optim.shards import held_rows, is_sharded, local
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 class ScaledRows(Protocol):
@@ -25,6 +25,21 @@ class ScaledRows(Protocol):
     def power(self) -> float: ...
 
     def of(self, tensor: Tensor) -> Tensor: ...
+
+
+class OptimizedModel(Protocol):
+    """What an optimizer needs of a model beside its gradients; ``nanokimi.Transformer`` has it."""
+
+    max_logits: Tensor
+    expert_counts: Tensor
+
+    def param_roles(self) -> Sequence[tuple[str, nn.Parameter]]: ...
+
+    def qk_rows(self) -> Sequence[Sequence[ScaledRows]]: ...
+
+    def update_balance(self) -> None: ...
+
+    def reset_stats(self) -> None: ...
 
 
 def clip_factors(max_logits: Tensor, tau: float) -> Tensor:
@@ -46,20 +61,104 @@ def qk_clip_(layers: Sequence[Sequence[ScaledRows]], max_logits: Tensor, tau: fl
     gamma = clip_factors(max_logits, tau)[:, :, None, None]
     trained = [(i, rows) for i, layer in enumerate(layers) for rows in layer if rows.weight.requires_grad]
     powers = {power: gamma**power for power in {rows.power for _, rows in trained}}
-    whole = [(i, rows) for i, rows in trained if not is_sharded(rows.weight)]
-    if whole:
-        views = [rows.of(rows.weight) for _, rows in whole]
-        torch._foreach_mul_(
-            views, [powers[rows.power][i].type_as(v) for (i, rows), v in zip(whole, views, strict=True)]
-        )
+    views, factors = [], []
     for i, rows in trained:
-        if is_sharded(rows.weight):
-            _scale_shard(rows, powers[rows.power][i])
+        factor = powers[rows.power][i]
+        if is_sharded(rows.weight):  # a column as long as the whole weight says by what each of its rows is scaled
+            column = factor.new_ones(rows.weight.shape[0], 1)
+            rows.of(column).mul_(factor)
+            views.append(local(rows.weight))
+            factors.append(column[local_rows(rows.weight)].type_as(views[-1]))
+        else:
+            views.append(rows.of(rows.weight))
+            factors.append(factor.type_as(views[-1]))
+    if views:
+        torch._foreach_mul_(views, factors)
 
 
-def _scale_shard(rows: ScaledRows, factors: Tensor) -> None:
-    """Scales what lies on this rank: a column as long as the whole weight says by what each of its rows is scaled."""
-    column = factors.new_ones(rows.weight.shape[0], 1)
-    rows.of(column).mul_(factors)
-    here = local(rows.weight)
-    here.mul_(column[held_rows(rows.weight)].type_as(here))
+# ---- statistics of a step -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def share_statistics(model: OptimizedModel, group: dist.ProcessGroup | None = None) -> None:
+    """Gives every rank the largest logits and the summed expert counts of all of them; one process keeps its own.
+
+    Args:
+        group: the ranks that train the model together; None: all there are.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return
+    model.max_logits.masked_fill_(model.max_logits.isnan(), torch.inf)  # a NaN may get lost in a MAX
+    dist.all_reduce(model.max_logits, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(model.expert_counts, group=group)
+
+
+def balance_experts(model: nn.Module, group: dist.ProcessGroup | None = None) -> Callable[..., None]:
+    """What any optimizer but ``MuonClip`` has to do after its step, as ``optimizer.register_step_post_hook(...)``.
+
+    It moves the balance biases by the load of the step, and starts the statistics anew.
+
+    Args:
+        model: a ``Transformer``, or what is wrapped around one.
+        group: the ranks that train it together; None: all there are.
+    """
+    inner, own_group = unwrapped(model), group or group_of(model)
+
+    def after_step(*_: Any) -> None:
+        share_statistics(inner, own_group)
+        inner.update_balance()
+        inner.reset_stats()
+
+    return after_step
+
+
+def unwrapped(model: nn.Module) -> OptimizedModel:
+    """The model inside of ``torch.compile``'s and DistributedDataParallel's wrappers, and of modules around it.
+
+    Raises:
+        ValueError: no module tells the roles of its parameters, or more than one does.
+    """
+    found = [module for module in model.modules() if hasattr(type(module), "param_roles")]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} modules of the model have param_roles(): there must be one Transformer")
+    return cast(OptimizedModel, found[0])
+
+
+def group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The process group of the DistributedDataParallel around the model; None where there is none."""
+    found = [getattr(module, "process_group", None) for module in model.modules()]
+    return next((group for group in found if isinstance(group, dist.ProcessGroup)), None)
+
+
+# ---- sharded parameters -------------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of ``tensor`` that lie on this rank, without a copy: all of them, unless it is a DTensor."""
+    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole ``tensor`` lie on this rank.
+
+    Raises:
+        ValueError: a DTensor that is sharded otherwise than along its rows.
+    """
+    first, last = 0, len(tensor)
+    if is_sharded(tensor):
+        mesh, placements = cast(Any, tensor).device_mesh, cast(Any, tensor).placements
+        for dimension, placement in enumerate(placements):
+            if placement.is_replicate():
+                continue
+            if not placement.is_shard(0):
+                shape = list(tensor.shape)
+                raise ValueError(f"a parameter of shape {shape} is sharded as {placements}: only rows may be")
+            size = -(-(last - first) // mesh.size(dimension))  # as torch.chunk cuts
+            first = min(first + mesh.get_local_rank(dimension) * size, last)
+            last = min(first + size, last)
+    return slice(first, last)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanokimi.ops.newton_schulz import batches_of, best_dtype, orthogonalise
+from nanokimi.ops.newton_schulz import batches_of, best_dtype, newton_schulz_flops, orthogonalise
 from nanokimi.parallel.layout import Layout
 
 
@@ -41,12 +41,6 @@ class Piece(NamedTuple):
     shard: int
 
 
-def cost(shape: Sequence[int]) -> int:
-    """Multiply-adds of a Newton-Schulz step on one ``[..., rows, cols]`` matrix, but for a factor."""
-    short, long = sorted(shape[-2:])
-    return short * short * (2 * long + short)
-
-
 def deal(shapes: Sequence[torch.Size], rows: Sequence[Sequence[slice]], layout: Layout) -> list[Piece]:
     """Owners for the matrices of ``shapes``, the dearest first, each to the rank that has the least to do.
 
@@ -56,18 +50,19 @@ def deal(shapes: Sequence[torch.Size], rows: Sequence[Sequence[slice]], layout: 
     replicas, shards = layout.replicas, layout.shards
     loads = [[0] * shards for _ in range(replicas)]
     pieces = []
-    order = sorted(range(len(shapes)), key=lambda i: (len(shapes[i]) == 2, -cost(shapes[i])))  # stacks have less choice
+    costs = [newton_schulz_flops(*shape[-2:]) for shape in shapes]  # of one matrix
+    order = sorted(range(len(shapes)), key=lambda i: (len(shapes[i]) == 2, -costs[i]))  # stacks have less choice
     for number in order:
-        shape = shapes[number]
+        shape, cost = shapes[number], costs[number]
         if len(shape) == 2:
             load, replica, shard = min((loads[r][s], r, s) for r in range(replicas) for s in range(shards))
-            loads[replica][shard] = load + cost(shape)
+            loads[replica][shard] = load + cost
             pieces.append(Piece(number, None, replica, shard))
             continue
         for shard, held in enumerate(rows[number]):
             for part in _cut(held.stop - held.start, replicas):
                 load, replica = min((loads[r][shard], r) for r in range(replicas))
-                loads[replica][shard] = load + cost(shape) * (part.stop - part.start)
+                loads[replica][shard] = load + cost * (part.stop - part.start)
                 pieces.append(Piece(number, part, replica, shard))
     return pieces
 
@@ -119,7 +114,7 @@ class DistributedMuon:
     def orthogonalise(
         self, declared: Sequence[Tensor], updates: Sequence[Tensor], *, dtype: torch.dtype | None
     ) -> list[Tensor]:
-        """See ``optim.shards.Orthogonalise``."""
+        """See ``optim.muonclip.Orthogonalise``."""
         plan = self._plan(declared)
         dtype = dtype or best_dtype(updates[0].device, updates[0].dtype)
         matrices = iter(self._to_owners(plan, declared, updates))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanokimi.model.moe import Experts
-from nanokimi.ops.grouped import permute
-from nanokimi.ops.products import as_multiplied
+from nanokimi.ops.products import as_multiplied, permute
 
 
 class Exchange:

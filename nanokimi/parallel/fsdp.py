@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.shards import local
+from nanokimi.optim.qk_clip import local
 from nanokimi.parallel.ddp import compile_blocks
 from nanokimi.parallel.distributed_muon import DistributedMuon
 from nanokimi.parallel.experts import Exchange

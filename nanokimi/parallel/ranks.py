@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.shards import Orthogonalise
+from nanokimi.optim.muonclip import Orthogonalise
 from nanokimi.parallel.layout import ONE, Layout
 
 

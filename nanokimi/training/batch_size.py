@@ -16,8 +16,7 @@ from nanokimi.data.batch import Batch
 from nanokimi.errors import UserError
 from nanokimi.memory import free_memory, process_memory
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.muonclip import STATE
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import STATE, make_optimizer
 from nanokimi.parallel.layout import share_of_step
 from nanokimi.parallel.ranks import current_ranks
 from nanokimi.training.step import TrainingStep

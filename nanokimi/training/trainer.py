@@ -25,7 +25,7 @@ from nanokimi.data.packing import PackedSequences
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import ONE, Layout

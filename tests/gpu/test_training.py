@@ -12,7 +12,7 @@ from conftest import no_waiting
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.step import TrainingStep
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.cache import LatentCache
-from nanokimi.model.roles import NORM, Declaration
+from nanokimi.model.layers import ParamRole
 
 HELD_BY_PADDING = 1000.0
 
@@ -32,17 +32,18 @@ class ScriptedModel(nn.Module):
     def num_parameters(self, active: bool = False) -> int:
         return self.weight.numel()
 
-    def param_roles(self) -> list[Declaration]:
-        return [(NORM, self.weight)]
+    def param_roles(self) -> list[tuple[ParamRole, nn.Parameter]]:
+        return [("norm", self.weight)]
 
     def forward(self, tokens: Tensor, cache: LatentCache, *, last_only: bool) -> Tensor:
         time.sleep(self.seconds)
-        if cache.length == 0:
+        (row,) = cache.rows
+        if cache.lengths[row] == 0:
             self.prompts.append(tokens[0].tolist())
             self.written = 0
-        cache.length += tokens.shape[1]
+        cache.advance(tokens.shape[1])
         assert last_only
-        assert cache.length <= cache.max_length <= self.config.max_seq_length
+        assert cache.lengths[row] <= cache.max_length <= self.config.max_seq_length
         logits = torch.zeros(1, 1, self.config.vocab_size)
         logits[..., self.script[min(self.written, len(self.script) - 1)]] = 100.0
         logits[..., 257:] = HELD_BY_PADDING

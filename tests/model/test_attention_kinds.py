@@ -19,9 +19,8 @@ from nanokimi.config import ModelConfig
 from nanokimi.errors import ConfigError, UserError
 from nanokimi.inference.decoder import EagerDecoder, new_decoder
 from nanokimi.inference.graph_decoder import GraphDecoder
-from nanokimi.model.attention import ATTENTIONS, GroupedQuery
+from nanokimi.model.attention import ATTENTIONS, GroupedQuery, apply_rope
 from nanokimi.model.cache import LatentCache
-from nanokimi.model.rope import apply_rope
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.qk_clip import qk_clip_
 

@@ -16,7 +16,7 @@ from nanokimi.data.batch import document_numbers
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.attention import (
     ROW_ALIGNMENT,
-    _cuda_efficient,
+    _cuda_kernel,
     _document_bias,
     _fused_kernel,
     causal_attention,
@@ -106,7 +106,7 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_each_alone(
     tokens, labels = packed_tokens()
     documents = document_numbers(tokens, EOT)
     with torch.no_grad():
-        packed = model.head(model.hidden(tokens, documents=documents))
+        packed = model.head(model.hidden_states(tokens, documents=documents))
         for b, at in documents_of():
             torch.testing.assert_close(packed[b, at], model(tokens[b : b + 1, at])[0], rtol=0, atol=tolerance)
 
@@ -121,8 +121,8 @@ def test_packed_documents_give_the_logits_losses_and_gradients_of_each_alone(
 def test_without_the_mask_documents_do_see_one_another(debug_model: Transformer) -> None:
     tokens, _ = packed_tokens()
     with torch.no_grad():
-        masked = debug_model.hidden(tokens, documents=document_numbers(tokens, EOT))
-        difference = (debug_model.hidden(tokens) - masked).abs().amax(dim=-1)
+        masked = debug_model.hidden_states(tokens, documents=document_numbers(tokens, EOT))
+        difference = (debug_model.hidden_states(tokens) - masked).abs().amax(dim=-1)
     assert float(difference[0, LAYOUTS[0][0] :].min()) > 1e-3
     assert float(difference[0, : LAYOUTS[0][0]].max()) < 2e-5
 
@@ -134,7 +134,7 @@ def test_changing_a_document_changes_nothing_at_all_in_the_others() -> None:
     changed[0, 10:20] = (changed[0, 10:20] + 1) % 256
     documents = document_numbers(tokens, EOT)
     with torch.no_grad():
-        before, after = (model.hidden(x, documents=documents) for x in (tokens, changed))
+        before, after = (model.hidden_states(x, documents=documents) for x in (tokens, changed))
     same = (before == after).all(dim=-1)
     others = documents != documents[0, 10]
     others[1] = True
@@ -264,7 +264,7 @@ def test_cuda_is_given_a_bias_whose_rows_are_aligned_and_dense(length: int) -> N
     assert all(stride % ROW_ALIGNMENT == 0 for stride in bias.stride()[:-1])
     assert bias.stride(-1) == 1
     q, k, v = (x.to("meta", torch.bfloat16) for x in heads(length, 24, 24, 24))
-    out, lse = _cuda_efficient(q, k, v, 0.3, bias.to("meta"))
+    out, lse = _cuda_kernel(q, k, v, 0.3, bias.to("meta"))
     assert (out.shape, lse.shape[:2]) == (q.shape, (2, 3))
 
 
@@ -279,7 +279,7 @@ def test_cuda_equals_the_reference_within_documents(
     q, k, v = heads(length, qk, qk, value, dtype=dtype, device="cuda")
     documents = random_documents(length).cuda()
     weight = torch.randn(2, 3, length, value, device="cuda", dtype=dtype)
-    assert _fused_kernel(q, v, masked=True) is not None
+    assert _fused_kernel(q, v) is not None
     scale = 1 / math.sqrt(qk)
     out, lse = causal_attention(q, k, v, scale, documents)
     ours = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))

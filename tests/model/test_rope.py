@@ -11,8 +11,8 @@ from conftest import lively
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import ConfigError
+from nanokimi.model.attention import apply_rope, frequencies, rotary_tables, softmax_scale
 from nanokimi.model.cache import LatentCache
-from nanokimi.model.rope import apply_rope, frequencies, rotary_tables, softmax_scale
 from nanokimi.model.transformer import Transformer
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanokimi.ops.newton_schulz import CPU_BATCHED_NUMEL, newton_schulz, reference_newton_schulz
+from nanokimi.ops.newton_schulz import (
+    CPU_BATCHED_NUMEL,
+    newton_schulz,
+    newton_schulz_flops,
+    reference_newton_schulz,
+)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 7), (300, 260), (230, 450)])
@@ -29,3 +35,10 @@ def test_a_stack_is_its_matrices_one_by_one() -> None:
 
 def test_a_zero_matrix_stays_zero() -> None:
     assert (reference_newton_schulz(torch.zeros(4, 6)) == 0).all()
+
+
+def test_its_flops_are_those_that_torch_counts() -> None:
+    for rows, cols in ((3, 5), (5, 3), (4, 4), (2, 64)):
+        with FlopCounterMode(display=False) as counted:
+            newton_schulz(torch.empty(rows, cols, device="meta"), steps=2)
+        assert counted.get_total_flops() == newton_schulz_flops(rows, cols, steps=2)

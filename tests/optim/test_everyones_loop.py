@@ -17,9 +17,8 @@ from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.muonclip import MuonClip
-from nanokimi.optim.optimizers import make_optimizer
-from nanokimi.optim.statistics import balance_experts
+from nanokimi.optim.muonclip import MuonClip, make_optimizer
+from nanokimi.optim.qk_clip import balance_experts
 from nanokimi.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +175,7 @@ class Wrapped(nn.Module):
         self.value = nn.Linear(32, 1)
 
 
-def test_parameters_that_nobody_declared_go_to_adamw_with_one_warning() -> None:
+def test_parameters_without_a_role_go_to_adamw_with_one_warning() -> None:
     wrapped = Wrapped(Transformer(ModelConfig.preset("debug")))
     with pytest.warns(UserWarning, match=r"go to AdamW: value\.weight, value\.bias$") as caught:
         optimizer = MuonClip(wrapped)
@@ -201,7 +200,7 @@ def test_a_compiled_model_is_taken_as_it_is() -> None:
 
 
 def test_a_module_without_a_transformer_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 modules of the model declare"):
+    with pytest.raises(ValueError, match=r"0 modules of the model have param_roles\(\)"):
         MuonClip(nn.Linear(3, 3))
 
 

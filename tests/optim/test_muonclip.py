@@ -15,7 +15,7 @@ from nanokimi.optim.muonclip import MuonClip, update_scale
 SHAPES = [(48, 32), (32, 48), (64, 24), (40, 90)]
 
 
-class Declared(nn.Module):
+class WithRoles(nn.Module):
     """Bare parameters with roles, as small a model as MuonClip takes."""
 
     def __init__(self, **roles: tuple[str, tuple[int, ...]]) -> None:
@@ -38,8 +38,8 @@ class Declared(nn.Module):
         """There are no statistics."""
 
 
-def matrices() -> Declared:
-    return Declared(**{f"w{i}": ("matrix", shape) for i, shape in enumerate(SHAPES)})
+def matrices() -> WithRoles:
+    return WithRoles(**{f"w{i}": ("matrix", shape) for i, shape in enumerate(SHAPES)})
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -122,7 +122,7 @@ def test_a_matrix_and_a_transposed_one_share_a_batch() -> None:
     done = orthogonalise([wide, tall], dtype=torch.float32)
     for got, matrix in zip([*done[0], done[1]], [*wide, tall], strict=True):
         torch.testing.assert_close(got, newton_schulz(matrix, dtype=torch.float32), rtol=0, atol=1e-5)
-    model = Declared(a=("matrix", (40, 20)), b=("matrix", (20, 40)))
+    model = WithRoles(a=("matrix", (40, 20)), b=("matrix", (20, 40)))
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -133,7 +133,7 @@ def test_a_matrix_and_a_transposed_one_share_a_batch() -> None:
 
 
 def test_a_parameter_without_a_gradient_stays_and_joins_when_it_has_one() -> None:
-    model = Declared(a=("matrix", (6, 6)), b=("matrix", (6, 6)), e=("embedding", (5, 3)), h=("head", (5, 3)))
+    model = WithRoles(a=("matrix", (6, 6)), b=("matrix", (6, 6)), e=("embedding", (5, 3)), h=("head", (5, 3)))
     optimizer = MuonClip(model)
     model.a.grad, model.e.grad = torch.randn(6, 6), torch.randn(5, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -176,7 +176,7 @@ def test_a_zero_gradient_gives_a_zero_update() -> None:
 
 
 def test_adamw_part_equals_torch_adamw() -> None:
-    model = Declared(e=("embedding", (30, 8)), h=("head", (30, 8)), n=("norm", (8,)))
+    model = WithRoles(e=("embedding", (30, 8)), h=("head", (30, 8)), n=("norm", (8,)))
     theirs = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     mine = MuonClip(model, adam_lr=0.01, weight_decay=0.1)
     groups = [
@@ -228,14 +228,14 @@ def test_update_scales(rows: int, cols: int) -> None:
 
 def test_every_parameter_of_the_model_has_exactly_one_role() -> None:
     model = Transformer(ModelConfig.preset("debug"))
-    declared = [id(p) for _, p in model.param_roles()]
-    assert sorted(declared) == sorted(id(p) for p in model.parameters())
+    with_role = [id(p) for _, p in model.param_roles()]
+    assert sorted(with_role) == sorted(id(p) for p in model.parameters())
 
 
 def test_parameters_without_a_role_go_to_adamw_with_one_warning_and_only_matrices_decay() -> None:
     model = matrices()
     model.stray, model.spare = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, 2))
-    with pytest.warns(UserWarning, match="does not declare go to AdamW: stray, spare$") as caught:
+    with pytest.warns(UserWarning, match="without a role in the model go to AdamW: stray, spare$") as caught:
         optimizer = MuonClip(model, weight_decay=0.1)
     assert len(caught) == 1
     others = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -245,17 +245,17 @@ def test_parameters_without_a_role_go_to_adamw_with_one_warning_and_only_matrice
 
 
 def test_a_parameter_with_two_roles_is_refused() -> None:
-    class Twice(Declared):
+    class Twice(WithRoles):
         def param_roles(self) -> list[tuple[str, nn.Parameter]]:
             return [*super().param_roles(), ("head", self.w)]
 
-    with pytest.raises(ValueError, match="declared twice"):
+    with pytest.raises(ValueError, match="has two roles: matrix, head"):
         MuonClip(Twice(w=("matrix", (4, 4))))
 
 
 def test_an_unknown_role_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown role 'spare'"):
-        MuonClip(Declared(w=("spare", (4, 4))))
+        MuonClip(WithRoles(w=("spare", (4, 4))))
 
 
 def test_muon_never_takes_embedding_head_or_norms_and_decay_spares_norms() -> None:

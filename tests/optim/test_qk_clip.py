@@ -8,8 +8,7 @@ from conftest import lively
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.model.attention import MLA
-from nanokimi.model.rope import frequencies
+from nanokimi.model.attention import MLA, frequencies
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.attention import causal_attention, largest_logits, reference_attention
 from nanokimi.optim.muonclip import MuonClip
@@ -38,7 +37,8 @@ def brute_force_logits(attention: MLA, x: Tensor) -> Tensor:
     """Largest scaled causal logit per head ``[H]``, straight from the definition in the papers."""
     c = attention.config
     angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), frequencies(c))
-    q_nope, q_rope = attention.queries(x, (angles.cos(), angles.sin()))
+    q = attention.queries(x, (angles.cos(), angles.sin())).transpose(1, 2)
+    q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), dim=-1)
     latent, k_rope = attention.remembered(x, (angles.cos(), angles.sin()))
     best = torch.full((c.n_heads,), -torch.inf)
     for head in range(c.n_heads):

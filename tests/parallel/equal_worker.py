@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.sources import open_corpus
-from nanokimi.optim.shards import local
+from nanokimi.optim.qk_clip import local
 from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks, from_bytes, to_bytes
 from nanokimi.training.trainer import Trainer

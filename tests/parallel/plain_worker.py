@@ -23,7 +23,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.model.layers import Linear
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MuonClip
-from nanokimi.optim.statistics import balance_experts
+from nanokimi.optim.qk_clip import balance_experts
 
 STEPS, SEQUENCES, LENGTH, TAU = 20, 8, 32, 3.3
 

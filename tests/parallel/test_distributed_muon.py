@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
-from nanokimi.ops.newton_schulz import newton_schulz
+from nanokimi.ops.newton_schulz import newton_schulz_flops
 from nanokimi.optim.muonclip import MUON_ROLES, parameters_by_role
-from nanokimi.parallel.distributed_muon import DistributedMuon, Piece, cost, deal
+from nanokimi.parallel.distributed_muon import DistributedMuon, Piece, deal
 from nanokimi.parallel.layout import Layout, rows_of
 
 LAYOUTS = [Layout("ddp", 4), *(Layout("fsdp", ranks, n) for ranks, n in ((1, 1), (2, 1), (4, 2), (6, 3), (8, 1)))]
@@ -40,6 +39,10 @@ def random_shapes(seed: int) -> list[torch.Size]:
 def dealt(shapes: Sequence[torch.Size], layout: Layout) -> tuple[list[Piece], list[list[slice]]]:
     rows = [[rows_of(shape[0], layout.shards, shard) for shard in range(layout.shards)] for shape in shapes]
     return deal(shapes, rows, layout), rows
+
+
+def cost(shape: torch.Size) -> int:
+    return newton_schulz_flops(*shape[-2:])
 
 
 def price(piece: Piece, shapes: Sequence[torch.Size]) -> int:
@@ -119,14 +122,6 @@ def test_the_busiest_rank_of_nano_243m_does_hardly_more_than_it_must(ranks: int,
         )
         pigeonhole = max(-(-(i + 1) // ranks) * c for i, c in enumerate(costs))
         assert max(busy.values()) <= 1.05 * max(pigeonhole, sum(busy.values()) / ranks), role
-
-
-def test_matrices_cost_what_a_step_of_newton_schulz_multiplies() -> None:
-    for shape in ((3, 5), (5, 3), (4, 4), (2, 64)):
-        with FlopCounterMode(display=False) as counted:
-            newton_schulz(torch.empty(shape, device="meta"), steps=1)
-        assert counted.get_total_flops() == 2 * cost(shape)
-        assert cost((7, *shape)) == cost(shape)
 
 
 def test_ranks_without_a_row_and_without_a_matrix_are_left_in_peace() -> None:

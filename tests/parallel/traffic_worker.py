@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
-from nanokimi.optim.optimizers import make_optimizer
-from nanokimi.optim.shards import local
+from nanokimi.optim.muonclip import make_optimizer
+from nanokimi.optim.qk_clip import local
 from nanokimi.parallel import fsdp  # noqa: F401 (here, for all processes)
 from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import Layout

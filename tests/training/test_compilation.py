@@ -12,7 +12,7 @@ from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch, document_numbers
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses, Transformer
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.training import compilation
 from nanokimi.training.compilation import WORTH_FLOPS, compiles, planned_flops
 from nanokimi.training.step import TrainingStep

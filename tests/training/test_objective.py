@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.model.transformer import Losses, Transformer
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.training.step import TrainingStep, cross_entropy
 
 ROWS = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(2))

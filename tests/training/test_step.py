@@ -11,7 +11,7 @@ from torch import Tensor
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.model.transformer import Transformer
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.training.step import TrainingStep
 
 VARIANTS: list[dict[str, Any]] = [{}, {"score_func": "softmax", "n_dense_layers": 0}, {"n_dense_layers": 3}]

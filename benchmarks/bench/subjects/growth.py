@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.bench.clock import peak_bytes, seconds
 from benchmarks.bench.subjects.shapes import as_training_does, model_of, random_batch, train_config, use
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.training.step import TrainingStep
 
 

@@ -12,7 +12,7 @@ from benchmarks.bench.subjects.peers import MuonAndAdamW, deepseek_v3
 from benchmarks.bench.subjects.shapes import as_training_does, model_of, random_batch, random_tokens, train_config, use
 from benchmarks.bench.subjects.training import forward_and_backward
 from nanokimi.config import ModelConfig
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.training.step import TrainingStep
 
 STEPS = 4  # the later ones meet the optimizer's state and what the allocator kept

@@ -10,7 +10,7 @@ import torch
 from benchmarks.bench.clock import seconds
 from benchmarks.bench.subjects.peers import LR, MuonAndAdamW, random_gradients
 from benchmarks.bench.subjects.shapes import as_training_does, model_of, train_config, use
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 
 
 class Optimizer:

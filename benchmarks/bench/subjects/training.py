@@ -25,7 +25,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.loader import BatchLoader
 from nanokimi.data.packing import PackedSequences
-from nanokimi.optim.optimizers import make_optimizer
+from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.qk_clip import qk_clip_
 from nanokimi.training.step import TrainingStep
 
