@@ -1,7 +1,7 @@
-"""Expert parallelism (GShard; Lepikhin et al., 2020): experts dealt out over ranks, tokens sent to them and back.
+"""Expert parallelism (GShard; Lepikhin et al., 2020): each rank holds some experts, tokens are sent to them and back.
 
-The model does not know: hooks around ``Experts`` swap its input for what all ranks have for the experts that live
-here, and its output for what the experts of other ranks made of the tokens that came from here.
+The model knows nothing of it. Hooks around ``Experts`` replace its input by the tokens of all ranks for the experts of
+this rank, and its output by what the experts of all ranks made of the tokens of this rank.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from nanokimi.model.moe import Experts
 from nanokimi.ops.products import as_multiplied, permute
 
 
-class Exchange:
-    """The way of one layer's tokens to the experts of a group of ranks, and back.
+class ExpertExchange:
+    """Sends the tokens of one layer to the experts of a group of ranks, and back.
 
     Args:
-        group: its ranks hold as many experts each, in their order.
+        group: each of its ranks holds equally many experts, in the order of the ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self._way_back: tuple[list[int], list[int], Tensor, Tensor]  # of the forward pass that is under way
+        self._return: tuple[list[int], list[int], Tensor, Tensor]  # how this forward pass sends its results back
 
     def attach(self, experts: Experts) -> None:
-        """From now on ``experts``, which holds those of this rank alone, takes and returns the rows of them all."""
-        experts.register_forward_pre_hook(self.there)
-        experts.register_forward_hook(self.back)
+        """Makes ``experts``, which holds those of this rank, take and return the tokens of this rank for all experts."""
+        experts.register_forward_pre_hook(self.dispatch)
+        experts.register_forward_hook(self.combine)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def there(self, module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def dispatch(self, module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """``[n, D]`` sorted by expert and counts ``[E]`` -> the rows for the experts here, sorted, and their counts."""
         rows, counts = inputs
         size = self.group.size()
         from_ranks = torch.empty_like(counts)  # [ranks, experts here]
         dist.all_to_all_single(from_ranks, counts.contiguous(), group=self.group)
         by_rank = torch.stack((counts, from_ranks)).view(2, size, -1).sum(dim=2)
-        sent, received = by_rank.tolist()  # waits for the device, once
-        rows = as_multiplied(rows)  # as the experts would: so fewer bytes travel
+        sent, received = by_rank.tolist()  # the only wait for the device
+        rows = as_multiplied(rows)  # in the experts' own precision, so that fewer bytes travel
         arrived = _AllToAll.apply(rows, sent, received, self.group)  # type: ignore[no-untyped-call]
         here = from_ranks.view(size, -1)
         order, inverse = _by_expert(here, sum(received))
-        self._way_back = received, sent, inverse, order
+        self._return = received, sent, inverse, order
         return permute(arrived, order, inverse), here.sum(dim=0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def back(self, module: nn.Module, inputs: Any, rows: Tensor) -> Tensor:
-        """What the experts here made, to where it came from: ``[n, D]`` in the order that ``there`` was given."""
-        sent, received, order, inverse = self._way_back
+    def combine(self, module: nn.Module, inputs: Any, rows: Tensor) -> Tensor:
+        """Results of the experts here -> ``[n, D]``, the results for this rank, in the order that ``dispatch`` got."""
+        sent, received, order, inverse = self._return
         out: Tensor = _AllToAll.apply(permute(rows, order, inverse), sent, received, self.group)  # type: ignore[no-untyped-call]
         return out
 
 
 def _by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows, which lie by rank and by expert within, by expert; and its inverse.
+    """The permutation that sorts rows by expert, which lie by rank and then by expert; and its inverse.
 
     Args:
         counts: ``[ranks, experts]``.
@@ -71,7 +71,7 @@ def _by_expert(counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to the ranks of a group, ``sent[i]`` to the i-th; their gradients take the way back."""
+    """Sends ``sent[i]`` rows to the i-th rank of a group; the gradients take the way back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -20,7 +20,7 @@ from nanokimi.model.transformer import Transformer
 from nanokimi.optim.qk_clip import local
 from nanokimi.parallel.ddp import compile_blocks
 from nanokimi.parallel.distributed_muon import DistributedMuon
-from nanokimi.parallel.experts import Exchange
+from nanokimi.parallel.experts import ExpertExchange
 from nanokimi.parallel.layout import Layout, rows_of
 from nanokimi.parallel.ranks import Ranks
 
@@ -58,7 +58,7 @@ class Sharded:
         for moe in self.model.moe_layers():
             for name, stack in list(moe.experts.named_parameters()):
                 setattr(moe.experts, name, nn.Parameter(stack[: n // experts].detach().clone()))
-            Exchange(mesh.get_group("expert")).attach(moe.experts)
+            ExpertExchange(mesh.get_group("expert")).attach(moe.experts)
         return mesh
 
     def _wrap(self) -> None:

@@ -13,7 +13,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.newton_schulz import newton_schulz_flops
 from nanokimi.optim.muonclip import MUON_ROLES, parameters_by_role
-from nanokimi.parallel.distributed_muon import DistributedMuon, Piece, deal
+from nanokimi.parallel.distributed_muon import Assignment, DistributedMuon, assign
 from nanokimi.parallel.layout import Layout, rows_of
 
 LAYOUTS = [Layout("ddp", 4), *(Layout("fsdp", ranks, n) for ranks, n in ((1, 1), (2, 1), (4, 2), (6, 3), (8, 1)))]
@@ -36,24 +36,24 @@ def random_shapes(seed: int) -> list[torch.Size]:
     return [torch.Size(draw if draw[0] % 3 == 0 else draw[1:]) for draw in draws]
 
 
-def dealt(shapes: Sequence[torch.Size], layout: Layout) -> tuple[list[Piece], list[list[slice]]]:
+def assigned(shapes: Sequence[torch.Size], layout: Layout) -> tuple[list[Assignment], list[list[slice]]]:
     rows = [[rows_of(shape[0], layout.shards, shard) for shard in range(layout.shards)] for shape in shapes]
-    return deal(shapes, rows, layout), rows
+    return assign(shapes, rows, layout), rows
 
 
 def cost(shape: torch.Size) -> int:
     return newton_schulz_flops(*shape[-2:])
 
 
-def price(piece: Piece, shapes: Sequence[torch.Size]) -> int:
-    return cost(shapes[piece.number]) * (1 if piece.rows is None else piece.rows.stop - piece.rows.start)
+def price(owned: Assignment, shapes: Sequence[torch.Size]) -> int:
+    return cost(shapes[owned.number]) * (1 if owned.rows is None else owned.rows.stop - owned.rows.start)
 
 
-def loads(pieces: list[Piece], shapes: Sequence[torch.Size], layout: Layout) -> dict[tuple[int, int], int]:
+def loads(assignments: list[Assignment], shapes: Sequence[torch.Size], layout: Layout) -> dict[tuple[int, int], int]:
     """What each rank has to do, those with nothing included."""
     found = dict.fromkeys(itertools.product(range(layout.replicas), range(layout.shards)), 0)
-    for piece in pieces:
-        found[piece.replica, piece.shard] += price(piece, shapes)
+    for owned in assignments:
+        found[owned.replica, owned.shard] += price(owned, shapes)
     return found
 
 
@@ -63,32 +63,32 @@ def cases() -> Iterator[tuple[list[torch.Size], Layout]]:
 
 def test_every_matrix_and_every_expert_has_exactly_one_owner() -> None:
     for shapes, layout in cases():
-        pieces, rows = dealt(shapes, layout)
-        owned = Counter(piece.number for piece in pieces if piece.rows is None)
+        assignments, rows = assigned(shapes, layout)
+        owned = Counter(owned.number for owned in assignments if owned.rows is None)
         assert owned == Counter(i for i, shape in enumerate(shapes) if len(shape) == 2)
         experts = Counter(
-            (piece.number, rows[piece.number][piece.shard].start + expert)
-            for piece in pieces
-            if piece.rows is not None
-            for expert in range(piece.rows.start, piece.rows.stop)
+            (owned.number, rows[owned.number][owned.shard].start + expert)
+            for owned in assignments
+            if owned.rows is not None
+            for expert in range(owned.rows.start, owned.rows.stop)
         )
         assert experts == Counter((i, n) for i, shape in enumerate(shapes) if len(shape) == 3 for n in range(shape[0]))
 
 
 def test_experts_are_orthogonalised_on_the_shard_that_holds_them() -> None:
     for shapes, layout in cases():
-        pieces, rows = dealt(shapes, layout)
-        for piece in pieces:
-            if piece.rows is not None:
-                held = rows[piece.number][piece.shard]
-                assert 0 <= piece.rows.start < piece.rows.stop <= held.stop - held.start
+        assignments, rows = assigned(shapes, layout)
+        for owned in assignments:
+            if owned.rows is not None:
+                held = rows[owned.number][owned.shard]
+                assert 0 <= owned.rows.start < owned.rows.stop <= held.stop - held.start
 
 
 def test_no_rank_would_be_less_busy_had_it_passed_on_its_last_matrix() -> None:
     for shapes, layout in cases():
-        pieces, _ = dealt(shapes, layout)
-        busy = loads(pieces, shapes, layout)
-        last = {(p.replica, p.shard): price(p, shapes) for p in pieces if p.rows is None}
+        assignments, _ = assigned(shapes, layout)
+        busy = loads(assignments, shapes, layout)
+        last = {(p.replica, p.shard): price(p, shapes) for p in assignments if p.rows is None}
         assert all(busy[rank] - own <= min(busy.values()) for rank, own in last.items())
 
 
@@ -104,7 +104,7 @@ def test_the_busiest_rank_is_as_near_to_the_optimum_as_graham_proved() -> None:
                 max(sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(m))
                 for owners in itertools.product(range(m), repeat=len(shapes))
             )
-            assert max(loads(dealt(shapes, layout)[0], shapes, layout).values()) <= best * (4 / 3 - 1 / (3 * m))
+            assert max(loads(assigned(shapes, layout)[0], shapes, layout).values()) <= best * (4 / 3 - 1 / (3 * m))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -116,7 +116,7 @@ def test_the_busiest_rank_of_nano_243m_does_hardly_more_than_it_must(ranks: int,
     layout = Layout(mode, ranks)
     for role in MUON_ROLES:
         shapes = [p.shape for p in roles[role]]
-        busy = loads(dealt(shapes, layout)[0], shapes, layout)
+        busy = loads(assigned(shapes, layout)[0], shapes, layout)
         costs = sorted(
             (cost(shape) for shape in shapes for _ in range(shape[0] if len(shape) == 3 else 1)), reverse=True
         )
@@ -125,21 +125,23 @@ def test_the_busiest_rank_of_nano_243m_does_hardly_more_than_it_must(ranks: int,
 
 
 def test_ranks_without_a_row_and_without_a_matrix_are_left_in_peace() -> None:
-    pieces, _ = dealt([torch.Size((2, 5, 3)), torch.Size((1, 7))], Layout("fsdp", 4))
-    assert sorted((p.number, p.rows, p.shard) for p in pieces if p.rows is not None) == [
+    assignments, _ = assigned([torch.Size((2, 5, 3)), torch.Size((1, 7))], Layout("fsdp", 4))
+    assert sorted((p.number, p.rows, p.shard) for p in assignments if p.rows is not None) == [
         (0, slice(0, 1), 0), (0, slice(0, 1), 1),
     ]  # fmt: skip
-    assert [p.shard for p in pieces if p.rows is None] == [2]
-    assert deal([], [], Layout("fsdp", 4)) == []
+    assert [p.shard for p in assignments if p.rows is None] == [2]
+    assert assign([], [], Layout("fsdp", 4)) == []
 
 
 def test_all_ranks_plan_the_same() -> None:
     """What is sent to a rank, and how it is laid out there, is decided on both sides without a word."""
     for shapes, layout in cases():
-        declared = [torch.empty(shape, device="meta") for shape in shapes]
-        pieces, rows = dealt(shapes, layout)
-        plans = [DistributedMuon(layout, Cut(layout), rank, None, None)._plan(declared) for rank in range(layout.ranks)]
-        assert [p for plan in plans for p in plan.mine] == sorted(pieces, key=lambda p: (p.replica, p.shard))
+        parameters = [torch.empty(shape, device="meta") for shape in shapes]
+        assignments, rows = assigned(shapes, layout)
+        plans = [
+            DistributedMuon(layout, Cut(layout), rank, None, None)._plan(parameters) for rank in range(layout.ranks)
+        ]
+        assert [p for plan in plans for p in plan.mine] == sorted(assignments, key=lambda p: (p.replica, p.shard))
         for rank, plan in enumerate(plans):
             replica, shard = divmod(rank, layout.shards)
             assert plan.held == rows
@@ -148,5 +150,5 @@ def test_all_ranks_plan_the_same() -> None:
             copies = plans[shard :: layout.shards]
             assert all(plan.shared == other.shared for other in copies)
             assert Counter(map(str, itertools.chain(*plan.shared))) == Counter(
-                str(p) for p in pieces if p.rows is None or p.shard == shard
+                str(p) for p in assignments if p.rows is None or p.shard == shard
             )
