@@ -29,7 +29,7 @@ class ExpertExchange:
         self._return: tuple[list[int], list[int], Tensor, Tensor]  # how this forward pass sends its results back
 
     def attach(self, experts: Experts) -> None:
-        """Makes ``experts``, which holds those of this rank, take and return the tokens of this rank for all experts."""
+        """Makes ``experts``, which are those of this rank, take and return this rank's tokens for all experts."""
         experts.register_forward_pre_hook(self.dispatch)
         experts.register_forward_hook(self.combine)
 
