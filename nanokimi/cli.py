@@ -21,7 +21,7 @@ from nanokimi.cli_settings import (
 from nanokimi.console import complain, log, show
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
-from nanokimi.insight.plan_report import PLAN_FIELDS, add_plan_arguments, plan_lines, question_of
+from nanokimi.insight.planner import PLAN_FIELDS, add_plan_arguments, plan_lines
 from nanokimi.serve.arguments import add_serve_arguments, options_of
 
 
@@ -339,5 +339,5 @@ def add_plan(commands: Any) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     """``nanokimi plan``."""
-    show("\n".join(plan_lines(question_of(args, *gather_settings(args)))))
+    show("\n".join(plan_lines(args, *gather_settings(args))))
     return 0
