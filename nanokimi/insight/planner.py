@@ -41,35 +41,25 @@ COMPONENTS = {
     "logits": "a chunk of logits",
     "newton_schulz": "Newton-Schulz",
 }
-OVERLAP = {"pass": "passes", "last": "last backward", "wait": "nothing"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A step of a model on a layout.
-
-    Attributes:
-        parts: passes of a rank in a step, and the sequences of each.
-        checkpointing: ``--activation_checkpointing``.
-
-    Raises:
-        UserError: the experts cannot be dealt out so.
-    """
+    """A step of a model on a layout; UserError where its experts cannot be dealt out so."""
 
     config: ModelConfig
     layout: Layout
     parts: StepParts
     device: Device = GPU
-    checkpointing: bool = False
+    checkpointing: bool = False  # --activation_checkpointing
 
     def __post_init__(self) -> None:
         self.layout.check_experts(self.config.n_routed_experts)
 
     def memory(self) -> dict[str, float]:
         """Bytes of a rank by component."""
-        return memory(
-            self.config, self.layout, self.parts.batch_size, device=self.device, checkpointing=self.checkpointing
-        )
+        sequences = self.parts.batch_size
+        return memory(self.config, self.layout, sequences, device=self.device, checkpointing=self.checkpointing)
 
 
 # ---- traffic ------------------------------------------------------------------------------------
@@ -77,15 +67,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one rank takes part in during a step, by one kind of collective.
+    """What one rank takes part in during a step, by one collective.
 
     Attributes:
-        what: in words.
-        collective: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
-        payload: bytes, the mean over the ranks: of ``all_gather`` the gathered buffer, of the others the buffer that
-            goes in.
+        payload: bytes, the mean over the ranks: of ``all_gather`` the gathered buffer, else the buffer that goes in.
         group: ranks that exchange it, ``stride`` apart.
-        overlap: what it runs beside: ``pass`` forward and backward, ``last`` the last backward pass, ``wait`` nothing.
+        overlap: what it runs beside: ``passes`` forward and backward, the ``last backward`` pass, or ``nothing``.
     """
 
     what: str
@@ -108,21 +95,20 @@ def transfers(job: Job) -> list[Transfer]:
     # Largest logits; losses, labels, loads of experts, and where weights are cut the gradient norm: 8 bytes each.
     numbers = 3 + config.n_moe_layers * config.n_routed_experts + (layout.mode == "fsdp")
     statistics = FP32 * config.n_layers * config.n_heads + 8 * numbers
-    found = [Transfer("statistics", "all_reduce", statistics, layout.ranks, 1, "wait")]
+    found = [Transfer("statistics", "all_reduce", statistics, layout.ranks, 1, "nothing")]
     if layout.mode == "fsdp":
         found += _of_shards(job, experts=False) + _of_shards(job, experts=True)
     else:
         gradients = FP32 * meta_model(config).num_parameters()
-        found.append(Transfer("gradients", "all_reduce", gradients, layout.ranks, 1, "last"))
+        found.append(Transfer("gradients", "all_reduce", gradients, layout.ranks, 1, "last backward"))
     if layout.expert_parallel:
         found += _of_tokens(job)
     work, number = muon_work(config, layout), job.device.newton_schulz
     sent = (FP32 + number) * (sum(one.sent for one in work) / layout.ranks)
-    longest = sum(sum(one.longest) for one in work) / layout.shards
-    shared = number * layout.replicas * longest
+    shared = number * layout.replicas * (sum(sum(one.longest) for one in work) / layout.shards)
     found += [
-        Transfer("updates to their owners and back", "all_to_all", sent, layout.shards, 1, "wait"),
-        Transfer("updates between replicas", "all_gather", shared, layout.replicas, layout.shards, "wait"),
+        Transfer("updates to their owners and back", "all_to_all", sent, layout.shards, 1, "nothing"),
+        Transfer("updates between replicas", "all_gather", shared, layout.replicas, layout.shards, "nothing"),
     ]
     return [transfer for transfer in found if transfer.group > 1 and transfer.payload]
 
@@ -141,9 +127,11 @@ def _of_shards(job: Job, *, experts: bool) -> list[Transfer]:
     local = FP32 * sum(m.local for m in mine)
     what = " of experts" if experts else ""
     return [
-        Transfer(f"weights{what}", "all_gather", twice, group, stride, "pass"),
-        Transfer(f"gradients{what}", "reduce_scatter", whole, group, stride, "pass"),
-        Transfer(f"gradients{what} between replicas", "all_reduce", local, layout.replicas, layout.shards, "last"),
+        Transfer(f"weights{what}", "all_gather", twice, group, stride, "passes"),
+        Transfer(f"gradients{what}", "reduce_scatter", whole, group, stride, "passes"),
+        Transfer(
+            f"gradients{what} between replicas", "all_reduce", local, layout.replicas, layout.shards, "last backward"
+        ),
     ]
 
 
@@ -156,8 +144,8 @@ def _of_tokens(job: Job) -> list[Transfer]:
     counts = 4 * times * forward * config.n_routed_experts  # int32
     each = rows * job.device.product * (forward + 1)
     return [
-        Transfer("tokens to their experts", "all_to_all", each + counts, group, 1, "wait"),
-        Transfer("tokens back", "all_to_all", each, group, 1, "wait"),
+        Transfer("tokens to their experts", "all_to_all", each + counts, group, 1, "nothing"),
+        Transfer("tokens back", "all_to_all", each, group, 1, "nothing"),
     ]
 
 
@@ -243,10 +231,10 @@ def step_time(job: Job, machine: Machine) -> StepTime:
     muon = max(map(sum, zip(*(work.flops for work in muon_work(config, job.layout)), strict=True)))
     rate = machine.peak_flops * machine.efficiency
     passing, backward = (model + again) / rate, (model - forward + again) / rate / parts.passes
-    traffic = {"pass": 0.0, "last": 0.0, "wait": 0.0}
+    traffic = {"passes": 0.0, "last backward": 0.0, "nothing": 0.0}
     for transfer in transfers(job):
         traffic[transfer.overlap] += machine.seconds(transfer)
-    exposed = traffic["wait"] + max(0.0, traffic["pass"] - passing) + max(0.0, traffic["last"] - backward)
+    exposed = traffic["nothing"] + max(0.0, traffic["passes"] - passing) + max(0.0, traffic["last backward"] - backward)
     computing = passing + muon / rate
     seconds = computing + exposed
     overlapped = sum(traffic.values()) - exposed
@@ -269,20 +257,17 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         ("network", "GB", machine.network / GB, "that a device sends in a second between nodes "),
     ):
         spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}"))
-        more = ", bf16 of an H100" if flag == "peak_tflops" else ""
-        about = f"{about}(default: %(default)s{more})"
+        about += "(default: %(default)s" + (", bf16 of an H100)" if flag == "peak_tflops" else ")")
         parser.add_argument(*spellings, type=type(default), default=default, metavar=metavar, help=about)
 
 
 def plan_lines(args: argparse.Namespace, train: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """The lines of the report: of the layout that was asked for, or of all that are worth a look.
 
-    Args:
-        args: holds the flags of ``add_plan_arguments``.
-        train, model: settings by field name.
+    ``train`` and ``model`` are settings by field name.
 
     Raises:
-        UserError: a value cannot be; the step, the experts or the ranks do not divide.
+        UserError: a value is out of range; the step, the experts or the ranks do not divide.
     """
     machine, settings = _machine(args), from_dict(TrainConfig, train)
     config = ModelConfig.preset(settings.preset, **model)
@@ -322,14 +307,8 @@ def _machine(args: argparse.Namespace) -> Machine:
             raise UserError(f"--{name} must be positive and finite, got {getattr(args, name):g}")
     if args.efficiency > 1:
         raise UserError(f"--efficiency is a share of the peak, 1 or less, got {args.efficiency:g}")
-    return Machine(
-        peak_flops=args.peak_tflops * TERA,
-        efficiency=args.efficiency,
-        bandwidth=args.bandwidth * GB,
-        network=args.network * GB,
-        ranks_per_node=args.ranks_per_node,
-        memory=args.device_memory * GB,
-    )
+    bandwidth, network, size = args.bandwidth * GB, args.network * GB, args.device_memory * GB
+    return Machine(args.peak_tflops * TERA, args.efficiency, bandwidth, network, args.ranks_per_node, size)
 
 
 def _one_layout(job: Job, machine: Machine) -> Iterator[str]:
@@ -346,16 +325,12 @@ def _one_layout(job: Job, machine: Machine) -> Iterator[str]:
         rows = [("Traffic of a rank in a step", "by", "ranks", "payload, GB", "sent, GB", "seconds", "beside")]
         for t in found:
             figures = (f"{t.group:,}", _gb(t.payload), _gb(t.sent), f"{machine.seconds(t):.3f}")
-            rows.append((t.what, t.collective, *figures, OVERLAP[t.overlap]))
+            rows.append((t.what, t.collective, *figures, t.overlap))
         sums = (_gb(sum(t.payload for t in found)), _gb(sum(t.sent for t in found)))
         rows.append(("in all", "", "", *sums, f"{sum(map(machine.seconds, found)):.3f}", ""))
         yield from ("", *aligned(rows, "<<>>>><"))
-    products = {
-        "forward": time.model_flops / 3,
-        "backward": time.model_flops * 2 / 3,
-        "forward again (checkpointing)": time.again,
-        "Newton-Schulz, the busiest rank": time.muon,
-    }
+    products = {"forward": time.model_flops / 3, "backward": time.model_flops * 2 / 3}
+    products |= {"forward again (checkpointing)": time.again, "Newton-Schulz, the busiest rank": time.muon}
     rate = machine.peak_flops * machine.efficiency
     rows = [("Computing of a rank in a step", "TFLOP", "seconds")]
     rows += [(about, f"{flops / TERA:,.2f}", f"{flops / rate:.3f}") for about, flops in products.items() if flops]
@@ -400,8 +375,7 @@ def _comparison(job: Job, ranks: int, machine: Machine) -> Iterator[str]:
 def families(model: ModelConfig, ranks: int, ranks_per_node: int) -> list[list[Layout]]:
     """Layouts that are worth a look; of those in one list the best one is shown.
 
-    Replicas, shards, a replica per node; then experts dealt out over the ranks of a node, and of 2, 4, ... of them,
-    with 1, 2, 4, ... replicas.
+    Replicas, shards, a replica per node; then experts dealt out over 1, 2, 4, ... nodes, with 1, 2, 4, ... replicas.
     """
     found = [[Layout("ddp", ranks)], [Layout("fsdp", ranks)]]
     if ranks > ranks_per_node and ranks % ranks_per_node == 0:

@@ -179,7 +179,7 @@ def test_the_work_of_the_ranks_is_what_the_optimizer_deals_out(layout: Layout) -
 
 
 def test_rings_send_all_but_their_own_share_and_sums_take_two_rounds() -> None:
-    found = [Transfer("", kind, 800, 4, 1, "wait") for kind in ("all_gather", "all_reduce", "all_to_all")]
+    found = [Transfer("", kind, 800, 4, 1, "nothing") for kind in ("all_gather", "all_reduce", "all_to_all")]
     assert {t.collective: t.sent for t in found} == {"all_gather": 600, "all_reduce": 1200, "all_to_all": 600}
 
 
@@ -201,7 +201,7 @@ def test_traffic_of_shards_grows_with_passes_and_that_of_replicas_does_not() -> 
 
 def test_a_transfer_takes_the_slower_way_of_its_group() -> None:
     machine = Machine(bandwidth=400, network=50, ranks_per_node=4)
-    by = {kind: Transfer("", kind, 1600, 8, 1, "wait") for kind in ("all_gather", "all_to_all")}
+    by = {kind: Transfer("", kind, 1600, 8, 1, "nothing") for kind in ("all_gather", "all_to_all")}
     assert machine.seconds(replace(by["all_gather"], group=4)) == 1600 * 3 / 4 / 400
     assert machine.seconds(by["all_gather"]) == 1600 * 7 / 8 / (50 * 4)  # a ring through four devices of each node
     assert machine.seconds(replace(by["all_gather"], stride=4)) == 1600 * 7 / 8 / 50
