@@ -239,14 +239,14 @@ def evaluate(args: argparse.Namespace) -> int:
     """``nanokimi eval``."""
     train_values, model_values = gather_settings(args)
 
-    from nanokimi.insight.eval_model import Request, run_eval
+    from nanokimi.insight.evaluate import EvalOptions, run_eval
 
-    request = Request(
+    options = EvalOptions(
         args.part.replace("-", "_"), args.stride, args.max_tokens,
         tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
         args.include_path, args.num_fewshot, args.limit, args.output,
     )  # fmt: skip
-    return run_eval(args.model, train_values, model_values, request)
+    return run_eval(args.model, train_values, model_values, options)
 
 
 def add_export(commands: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from nanokimi.data.documents import Advance, ignore
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.insight.likelihood import Scoring, score_rows
+from nanokimi.insight.scoring import Scoring, score_rows
 from nanokimi.model.transformer import Transformer
 
 CONTEXT_FIELDS = ("query", "question", "context", "prompt", "ctx")

@@ -34,7 +34,7 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.settings import Settings
-from nanokimi.insight.likelihood import Score, Scoring, score_rows
+from nanokimi.insight.scoring import Score, Scoring, score_rows
 from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
 

@@ -24,7 +24,7 @@ from nanokimi.inference.settings import Settings
 from nanokimi.insight import harness
 from nanokimi.insight.choices import encode_pair
 from nanokimi.insight.harness import NanokimiLM, run_tasks
-from nanokimi.insight.likelihood import windows
+from nanokimi.insight.scoring import windows
 from nanokimi.interop.hf_folder import write_folder
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
