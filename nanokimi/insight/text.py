@@ -23,7 +23,7 @@ from nanokimi.data.token_source import TokenBin, find_token_files
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 
-ENCODED_CHARACTERS = 1 << 22  # a longer document is tokenised in stretches of about so many
+ENCODED_CHARACTERS = 1 << 22  # a longer document is tokenised in stretches of about so many characters
 BLOCK_TOKENS = 1 << 20
 SETTINGS = (
     "dataset", "data_path", "mix", "val_path", "val_fraction", "hf_repo_name", "hf_config", "hf_split", "hf_revision",

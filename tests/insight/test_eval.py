@@ -226,8 +226,25 @@ def test_every_source_gives_the_same(evaluate: Eval, folder: Path) -> None:
         for text in TEXTS_WITH_WORDS:
             writer.add(BYTE.encode(text), len(text.encode()))
             writer.end_document()
-    assert main(["prepare", "tokens", "--data_path", "text.txt", "--val_fraction", "0.3", "--set",
-                 "tokenizer_name=byte", "--output", "prepared", "--shard_tokens", "200"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "prepare",
+                "tokens",
+                "--data_path",
+                "text.txt",
+                "--val_fraction",
+                "0.3",
+                "--set",
+                "tokenizer_name=byte",
+                "--output",
+                "prepared",
+                "--shard_tokens",
+                "200",
+            ]
+        )
+        == 0
+    )
     for flags in (
         ("--dataset", "localstreaming", "--data_path", "text.txt"),
         ("--data_path", "rows.jsonl", "--text_column", "body"),

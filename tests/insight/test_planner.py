@@ -33,14 +33,28 @@ from nanokimi.parallel.memory_estimate import (
 
 DEBUG = ModelConfig.preset("debug", max_seq_length=64)
 WIDE = ModelConfig.preset(
-    "debug", max_seq_length=32, vocab_size=1000, dim=256, n_layers=2, n_routed_experts=16, n_activated_experts=4,
-    qk_nope_head_dim=48, qk_rope_head_dim=16, v_head_dim=32, q_lora_rank=0,
-)  # fmt: skip
+    "debug",
+    max_seq_length=32,
+    vocab_size=1000,
+    dim=256,
+    n_layers=2,
+    n_routed_experts=16,
+    n_activated_experts=4,
+    qk_nope_head_dim=48,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    q_lora_rank=0,
+)
 TINY = ModelConfig.preset("tiny", max_seq_length=32)
 PLAIN = ModelConfig.preset(
-    "debug", max_seq_length=64, v_head_dim=24, n_dense_layers=0, n_shared_experts=0, norm_topk_prob=False,
+    "debug",
+    max_seq_length=64,
+    v_head_dim=24,
+    n_dense_layers=0,
+    n_shared_experts=0,
+    norm_topk_prob=False,
     aux_loss_coeff=0.0,
-)  # fmt: skip
+)
 SHAPES = {"debug": DEBUG, "tiny": TINY, "wide": WIDE, "plain": PLAIN}
 
 # ---- what lies there ----------------------------------------------------------------------------

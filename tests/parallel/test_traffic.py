@@ -20,9 +20,14 @@ from nanokimi.parallel.memory_estimate import CPU, Device, memory
 pytestmark = pytest.mark.serial
 
 LAYOUTS = [  # ranks, mode, replicas, ranks that experts are dealt out to, checkpointing, memory measured
-    "2,ddp,1,0,0,1", "2,fsdp,1,0,0,0", "2,fsdp,1,2,1,1",
-    "4,ddp,1,0,0,0", "4,fsdp,2,0,0,1", "4,fsdp,1,2,0,0", "4,fsdp,2,2,1,0",
-]  # fmt: skip
+    "2,ddp,1,0,0,1",
+    "2,fsdp,1,0,0,0",
+    "2,fsdp,1,2,1,1",
+    "4,ddp,1,0,0,0",
+    "4,fsdp,2,0,0,1",
+    "4,fsdp,1,2,0,0",
+    "4,fsdp,2,2,1,0",
+]
 HERE = Device(half=False, cuda=best_dtype(torch.device("cpu")).itemsize == 2)  # as this processor does Newton-Schulz
 
 
@@ -30,8 +35,11 @@ HERE = Device(half=False, cuda=best_dtype(torch.device("cpu")).itemsize == 2)  #
 def test_what_is_exchanged_and_held_is_what_the_planner_says(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", worker.__file__, str(tmp_path / "store"), *LAYOUTS],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     for words, values in zip(LAYOUTS, json.loads(done.stdout), strict=True):
         ranks, mode, replicate, experts, checkpointing, measured = words.split(",")
