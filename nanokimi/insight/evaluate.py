@@ -223,8 +223,13 @@ class Evaluation:
         adapter = NanokimiLM(
             loaded=(self.model, self.tokenizer), batch_size=self.scoring.batch_size, precision=self.scoring.precision
         )
-        chosen = {name: getattr(self.options, name) for name in ("include_path", "num_fewshot", "limit")}
-        found = run_tasks(adapter, self.options.harness_tasks, **chosen)
+        found = run_tasks(
+            adapter,
+            self.options.harness_tasks,
+            include_path=self.options.include_path,
+            num_fewshot=self.options.num_fewshot,
+            limit=self.options.limit,
+        )
         self.results["harness"] = {name: found[name] for name in HARNESS_RESULTS if name in found}
         for task, values in found["results"].items():
             n = found["n-samples"].get(task, {}).get("effective")
@@ -233,9 +238,8 @@ class Evaluation:
                 if isinstance(value, float) and not name.endswith("_stderr"):
                     stderr = values.get(f"{name}_stderr,{way}")
                     stderr = stderr if isinstance(stderr, float) else None
-                    self._add(
-                        task, name if way == "none" else key, value, stderr, "" if n is None else f"{n:,} samples"
-                    )
+                    figure, over = name if way == "none" else key, "" if n is None else f"{n:,} samples"
+                    self._add(task, figure, value, stderr, over)
 
     def _add(self, what: str, figure: str, value: float, stderr: float | None = None, over: str = "") -> None:
         self.table.append((what, figure, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", over))

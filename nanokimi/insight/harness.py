@@ -147,8 +147,14 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         settings = self._settings(choices)
         room = self.max_length - settings.max_tokens
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        limits: dict[str, Any] = {"stop_tokens": (self.eot_token_id,), "vocab_size": self.text_tokenizer.vocab_size}
-        tokens = stream_tokens(self.model, prompt, settings, decoder=self.decoder, **limits)
+        tokens = stream_tokens(
+            self.model,
+            prompt,
+            settings,
+            stop_tokens=(self.eot_token_id,),
+            vocab_size=self.text_tokenizer.vocab_size,
+            decoder=self.decoder,
+        )
         ids, text = [], ""
         with contextlib.closing(tokens):
             for token in tokens:

@@ -210,7 +210,7 @@ def score_text(
         max_tokens: scores only the first so many tokens; 0 takes all.
     """
     found = TextScore()
-    counted = _counted(_first(parts, max_tokens, tokenizer) if max_tokens else parts, found)
+    counted = _counted(parts, found, tokenizer, max_tokens)
     cut = windows(counted, [tokenizer.eot_id], context=model.config.max_seq_length, stride=stride)
     for window_score in score(model, cut, scoring):
         found.nats -= window_score.log_prob
@@ -218,10 +218,18 @@ def score_text(
     return found
 
 
-def _counted(parts: Iterable[Part], found: TextScore) -> Iterator[tuple[list[int], bool]]:
-    """Tokens, and whether a document ends with them; adds up what passes."""
+def _counted(
+    parts: Iterable[Part], found: TextScore, tokenizer: Tokenizer, max_tokens: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Tokens, the first ``max_tokens`` of them, and whether a document ends with them; adds up what passes."""
     has_text = False
     for part in parts:
+        room = max_tokens - found.tokens
+        is_last = bool(max_tokens) and len(part.tokens) >= room
+        if is_last:
+            tokens = part.tokens[:room]
+            n_bytes = part.n_bytes if len(tokens) == len(part.tokens) else tokenizer.count_bytes(torch.tensor(tokens))
+            part = Part(tokens, n_bytes, True)
         found.tokens += len(part.tokens)
         found.n_bytes += part.n_bytes
         has_text = has_text or bool(part.tokens)
@@ -230,15 +238,5 @@ def _counted(parts: Iterable[Part], found: TextScore) -> Iterator[tuple[list[int
             found.empty += not has_text
             has_text = False
         yield part.tokens, part.ends_document
-
-
-def _first(parts: Iterable[Part], most: int, tokenizer: Tokenizer) -> Iterator[Part]:
-    """The first ``most`` tokens."""
-    for part in parts:
-        if len(part.tokens) >= most:
-            tokens = part.tokens[:most]
-            whole = len(tokens) == len(part.tokens)
-            yield Part(tokens, part.n_bytes if whole else tokenizer.count_bytes(torch.tensor(tokens)), True)
+        if is_last:
             return
-        most -= len(part.tokens)
-        yield part

@@ -65,7 +65,7 @@ class Parameter:
 
     Attributes:
         name, shape: in the model, ``[rows, ...]``.
-        role: see ``model.roles``.
+        role: as ``Transformer.param_roles`` names it.
         block: number of its layer; None for the root (embedding, last norm, head).
         dealt: ranks over which the experts of this stack are dealt out; 0 where they are not.
         cut: ranks over which FSDP cuts its rows, or the experts that are dealt to one rank.
