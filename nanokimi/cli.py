@@ -19,7 +19,7 @@ from nanokimi.config import TrainConfig, field_names
 from nanokimi.console import complain, log, show
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments
-from nanokimi.insight.plan_report import add_plan_arguments, plan_lines, question_of
+from nanokimi.insight.planner import add_plan_arguments, plan_lines
 from nanokimi.serve.arguments import add_serve_arguments, options_of
 
 
@@ -237,14 +237,14 @@ def evaluate(args: argparse.Namespace) -> int:
     """``nanokimi eval``."""
     train_values, model_values = gather_settings(args)
 
-    from nanokimi.insight.eval_model import Request, run_eval
+    from nanokimi.insight.evaluate import EvalOptions, run_eval
 
-    request = Request(
+    options = EvalOptions(
         args.part.replace("-", "_"), args.stride, args.max_tokens,
         tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
         args.include_path, args.num_fewshot, args.limit, args.output,
     )  # fmt: skip
-    return run_eval(args.model, train_values, model_values, request)
+    return run_eval(args.model, train_values, model_values, options)
 
 
 def add_export(commands: Any) -> None:
@@ -337,5 +337,5 @@ def add_plan(commands: Any) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     """``nanokimi plan``."""
-    show("\n".join(plan_lines(question_of(args, *gather_settings(args)))))
+    show("\n".join(plan_lines(args, *gather_settings(args))))
     return 0

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator, Sequence
 
 PATIENCE = 5.0  # seconds
 
@@ -66,3 +67,11 @@ def printable(text: str) -> str:
     a text cut into pieces gives the same as the whole.
     """
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
+    """The lines of a table: columns as wide as their widest cell, to the left or right as ``sides`` (``<``, ``>``)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        yield "  ".join(cells).rstrip()

@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.bench.bench import Bench
 from benchmarks.bench.results import Comparison, compared
+from benchmarks.bench.roofline import prefill_flops, token_bytes
 from benchmarks.bench.turns import Candidate, Worker
 from nanokimi.console import log
-from nanokimi.flops import prefill_flops, token_bytes
 
 TOKENS = 16  # decoded in one turn
 BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 8, 32, 128)}

@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.bench.bench import Bench
 from benchmarks.bench.parts_decoding import TOKENS
+from benchmarks.bench.roofline import cache_bytes
 from benchmarks.bench.turns import Candidate, Worker
-from nanokimi.flops import cache_bytes
 
 SMALL = {"debug": "debug"}  # presets that are trained at their own size here; others at that of "tiny"
 DOUBLINGS = (1, 2, 4, 8, 16)

@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.bench.bench import Bench
 from benchmarks.bench.results import compared
+from benchmarks.bench.roofline import training_flops
 from benchmarks.bench.turns import Candidate, LeftOut, Worker
-from nanokimi.flops import training_flops
 
 TAU = 100.0
 MUON = "torch.optim.Muon + AdamW"

@@ -1,10 +1,11 @@
-"""Multiple choice by log-likelihood, from JSON lines of one's own, scored as lm-evaluation-harness scores it."""
+"""Multiple choice by log-likelihood: reads questions from JSON lines, scores them as lm-evaluation-harness does."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import string
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,12 @@ from typing import Any, NamedTuple
 from nanokimi.data.documents import Advance, ignore
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.insight.likelihood import Scoring, score_rows
+from nanokimi.insight.scoring import Scoring, score_rows
 from nanokimi.model.transformer import Transformer
 
 CONTEXT_FIELDS = ("query", "question", "context", "prompt", "ctx")
 CHOICES_FIELDS = ("choices", "endings")
 GOLD_FIELDS = ("gold", "answer", "label", "answerKey")
-DELIMITER = " "  # between the context and a choice
 
 
 class Question(NamedTuple):
@@ -61,20 +61,20 @@ def answer(
     scoring: Scoring,
     advance: Advance = ignore,
 ) -> Answers:
-    """Lets the model, which is in evaluation mode, choose.
+    """Answers at least one question, each by the choice that is the likeliest after the context and a space.
 
     Args:
-        questions: at least one.
-        advance: told the ``size`` of what is done.
+        model: in evaluation mode.
+        advance: told the ``size`` of each question that is done.
     """
-    pairs = (encode_pair(tokenizer, q.context, DELIMITER + choice) for q in questions for choice in q.choices)
+    pairs = (encode_pair(tokenizer, q.context, " " + choice) for q in questions for choice in q.choices)
     scores = score_rows(model, pairs, scoring)
     right, right_norm = [], []
     for question in questions:
         log_probs = [part.log_prob for part in islice(scores, len(question.choices))]
         per_character = [value / len(choice) for value, choice in zip(log_probs, question.choices, strict=True)]
-        right.append(_best(log_probs) == question.gold)
-        right_norm.append(_best(per_character) == question.gold)
+        right.append(log_probs.index(max(log_probs)) == question.gold)
+        right_norm.append(per_character.index(max(per_character)) == question.gold)
         advance(question.size)
     return Answers(len(questions), _share(right), _share(right_norm))
 
@@ -82,18 +82,13 @@ def answer(
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Ids of a context and of what follows it, divided as ``TemplateLM._encode_pair`` of the harness does.
 
-    White space at the end of the context moves to the continuation; both are encoded as one text. An empty context is
-    an end of text.
+    White space at the end of the context moves to the continuation; both are encoded as one text. An empty context
+    becomes an end-of-text token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     before = tokenizer.encode(stripped)
     return before or [tokenizer.eot_id], tokenizer.encode(stripped + continuation)[len(before) :]
-
-
-def _best(values: Sequence[float]) -> int:
-    """The place of the largest, the first of equal ones."""
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def _share(right: Sequence[bool]) -> Share:
@@ -119,7 +114,8 @@ def read_questions(path: Path, limit: int = 0) -> list[Question]:
         raise UserError(f"--tasks {path} is a directory: name a .jsonl file")
     try:
         with path.open("rb") as file:
-            questions = list(islice(_questions(file, path), limit or None))
+            lines = ((n, line) for n, line in enumerate(file, 1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
+            questions = [_question(line, f"{path} line {n}") for n, line in islice(lines, limit or None)]
     except OSError as error:
         raise UserError(f"--tasks {path}: {error.strerror}: check the path") from error
     if not questions:
@@ -127,13 +123,16 @@ def read_questions(path: Path, limit: int = 0) -> list[Question]:
     return questions
 
 
-def _questions(lines: Any, path: Path) -> Iterator[Question]:
-    for number, line in enumerate(lines, 1):
-        if line.strip(b" \t\r\n\xef\xbb\xbf"):
-            try:
-                yield _question(_record(line))
-            except ValueError as error:
-                raise UserError(f"--tasks {path} line {number}: {error}") from error
+def _question(line: bytes, where: str) -> Question:
+    try:
+        record = _record(line)
+        name, context = _field(record, CONTEXT_FIELDS, "context")
+        if not isinstance(context, str):
+            raise ValueError(f"{name} is of type {type(context).__name__}, not a text")
+        choices, labels = _choices(*_field(record, CHOICES_FIELDS, "choices"))
+        return Question(context, choices, _gold(*_field(record, GOLD_FIELDS, "right choice"), choices, labels))
+    except ValueError as error:
+        raise UserError(f"--tasks {where}: {error}") from error
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -146,14 +145,6 @@ def _record(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("no JSON object: one object a line is needed")
     return record
-
-
-def _question(record: Mapping[str, Any]) -> Question:
-    name, context = _field(record, CONTEXT_FIELDS, "context")
-    if not isinstance(context, str):
-        raise ValueError(f"{name} is of type {type(context).__name__}, not a text")
-    choices, labels = _choices(*_field(record, CHOICES_FIELDS, "choices"))
-    return Question(context, choices, _gold(*_field(record, GOLD_FIELDS, "right choice"), choices, labels))
 
 
 def _field(record: Mapping[str, Any], names: Sequence[str], what: str) -> tuple[str, Any]:
@@ -176,7 +167,7 @@ def _choices(name: str, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if "" in texts:
         raise ValueError(f"{name} holds an empty text: write each choice out")
     if labels is None:
-        labels = [chr(ord("A") + number) for number in range(min(26, len(texts)))]
+        labels = string.ascii_uppercase[: len(texts)]
     elif not isinstance(labels, list) or len(labels) != len(texts):
         raise ValueError(f"{name} has not as many labels as texts")
     return tuple(texts), tuple(map(str, labels))
@@ -184,12 +175,11 @@ def _choices(name: str, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _gold(name: str, value: Any, choices: Sequence[str], labels: Sequence[str]) -> int:
     """The index of the right choice, given as a text, a letter or an index."""
-    if isinstance(value, str):
-        for names in (choices, labels):
-            if value in names:
-                return names.index(value)
-        if value.isdecimal():
-            value = int(value)
+    for names in (choices, labels):
+        if value in names:
+            return names.index(value)
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
         return value
     raise ValueError(

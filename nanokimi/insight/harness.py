@@ -1,14 +1,7 @@
 """The adapter for lm-evaluation-harness: a nanokimi model as its model ``nanokimi``.
 
-Importing this module registers it. `nanokimi eval MODEL --tasks NAME,...` does so; the harness's own command cannot
-know of it, but from Python everything is at hand::
-
-    import lm_eval
-    import nanokimi.insight.harness
-
-    results = lm_eval.simple_evaluate("nanokimi", "checkpoint=checkpoints/final.pt,device=cpu", tasks=["piqa"])
-
-Needs the package `lm_eval`, which nothing else of nanokimi imports.
+Importing this module registers it, as ``nanokimi eval MODEL --tasks NAME,...`` does; from Python see
+docs/evaluation.md. Needs the package ``lm_eval``, which nothing else of nanokimi imports.
 """
 
 from __future__ import annotations
@@ -34,7 +27,7 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.settings import Settings
-from nanokimi.insight.likelihood import Score, Scoring, score_rows
+from nanokimi.insight.scoring import Score, Scoring, score_rows
 from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
 
@@ -43,7 +36,7 @@ IGNORED = {"do_sample": None, "num_beams": 1}  # what a task may say because it 
 
 
 class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package is there, unknown where it is not
-    """A model of ours behind the harness's interface.
+    """A nanokimi model with the interface of the harness.
 
     Args:
         checkpoint: whatever ``nanokimi.loading.load`` takes.
@@ -74,11 +67,9 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         self.scoring = Scoring(int(batch_size), precision)
         self._device = self.model.embed.weight.device
 
-    # ---- what the harness asks about a model ------------------------------------------------------
-
     @property
     def eot_token_id(self) -> int:
-        """The end of text: what stands in front of a text, and what ends one."""
+        """The end-of-text token, which stands before a text and ends one."""
         return self.text_tokenizer.eot_id
 
     @property
@@ -98,7 +89,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
 
     @property
     def tokenizer_name(self) -> str:
-        """Differs wherever text becomes other tokens: the harness's cache of requests goes by it."""
+        """Differs wherever text becomes other tokens: the cache of the harness goes by it."""
         return f"{self.text_tokenizer.name}-{self.text_tokenizer.fingerprint[:16]}".replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -125,7 +116,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, each by itself behind an end of text, in windows of the context."""
+        """Log-probability of whole texts, each by itself after an end-of-text token, in windows of the context."""
         rows = [([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
         answers = [part.log_prob for part in self._score(rows, "texts", disable_tqdm)]
         for request, answer in zip(requests, answers, strict=True):
@@ -157,9 +148,13 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         room = self.max_length - settings.max_tokens
         prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         tokens = stream_tokens(
-            self.model, prompt, settings,
-            stop_tokens=(self.eot_token_id,), vocab_size=self.text_tokenizer.vocab_size, decoder=self.decoder,
-        )  # fmt: skip
+            self.model,
+            prompt,
+            settings,
+            stop_tokens=(self.eot_token_id,),
+            vocab_size=self.text_tokenizer.vocab_size,
+            decoder=self.decoder,
+        )
         ids, text = [], ""
         with contextlib.closing(tokens):
             for token in tokens:
@@ -170,7 +165,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         return text[: min((at for stop in settings.stop if (at := text.find(stop)) >= 0), default=len(text))]
 
     def _settings(self, choices: dict[str, Any]) -> Settings:
-        """What a task asks for, in our terms; more tokens than the context holds become half of it."""
+        """The sampling that a task asks for; more tokens than the context holds become half of it."""
         asked: dict[str, Any] = normalize_gen_kwargs(choices, self.max_gen_toks)
         wanted, stops = asked.pop("max_gen_toks"), tuple(stop for stop in asked.pop("until") if stop)
         values: dict[str, Any] = {"temperature": 1.0 if asked.get("do_sample") else 0.0, "top_p": 1.0}
@@ -195,8 +190,8 @@ def run_tasks(
 
     Args:
         names: of tasks, groups, tags, patterns of these, or YAML files.
-        include_path: a folder with YAML files of one's own tasks.
-        num_fewshot: solved examples in front of each question; None leaves it to the task.
+        include_path: a folder with YAML files of more tasks.
+        num_fewshot: solved examples before each question; None leaves it to the task.
         limit: questions of each task; 0 takes all.
 
     Raises:
@@ -210,9 +205,15 @@ def run_tasks(
     with contextlib.redirect_stdout(sys.stderr), _explained(names):  # stdout is for the results
         manager, chosen = _find(names, include_path)
         results: dict[str, Any] = lm_eval.simple_evaluate(
-            model, tasks=chosen, task_manager=manager, num_fewshot=num_fewshot, limit=limit or None, log_samples=False,
-            batch_size=model.batch_size, device=str(model.device),
-        )  # fmt: skip
+            model,
+            tasks=chosen,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit or None,
+            log_samples=False,
+            batch_size=model.batch_size,
+            device=str(model.device),
+        )
     return results
 
 

@@ -1,10 +1,9 @@
-"""A readable proof that MuonClip does what it says, on this machine, in seconds."""
+"""``verify_muon.py``: a readable report of whether MuonClip does what it says, on this machine, in seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ LOWEST, HIGHEST = 0.68, 1.21  # singular values that five quintic steps can leav
 TAU = 5.0
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One statement, the figure that was seen, and whether it holds."""
 
     statement: str
@@ -32,16 +30,15 @@ def main() -> int:
     """Prints the report; 0 when every statement holds, else 1."""
     torch.manual_seed(0)
     print(f"MuonClip on this machine: torch {torch.__version__}, Newton-Schulz in {best_dtype(torch.device('cpu'))}\n")
-    sections: list[tuple[str, Callable[[], Iterator[Check]]]] = [
-        ("Orthogonality, against an SVD in fp64", check_orthogonality),
-        ("Agreement with torch.optim.Muon", check_torch_muon),
-        ("Roles: every parameter has one optimizer", check_roles),
-        ("QK-Clip, on a model whose logits are pushed over tau", check_qk_clip),
-    ]
     passed = True
-    for title, section in sections:
+    for title, checks in {
+        "Orthogonality, against an SVD in fp64": check_orthogonality(),
+        "Agreement with torch.optim.Muon": check_torch_muon(),
+        "Roles: every parameter has one optimizer": check_roles(),
+        "QK-Clip, on a model whose logits are pushed over tau": check_qk_clip(),
+    }.items():
         print(title)
-        for check in section():
+        for check in checks:
             print(f"  {'ok  ' if check.holds else 'FAIL'}  {check.statement}: {check.seen}")
             passed &= check.holds
         print()

@@ -62,7 +62,7 @@ def choose_layout(
 
 def replica_fits(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> bool:
     """Whether all of the model trains on each of the ranks; where memory cannot be looked at, it is said to."""
-    from nanokimi.insight.planner import CPU, GPU, replica_bytes
+    from nanokimi.parallel.memory_estimate import CPU, GPU, replica_bytes
 
     parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
     cuda = device.type == "cuda"

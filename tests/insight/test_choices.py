@@ -14,7 +14,7 @@ from nanokimi.cli import main
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
 from nanokimi.insight.choices import Answers, Question, Share, answer, encode_pair, read_questions
-from nanokimi.insight.likelihood import Scoring
+from nanokimi.insight.scoring import Scoring
 from nanokimi.model.transformer import Transformer
 
 BYTE = load_tokenizer("byte")

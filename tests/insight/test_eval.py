@@ -19,10 +19,10 @@ from nanokimi.data.sources import open_corpus, text_of
 from nanokimi.data.token_bin import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
-from nanokimi.insight import eval_text, likelihood
-from nanokimi.insight.bits_per_byte import TextScore, score_text
-from nanokimi.insight.eval_text import Part, choose_text
-from nanokimi.insight.likelihood import Score, Scoring, Window, score, score_rows, windows
+from nanokimi.insight import scoring
+from nanokimi.insight import text as eval_text
+from nanokimi.insight.scoring import Score, Scoring, TextScore, Window, score, score_rows, score_text, windows
+from nanokimi.insight.text import Part, choose_text
 from nanokimi.model.transformer import Transformer
 
 BYTE = load_tokenizer("byte")
@@ -70,8 +70,8 @@ def test_a_prefix_that_is_too_long_loses_its_left() -> None:
 def test_scores_equal_one_window_at_a_time(
     debug_model: Transformer, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(likelihood, "MOST_LOGITS", 257 * 50)  # the head works in several steps
-    monkeypatch.setattr(likelihood, "SORTED_BATCHES", 2)
+    monkeypatch.setattr(scoring, "MOST_LOGITS", 257 * 50)  # the head works in several steps
+    monkeypatch.setattr(scoring, "SORTED_BATCHES", 2)
     generator = torch.Generator().manual_seed(1)
     cut = []
     for length in (1, 128, 5, 77, 128, 2, 40, 64, 9):
@@ -112,7 +112,7 @@ def test_little_is_read_ahead_of_what_is_scored(debug_model: Transformer) -> Non
     endless = (([1, 2, 3], next(taken) >= 0) for _ in count())
     scores = score(debug_model, windows(endless, [EOT], context=CONTEXT), Scoring(2))
     assert len(list(islice(scores, 5))) == 5
-    assert next(taken) <= 2 * likelihood.SORTED_BATCHES + 1
+    assert next(taken) <= 2 * scoring.SORTED_BATCHES + 1
 
 
 # ---- documents ----------------------------------------------------------------------------------
@@ -226,8 +226,25 @@ def test_every_source_gives_the_same(evaluate: Eval, folder: Path) -> None:
         for text in TEXTS_WITH_WORDS:
             writer.add(BYTE.encode(text), len(text.encode()))
             writer.end_document()
-    assert main(["prepare", "tokens", "--data_path", "text.txt", "--val_fraction", "0.3", "--set",
-                 "tokenizer_name=byte", "--output", "prepared", "--shard_tokens", "200"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "prepare",
+                "tokens",
+                "--data_path",
+                "text.txt",
+                "--val_fraction",
+                "0.3",
+                "--set",
+                "tokenizer_name=byte",
+                "--output",
+                "prepared",
+                "--shard_tokens",
+                "200",
+            ]
+        )
+        == 0
+    )
     for flags in (
         ("--dataset", "localstreaming", "--data_path", "text.txt"),
         ("--data_path", "rows.jsonl", "--text_column", "body"),

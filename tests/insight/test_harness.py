@@ -24,7 +24,7 @@ from nanokimi.inference.settings import Settings
 from nanokimi.insight import harness
 from nanokimi.insight.choices import encode_pair
 from nanokimi.insight.harness import NanokimiLM, run_tasks
-from nanokimi.insight.likelihood import windows
+from nanokimi.insight.scoring import windows
 from nanokimi.interop.hf_folder import write_folder
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
@@ -33,18 +33,26 @@ WORDS = "the cat sat on the mat while the dog ran over the log and nobody saw wh
 TEXTS = [WORDS, WORDS * 12, "", "a\n", (WORDS[::-1] + "\n") * 9, " the dog"]
 TASKS = {
     "own_choices": {
-        "output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices",
-        "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
     "own_text": {
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
         "metric_list": [{"metric": "bits_per_byte"}],
     },
     "own_answers": {
-        "output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "{{choices[answer]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5}, "metric_list": [{"metric": "exact_match"}],
+        "output_type": "generate_until",
+        "doc_to_text": "question",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 5},
+        "metric_list": [{"metric": "exact_match"}],
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +193,7 @@ def test_a_stop_string_ends_a_continuation_and_is_left_out(model: Transformer, t
         ("the dog", {"max_gen_toks": 2}),
     )
     cut = whole[: whole.index(stop)]
-    assert adapter.generate_until(asked) == [
-        whole, cut, cut, greedy(model, tokenizer, "the dog", 2)
-    ]  # fmt: skip
+    assert adapter.generate_until(asked) == [whole, cut, cut, greedy(model, tokenizer, "the dog", 2)]
 
 
 def test_a_prompt_beyond_the_context_loses_its_left_and_more_tokens_than_fit_become_half(
@@ -223,15 +229,23 @@ def test_tasks_of_the_harness_itself_are_found_by_name_and_pattern(folder: Path)
 
 
 def test_mistakes_take_one_line(
-    folder: Path, model: Transformer, tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(harness, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     save_model(folder / "model.pt", model, tokenizer)
     (folder / "tasks" / "gone.yaml").write_text(
-        json.dumps({**json.loads(Path("tasks/own_text.yaml").read_text()), "task": "gone",
-                    "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}})
-    )  # fmt: skip
+        json.dumps(
+            {
+                **json.loads(Path("tasks/own_text.yaml").read_text()),
+                "task": "gone",
+                "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}},
+            }
+        )
+    )
 
     def complaint(*flags: str, code: int = 2) -> str:
         assert main(["eval", "model.pt", "--device", "cpu", *flags]) == code
@@ -245,9 +259,12 @@ def test_mistakes_take_one_line(
 
 
 def test_a_missing_package_is_named(
-    folder: Path, model: Transformer, tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     save_model(folder / "model.pt", model, tokenizer)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["eval", "model.pt", "--device", "cpu", "--tasks", "own_text"]) == 2

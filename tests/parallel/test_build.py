@@ -10,8 +10,7 @@ import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.errors import UserError
-from nanokimi.insight import planner
-from nanokimi.parallel import build, process_group
+from nanokimi.parallel import build, memory_estimate, process_group
 from nanokimi.parallel.build import about_layout, build_parallel_model, choose_layout, replica_fits
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.process_group import rank_device
@@ -105,7 +104,7 @@ def test_a_replica_fits_where_the_ranks_of_a_machine_leave_a_fifth_of_its_memory
 ) -> None:
     """Where memory cannot be looked at, nobody is kept from trying."""
     monkeypatch.setattr(build, "free_memory", lambda: free)
-    monkeypatch.setattr(planner, "replica_bytes", lambda *_, **__: 70.0)
+    monkeypatch.setattr(memory_estimate, "replica_bytes", lambda *_, **__: 70.0)
     assert replica_fits(config(), DEBUG, CPU, ranks(8, on_this_machine)) is fits
 
 
@@ -116,7 +115,7 @@ def test_what_a_replica_needs_is_that_of_a_pass_as_it_will_be(monkeypatch: pytes
         asked.append((model, sequences, checkpointing))
         return 0.0
 
-    monkeypatch.setattr(planner, "replica_bytes", need)
+    monkeypatch.setattr(memory_estimate, "replica_bytes", need)
     replica_fits(config(batch_size=6), DEBUG, CPU, ranks(4))
     replica_fits(config(activation_checkpointing=True), DEBUG, CPU, ranks(1))
     assert asked == [(DEBUG, 3, False), (DEBUG, 4, True)]

@@ -12,24 +12,34 @@ import pytest
 import torch
 import traffic_worker as worker
 
-from nanokimi.insight.planner import CPU, Device, Layout, memory, traffic
+from nanokimi.insight.planner import Job, transfers
 from nanokimi.ops.newton_schulz import best_dtype
+from nanokimi.parallel.layout import Layout, StepParts
+from nanokimi.parallel.memory_estimate import CPU, Device, memory
 
 pytestmark = pytest.mark.serial
 
 LAYOUTS = [  # ranks, mode, replicas, ranks that experts are dealt out to, checkpointing, memory measured
-    "2,ddp,1,0,0,1", "2,fsdp,1,0,0,0", "2,fsdp,1,2,1,1",
-    "4,ddp,1,0,0,0", "4,fsdp,2,0,0,1", "4,fsdp,1,2,0,0", "4,fsdp,2,2,1,0",
-]  # fmt: skip
-NS_BYTES = best_dtype(torch.device("cpu")).itemsize
+    "2,ddp,1,0,0,1",
+    "2,fsdp,1,0,0,0",
+    "2,fsdp,1,2,1,1",
+    "4,ddp,1,0,0,0",
+    "4,fsdp,2,0,0,1",
+    "4,fsdp,1,2,0,0",
+    "4,fsdp,2,2,1,0",
+]
+HERE = Device(half=False, cuda=best_dtype(torch.device("cpu")).itemsize == 2)  # as this processor does Newton-Schulz
 
 
 @pytest.mark.slow
 def test_what_is_exchanged_and_held_is_what_the_planner_says(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", worker.__file__, str(tmp_path / "store"), *LAYOUTS],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     for words, values in zip(LAYOUTS, json.loads(done.stdout), strict=True):
         ranks, mode, replicate, experts, checkpointing, measured = words.split(",")
@@ -41,11 +51,11 @@ def test_what_is_exchanged_and_held_is_what_the_planner_says(tmp_path: Path) -> 
 
 def check_traffic(layout: Layout, checkpointing: bool, sent: dict[str, float]) -> None:
     config = worker.small_config()
-    planned = traffic(
-        config, layout, worker.SEQUENCES, worker.PASSES, activation_bytes=4, ns_bytes=NS_BYTES,
-        checkpointing=checkpointing,
-    )  # fmt: skip
-    assert {name: size for name, size in planned.items() if size} == pytest.approx(sent, rel=0.05), layout
+    parts = StepParts(worker.SEQUENCES, worker.PASSES)
+    planned: dict[str, float] = {}
+    for transfer in transfers(Job(config, layout, parts, HERE, checkpointing)):
+        planned[transfer.collective] = planned.get(transfer.collective, 0) + transfer.payload
+    assert planned == pytest.approx(sent, rel=0.05), layout
 
 
 def check_memory(layout: Layout, checkpointing: bool, found: worker.Found) -> None:
@@ -55,6 +65,5 @@ def check_memory(layout: Layout, checkpointing: bool, found: worker.Found) -> No
     assert parts["weights"] == found.weights, layout
     passing = parts["activations"] + parts["root"] + max(parts["blocks"], parts["logits"])
     assert found.passing <= passing <= 1.3 * found.passing, layout
-    products = Device(half=False, cuda=NS_BYTES == 2)  # whose Newton-Schulz this processor does
-    updating = memory(config, layout, worker.SEQUENCES, device=products)["newton_schulz"]
+    updating = memory(config, layout, worker.SEQUENCES, device=HERE)["newton_schulz"]
     assert updating == pytest.approx(found.updating, rel=0.1), layout

@@ -28,7 +28,7 @@ from nanokimi.data.batch import Batch
 
 SLOW = ("torch.distributed.run", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo")
 SLOW += ("torch.distributed.checkpoint.hf_storage", "torch.distributed.elastic.agent.server.local_elastic_agent")
-SLOW += ("nanokimi.training.run", "nanokimi.insight.planner")
+SLOW += ("nanokimi.training.run", "nanokimi.parallel.memory_estimate")
 ALONE: tuple[str, ...] = ()  # in the place of torchrun's flags: one process, without it
 
 

@@ -11,9 +11,8 @@ from benchmarks.bench.subjects.shapes import use
 from nanokimi import checkpoint
 from nanokimi.config import TrainConfig, from_dict
 from nanokimi.inference.decoder import use_weights_
-from nanokimi.insight.bits_per_byte import score_text
-from nanokimi.insight.eval_text import choose_text
-from nanokimi.insight.likelihood import Scoring
+from nanokimi.insight.scoring import Scoring, score_text
+from nanokimi.insight.text import choose_text
 from nanokimi.loading import load
 
 BATCH_SIZE = 8

@@ -1,4 +1,4 @@
-"""Which text is scored: all of one, or the part that training holds out, as tokens of whole documents."""
+"""The text that an evaluation scores: all of one, or what training holds out of it, as tokens of whole documents."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from nanokimi.data.token_source import TokenBin, find_token_files
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 
-ENCODED_CHARACTERS = 1 << 22  # a longer document is tokenised in stretches of about so many
+ENCODED_CHARACTERS = 1 << 22  # a longer document is tokenised in stretches of about so many characters
 BLOCK_TOKENS = 1 << 20
 SETTINGS = field_names(TrainConfig, group="text", decides_text=True)
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Part(NamedTuple):
@@ -57,13 +57,13 @@ class ChosenText:
     read: Callable[[Advance], Iterator[Part]]
 
 
-def choose_text(config: TrainConfig, tokenizer: Tokenizer, *, held_out: bool, log: Say) -> list[ChosenText]:
+def choose_text(config: TrainConfig, tokenizer: Tokenizer, *, held_out: bool, log: Log) -> list[ChosenText]:
     """The text, or of a mixture the texts, that ``config`` names.
 
     Args:
         config: its fields ``SETTINGS``.
         held_out: only what training with it would hold out.
-        say: takes warnings, a line each.
+        log: takes warnings, a line each.
 
     Raises:
         UserError: missing or undecodable data, nothing is held out.
@@ -87,7 +87,7 @@ def _nothing_held_out(config: TrainConfig, name: str) -> UserError:
 # ---- text ---------------------------------------------------------------------------------------
 
 
-def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Say) -> ChosenText:
+def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Log) -> ChosenText:
     config = with_sample(config, log)
     text = text_of(config, log, split_up=config.dataset == "localstreaming")
     if not held_out:
@@ -117,7 +117,7 @@ def _text_parts(role: Role, held_out: bool, tokenizer: Tokenizer, advance: Advan
 # ---- tokens -------------------------------------------------------------------------------------
 
 
-def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Say) -> ChosenText:
+def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Log) -> ChosenText:
     path, name = config.data_path, config.data_path
     if held_out:
         val = TokenBin(path, config.val_path, config.val_fraction).open(tokenizer, log).val
@@ -130,7 +130,7 @@ def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, lo
     return ChosenText(name, width * sum(map(len, rows)), partial(_token_parts, rows, tokenizer, width))
 
 
-def _all_rows(path: str, tokenizer: Tokenizer, log: Say) -> list[TokenRow]:
+def _all_rows(path: str, tokenizer: Tokenizer, log: Log) -> list[TokenRow]:
     """Everything in the files of ``path``; what lies in a folder's ``val*`` files is a row of its own."""
     has_val = os.path.isdir(path) and any(file.name.startswith("val") for file in find_token_files(path, "--data_path"))
     corpus = TokenBin(path, "", TrainConfig.val_fraction if has_val else 0.0).open(tokenizer, log)

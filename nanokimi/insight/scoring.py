@@ -1,17 +1,20 @@
-"""Log-probabilities of given tokens: the one measure behind bits per byte, multiple choice and the harness."""
+"""Log-probabilities of given tokens, on which bits per byte, multiple choice and the harness rest; bits per byte."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import RunError
+from nanokimi.insight.text import Part
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.products import at_least_fp32
 
@@ -39,7 +42,7 @@ class Scoring(NamedTuple):
     """How windows are run through a model.
 
     Attributes:
-        batch_size: B, windows of a forward pass; no score depends on it but for rounding.
+        batch_size: windows of a forward pass; no score depends on it but for rounding.
         precision: an autocast context for the forward passes.
     """
 
@@ -101,9 +104,9 @@ def score(model: Transformer, cut: Iterable[Window], scoring: Scoring) -> Iterat
 def score_rows(
     model: Transformer, rows: Iterable[tuple[Sequence[int], Sequence[int]]], scoring: Scoring
 ) -> Iterator[Score]:
-    """The score of each row, a prefix and the tokens behind it, in their order; no tokens score 0.
+    """The score of each row, a prefix and the tokens after it, in their order; a row without tokens scores 0.
 
-    Tokens that do not fit the context behind their prefix are scored in several windows.
+    Tokens that do not fit the context after their prefix are scored in several windows.
     """
     context = model.config.max_seq_length
     cut = [list(windows([(tokens, True)], prefix, context=context)) for prefix, tokens in rows]
@@ -133,7 +136,7 @@ def _score_batch(model: Transformer, batch: Sequence[Window]) -> list[Score]:
 
 
 def _read_off(model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability, in fp64, of ``labels`` ``[S]`` behind ``hidden`` ``[S, D]``, and whether they are the likeliest.
+    """Log-probability, in fp64, of ``labels`` ``[S]`` after ``hidden`` ``[S, D]``, and whether they are the likeliest.
 
     Both are on the CPU.
     """
@@ -144,3 +147,96 @@ def _read_off(model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tenso
         log_probs.append(logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(dim=1))
         hits.append(logits.argmax(dim=1) == label)
     return torch.cat(log_probs).cpu().double(), torch.cat(hits).cpu()
+
+
+# ---- whole documents ----------------------------------------------------------------------------
+
+
+@dataclass
+class TextScore:
+    """What it costs to predict a text.
+
+    Attributes:
+        nats: minus the log-probability of all of it.
+        documents: with text; ``empty`` ones are only counted.
+        n_bytes: UTF-8 bytes.
+        windows: stretches of at most a context in which it was scored.
+    """
+
+    nats: float = 0.0
+    documents: int = 0
+    empty: int = 0
+    tokens: int = 0
+    n_bytes: int = 0
+    windows: int = 0
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The measure that does not depend on the tokenizer."""
+        return self.nats / math.log(2) / max(1, self.n_bytes)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where no float holds it."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+def score_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    parts: Iterable[Part],
+    scoring: Scoring,
+    *,
+    stride: int = 0,
+    max_tokens: int = 0,
+) -> TextScore:
+    """Scores documents, as lm-evaluation-harness defines bits per byte; memory does not grow with the text.
+
+    Every document is scored by itself: it begins after an end-of-text token, which is not scored, and the end of text
+    after it is not scored either. ``training.evaluation`` measures something else, faster and while it trains: packed
+    sequences, in which a document sees the ones before it and its end of text counts.
+
+    Args:
+        model: in evaluation mode.
+        stride: see ``windows``.
+        max_tokens: scores only the first so many tokens; 0 takes all.
+    """
+    found = TextScore()
+    counted = _counted(parts, found, tokenizer, max_tokens)
+    cut = windows(counted, [tokenizer.eot_id], context=model.config.max_seq_length, stride=stride)
+    for window_score in score(model, cut, scoring):
+        found.nats -= window_score.log_prob
+        found.windows += 1
+    return found
+
+
+def _counted(
+    parts: Iterable[Part], found: TextScore, tokenizer: Tokenizer, max_tokens: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Tokens, the first ``max_tokens`` of them, and whether a document ends with them; adds up what passes."""
+    has_text = False
+    for part in parts:
+        room = max_tokens - found.tokens
+        is_last = bool(max_tokens) and len(part.tokens) >= room
+        if is_last:
+            tokens = part.tokens[:room]
+            n_bytes = part.n_bytes if len(tokens) == len(part.tokens) else tokenizer.count_bytes(torch.tensor(tokens))
+            part = Part(tokens, n_bytes, True)
+        found.tokens += len(part.tokens)
+        found.n_bytes += part.n_bytes
+        has_text = has_text or bool(part.tokens)
+        if part.ends_document:
+            found.documents += has_text
+            found.empty += not has_text
+            has_text = False
+        yield part.tokens, part.ends_document
+        if is_last:
+            return

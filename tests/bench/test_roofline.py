@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nanokimi import flops
+from benchmarks.bench import roofline
 from nanokimi.config import ModelConfig
+from nanokimi.insight.planner import forward_flops, working_weights
 from nanokimi.model.transformer import Transformer
 
 
@@ -14,8 +15,8 @@ def test_training_of_nano_243m_takes_one_and_a_half_teraflop() -> None:
     weights = 165_848_704 - 49_152 * 896
     pairs = sum(position + 1 for position in range(1024))  # keys that each query sees
     attention = 3 * 2 * 6 * 8 * (112 + 112) * pairs * 2
-    assert flops.training_flops(config, 165_848_704, 2, 1024) == 6 * weights * 2048 + attention
-    assert flops.training_flops(config, 165_848_704, 2, 1024) == pytest.approx(1.564e12, rel=1e-3)
+    assert roofline.training_flops(config, 165_848_704, 2, 1024) == 6 * weights * 2048 + attention
+    assert roofline.training_flops(config, 165_848_704, 2, 1024) == pytest.approx(1.564e12, rel=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": 0}, {"v_head_dim": 24, "n_shared_experts": 0}])
@@ -27,21 +28,21 @@ def test_the_forward_pass_counts_every_matrix_a_token_visits(changes: dict[str, 
     visited += config.n_moe_layers * config.n_activated_experts * 3 * config.dim * config.moe_inter_dim
     norms = sum(p.numel() for role, p in model.param_roles() if role == "norm")
     active = model.num_parameters(active=True)
-    assert flops.working_weights(config, active) == visited + norms
+    assert working_weights(config, active) == visited + norms
     heads = config.n_layers * config.n_heads * (config.qk_head_dim + config.v_head_dim)
-    assert flops.forward_flops(config, active, 3, 4) == 2 * (visited + norms) * 12 + 2 * heads * 3 * (1 + 2 + 3 + 4)
+    assert forward_flops(config, active, 3, 4) == 2 * (visited + norms) * 12 + 2 * heads * 3 * (1 + 2 + 3 + 4)
 
 
 def test_a_prefill_needs_the_head_once() -> None:
     config = ModelConfig.preset("debug")
     active = Transformer(config).num_parameters(active=True)
-    saved = flops.forward_flops(config, active, 1, 50) - flops.prefill_flops(config, active, 50)
+    saved = forward_flops(config, active, 1, 50) - roofline.prefill_flops(config, active, 50)
     assert saved == 49 * 2 * config.vocab_size * config.dim
 
 
 def test_a_token_reads_the_working_weights_and_the_cache() -> None:
     config = ModelConfig.preset("nano-243m")
     cache = 6 * 900 * (256 + 56) * 4
-    assert flops.cache_bytes(config, 900) == cache
-    assert flops.token_bytes(config, 165_848_704, 900, "fp32") == 4 * 121_808_512 + cache
-    assert flops.token_bytes(config, 165_848_704, 900, "int8") == 121_808_512 + cache
+    assert roofline.cache_bytes(config, 900) == cache
+    assert roofline.token_bytes(config, 165_848_704, 900, "fp32") == 4 * 121_808_512 + cache
+    assert roofline.token_bytes(config, 165_848_704, 900, "int8") == 121_808_512 + cache
