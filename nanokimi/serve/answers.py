@@ -7,8 +7,8 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, ClassVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -37,8 +37,7 @@ class Answer(ABC):
     id_prefix: str
     kind: str
     chunk_kind: str
-    opening: dict[str, Any]  # fields of the first chunk's choice; empty if there need not be such a chunk
-    closing: dict[str, Any]  # fields of the last chunk's choice
+    opening: ClassVar[dict[str, Any]] = {}  # fields of a choice in a chunk before all text, if there must be one
 
     def __init__(
         self, worker: Worker, served: Served, body: CompletionBody | ChatBody, requests: Sequence[Request]
@@ -48,14 +47,12 @@ class Answer(ABC):
         self._tokens = 0
         self._bytes_of = served.tokenizer.piece
         self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
+        self._chunk = {**self._head, "object": self.chunk_kind}
+        self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     @abstractmethod
-    def message(self, text: str) -> dict[str, Any]:
-        """The fields of a choice that hold its whole text."""
-
-    @abstractmethod
-    def delta(self, text: str) -> dict[str, Any]:
-        """The fields of a chunk's choice that hold more text."""
+    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+        """The fields of a choice that hold more text, or the whole text; None in the last chunk."""
 
     @abstractmethod
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -79,7 +76,8 @@ class Answer(ABC):
         for choice, text, tokens, end in sorted(merged(updates)):
             assert end is not None
             self._tokens += end.tokens
-            choices.append(self._choice(choice, self.message(text), tokens, end.finish_reason, with_prompt=True))
+            fields = self.fields(text, whole=True)
+            choices.append(self._choice(choice, fields, tokens, end.finish_reason, with_prompt=True))
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
     async def _watch(self, receive: Receive) -> None:
@@ -92,41 +90,29 @@ class Answer(ABC):
         """Server-sent events, those that are due together in one string; an error is the last one, without [DONE]."""
         try:
             if self.opening or self._body.return_token_ids:
-                fields = self.opening or self.closing
-                choices = [self._choice(i, fields, with_prompt=True) for i in range(len(self.job.requests))]
-                yield "".join(map(self._event, choices))
+                fields = self.opening or self.fields(None)
+                yield self._events([self._choice(i, fields, with_prompt=True) for i in range(len(self.job.requests))])
             while news := await self.job.news():
-                choices = [choice for update in news for choice in self._choices(update)]
-                if choices:
-                    yield "".join(map(self._event, choices))
+                if events := self._events([choice for update in news for choice in self._choices(update)]):
+                    yield events
         except ApiError as error:
             yield f"data: {error.json()}\n\n"
             return
         if self._include_usage:
-            yield self._event(None)
+            yield f"data: {json.dumps({**self._chunk, 'choices': [], 'usage': self._usage()})}\n\n"
         yield "data: [DONE]\n\n"
 
-    @property
-    def _include_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and bool(options.include_usage)
+    def _events(self, choices: Sequence[dict[str, Any]]) -> str:
+        usage = {"usage": None} if self._include_usage else {}
+        return "".join(f"data: {json.dumps({**self._chunk, 'choices': [choice], **usage})}\n\n" for choice in choices)
 
-    def _event(self, choice: dict[str, Any] | None) -> str:
-        """A chunk with one choice; None stands for the last chunk, which has the usage instead."""
-        chunk = {**self._head, "object": self.chunk_kind, "choices": [] if choice is None else [choice]}
-        if self._include_usage:
-            chunk["usage"] = self._usage() if choice is None else None
-        return f"data: {json.dumps(chunk)}\n\n"
-
-    def _choices(self, update: Update) -> list[dict[str, Any]]:
-        """The choices of the chunks that tell what is new."""
-        choices = []
+    def _choices(self, update: Update) -> Iterator[dict[str, Any]]:
+        """What is new as choices of chunks."""
         if update.text or update.tokens:
-            choices.append(self._choice(update.choice, self.delta(update.text), update.tokens or None))
+            yield self._choice(update.choice, self.fields(update.text), update.tokens or None)
         if update.end is not None:
             self._tokens += update.end.tokens
-            choices.append(self._choice(update.choice, self.closing, reason=update.end.finish_reason))
-        return choices
+            yield self._choice(update.choice, self.fields(None), reason=update.end.finish_reason)
 
     def _choice(
         self,
@@ -155,12 +141,9 @@ class CompletionAnswer(Answer):
     """The answer of ``/v1/completions``."""
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
-    opening, closing = {}, {"text": ""}
 
-    def message(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    delta = message
+    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+        return {"text": text or ""}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """``text_offset`` counts from the start of the continuation."""
@@ -191,13 +174,12 @@ class ChatAnswer(Answer):
     """The answer of ``/v1/chat/completions``."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    opening, closing = {"delta": {"role": "assistant", "content": ""}}, {"delta": {}}
+    opening: ClassVar[dict[str, Any]] = {"delta": {"role": "assistant", "content": ""}}
 
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+        if whole:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"delta": {} if text is None else {"content": text}}
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """``bytes`` are exact where ``token`` cannot be."""

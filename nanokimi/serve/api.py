@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from nanokimi.config import MAX_SEED
@@ -73,6 +75,50 @@ class ApiError(HTTPException):
 def refused(error: UserError, param: str) -> ApiError:
     """A user's mistake as status 400; the flags that it names are fields here."""
     return ApiError(400, str(error).removeprefix("--").replace(" --", " "), param=param)
+
+
+async def on_error(request: HttpRequest, error: Exception) -> Response:
+    """Makes every error one in OpenAI's shape; Starlette also hands a fault of ours on to the server's log."""
+    if isinstance(error, RequestValidationError):
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            return _explained(error.errors()).response()
+        return ApiError(415, f"the body's type is {kind or 'not given'}: send application/json").response()
+    if not isinstance(error, HTTPException):
+        return ApiError(500, "the server failed; its log says why").response()
+    if not isinstance(error, ApiError):  # what Starlette itself refuses: an unknown path, a method, an unreadable body
+        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return error.response()
+
+
+def _explained(found: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first field that is wrong, and why."""
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+    if len(first["loc"]) < 2:
+        return ApiError(400, f"the body must be a JSON object: {_reason(first)}")
+    name = str(first["loc"][1])
+    if name in UNSUPPORTED:
+        return ApiError(400, f"{name} is not supported: leave it out", param=name, code="unsupported_parameter")
+    if first["type"] == "extra_forbidden":
+        where = ".".join([*_path(first["loc"][1:-1]), str(first["loc"][-1])])
+        return ApiError(400, f"unknown field {where}: leave it out", param=where, code="unknown_parameter")
+    # Where several types are allowed, the value was held against each: what came furthest was probably meant.
+    paths = [(_path(one["loc"][1:]), one) for one in found if one["loc"][1] == first["loc"][1]]
+    path = max((path for path, _ in paths), key=len)
+    reasons = dict.fromkeys(_reason(one) for other, one in paths if other == path)
+    return ApiError(400, f"{'.'.join(path)}: {' or '.join(reasons)}", param=name)
+
+
+def _path(location: Sequence[Any]) -> list[str]:
+    """Fields and indices of lists, without the names of the types that were tried."""
+    return [str(part) for part in location if isinstance(part, int) or part in FIELDS]
+
+
+def _reason(found: Mapping[str, Any]) -> str:
+    reason = str(found["msg"]).removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]
 
 
 # ---- bodies -------------------------------------------------------------------------------------
@@ -245,25 +291,16 @@ FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
 
 @dataclass(frozen=True)
 class Served:
-    """The one model of a server, and what may be asked of it.
+    """The one model of a server, and what may be asked of it."""
 
-    Attributes:
-        name: what clients call the model.
-        template: None if it cannot chat.
-        context: most tokens of prompt and continuation.
-        max_tokens: most tokens that a request may ask for.
-        max_n: most choices for a prompt.
-        created: Unix time.
-    """
-
-    name: str
+    name: str  # what clients call the model
     model: Transformer
     tokenizer: Tokenizer
-    template: ChatTemplate | None
-    context: int
-    max_tokens: int
-    max_n: int
-    created: int
+    template: ChatTemplate | None  # None if it cannot chat
+    context: int  # most tokens of prompt and continuation
+    max_tokens: int  # most tokens that a request may ask for
+    max_n: int  # most choices for a prompt
+    created: int  # Unix time
 
     def check_name(self, name: str | None) -> None:
         """ApiError with status 404 unless ``name`` is the model's, or None."""

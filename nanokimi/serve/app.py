@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,6 @@ from nanokimi.errors import UserError
 from nanokimi.inference.inspection import TokenView, inspect_tokens
 from nanokimi.serve.answers import Answer, ChatAnswer, CompletionAnswer, EventStream, finite
 from nanokimi.serve.api import (
-    FIELDS,
-    UNSUPPORTED,
     ApiError,
     ChatBody,
     CompletionBody,
@@ -32,6 +29,7 @@ from nanokimi.serve.api import (
     Served,
     chat_requests,
     completion_requests,
+    on_error,
     refused,
 )
 from nanokimi.serve.arguments import Rules
@@ -48,29 +46,17 @@ SECURITY_HEADERS = {
 }
 LINGER = 0.5  # seconds in which a client that sends too much may notice that it is refused
 UNKNOWN_ROUTE = "other"  # a path of the client's own making must not become a name in the metrics
-_MISTAKES: dict[int | str, str] = {
-    400: "The request is wrong.",
-    401: "The key is wrong.",
-    403: "Host or Origin is foreign.",
-    404: "There is no such model.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
-    429: "The queue is full.",
-    500: "The server failed.",
-    503: "The server is shutting down.",
-    504: "The request took too long.",
-    "4XX": "Another mistake.",
-}
+STATUSES = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504, "4XX")  # of errors: see docs/serving.md
 
 
 def new_app(served: Served, worker: Worker, rules: Rules, metrics: Metrics, *, max_body: int) -> ASGIApp:
     """The ASGI application behind its guards; every answer, an error too, passes through them."""
     app = FastAPI(
         title="nanokimi",
-        responses={status: {"model": ErrorBody, "description": text} for status, text in _MISTAKES.items()},
+        responses={status: {"model": ErrorBody} for status in STATUSES},
         docs_url=None,  # the pages of both would load scripts from elsewhere
         redoc_url=None,
-        exception_handlers={RequestValidationError: _on_invalid, HTTPException: _on_http_error, Exception: _on_crash},
+        exception_handlers=dict.fromkeys((RequestValidationError, HTTPException, Exception), on_error),
     )
     routes = Routes(served, worker, metrics)
     streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -163,15 +149,8 @@ class Routes:
     async def health(self) -> JSONResponse:
         """Whether new requests are accepted, and how busy the server is."""
         worker = self._worker
-        state = {
-            "status": "draining" if worker.draining else "ok",
-            "slots": worker.slots,
-            "running": worker.running,
-            "waiting": worker.waiting,
-            "capacity": worker.capacity,
-            "failures": worker.failures,
-            "last_failure": worker.last_failure,
-        }
+        names = ("slots", "running", "waiting", "capacity", "failures", "last_failure")
+        state = {"status": "draining" if worker.draining else "ok", **{name: getattr(worker, name) for name in names}}
         return JSONResponse(state, 503 if worker.draining else 200, RETRY if worker.draining else None)
 
     async def metrics(self) -> Response:
@@ -197,60 +176,6 @@ def _view(view: TokenView) -> dict[str, Any]:
     }
 
 
-# ---- errors -------------------------------------------------------------------------------------
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        return ApiError(415, f"the body's type is {kind or 'not given'}: send application/json").response()
-    return _explained(error.errors()).response()
-
-
-def _explained(found: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first field that is wrong, and why."""
-    first = found[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
-    if len(first["loc"]) < 2:
-        return ApiError(400, f"the body must be a JSON object: {_reason(first)}")
-    name = str(first["loc"][1])
-    if name in UNSUPPORTED:
-        return ApiError(400, f"{name} is not supported: leave it out", param=name, code="unsupported_parameter")
-    if first["type"] == "extra_forbidden":
-        where = ".".join([*_path(first["loc"][1:-1]), str(first["loc"][-1])])
-        return ApiError(400, f"unknown field {where}: leave it out", param=where, code="unknown_parameter")
-    # Where several types are allowed, the value was held against each: what came furthest was probably meant.
-    paths = [(_path(one["loc"][1:]), one) for one in found if one["loc"][1] == first["loc"][1]]
-    path = max((path for path, _ in paths), key=len)
-    reasons = dict.fromkeys(_reason(one) for other, one in paths if other == path)
-    return ApiError(400, f"{'.'.join(path)}: {' or '.join(reasons)}", param=name)
-
-
-def _path(location: Sequence[Any]) -> list[str]:
-    """Fields and indices of lists, without the names of the types that were tried."""
-    return [str(part) for part in location if isinstance(part, int) or part in FIELDS]
-
-
-def _reason(found: Mapping[str, Any]) -> str:
-    reason = str(found["msg"]).removeprefix("Value error, ")
-    return reason[:1].lower() + reason[1:]
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    """Ours, and what Starlette itself refuses: an unknown path, a method, an unreadable body."""
-    assert isinstance(error, HTTPException)
-    if not isinstance(error, ApiError):
-        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
-    return error.response()
-
-
-async def _on_crash(request: Request, error: Exception) -> Response:
-    """A fault of ours: Starlette hands it on to the server's log."""
-    return ApiError(500, "the server failed; its log says why").response()
-
-
 # ---- guards -------------------------------------------------------------------------------------
 
 
@@ -272,17 +197,14 @@ class OuterGuard:
                 self._metrics.answers[route, message["status"]] += 1
             await send(message)
 
-        refusal = self._refusal(Headers(scope=scope))
-        await (self._app if refusal is None else refusal.response())(scope, receive, send_marked)
-
-    def _refusal(self, headers: Headers) -> ApiError | None:
-        hosts = headers.getlist("host")
+        app, hosts, origins = self._app, *(Headers(scope=scope).getlist(name) for name in ("host", "origin"))
         if len(hosts) != 1 or not self._rules.host_is_ours(hosts[0]):
-            return ApiError(403, "this server does not go by that Host: see --allowed_host", code="foreign_host")
-        if any(not self._rules.origin_is_ours(origin, hosts[0]) for origin in headers.getlist("origin")):
+            message = "this server does not go by that Host: see --allowed_host"
+            app = ApiError(403, message, code="foreign_host").response()
+        elif any(not self._rules.origin_is_ours(origin, hosts[0]) for origin in origins):
             message = "pages of that Origin may not use this server: see --allowed_origin"
-            return ApiError(403, message, code="foreign_origin")
-        return None
+            app = ApiError(403, message, code="foreign_origin").response()
+        await app(scope, receive, send_marked)
 
 
 class InnerGuard:
@@ -300,35 +222,30 @@ class InnerGuard:
             message, realm = "wrong or missing key: send Authorization: Bearer KEY", 'Basic realm="nanokimi"'
             error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": realm})
             return await error.response()(scope, receive, send)
-        announced = headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > left:
-            return await self._refuse_body(receive, send)
+        message = f"the body is over this server's limit of {self._max_body} bytes (--max_body)"
+        too_large = ApiError(413, message, headers={"Connection": "close"})
 
         async def receive_some() -> Message:
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
-                raise HTTPException(413)  # the one kind of error that FastAPI lets pass here
+                raise too_large
             return message
 
-        async def send_unless_refused(message: Message) -> None:
-            if left >= 0:
-                await send(message)
+        async def send_and_linger(message: Message) -> None:
+            if left < 0 and message["type"] == "http.response.body":
+                # A connection that is closed with bytes unread is reset, and the client could lose the answer.
+                await send({**message, "more_body": True})
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_discard(receive), LINGER)
+                message = {"type": "http.response.body"}
+            await send(message)
 
-        await self._app(scope, receive_some, send_unless_refused)
-        if left < 0:
-            await self._refuse_body(receive, send)
-
-    async def _refuse_body(self, receive: Receive, send: Send) -> None:
-        message = f"the body is over this server's limit of {self._max_body} bytes (--max_body)"
-        answer = ApiError(413, message, headers={"Connection": "close"}).response()
-        await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
-        await send({"type": "http.response.body", "body": answer.body, "more_body": True})
-        # A connection that is closed with bytes unread is reset, and the client could lose the answer.
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(receive), LINGER)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > left:
+            left = -1
+        await (self._app if left >= 0 else too_large.response())(scope, receive_some, send_and_linger)
 
 
 async def _discard(receive: Receive) -> None:

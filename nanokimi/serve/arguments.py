@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from nanokimi.cli_settings import spellings
@@ -94,6 +95,15 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
+def _flag(default: Any, about: str, metavar: str | None = None, **more: Any) -> Any:
+    """A field that is a flag: its help, what the help calls its value, further arguments of ``add_argument``."""
+    return field(default=default, metadata={"help": about, "metavar": metavar, **more})
+
+
+def _count(default: int | None, about: str, least: int = 1) -> Any:
+    return field(default=default, metadata={"help": about, "metavar": "N", "type": int, "least": least})
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """What the user asked of ``nanokimi serve``; checked.
@@ -109,28 +119,32 @@ class ServeOptions:
 
     checkpoint: str
     rules: Rules
-    port: int = 8000
-    slots: int = 16
-    max_queue: int = 128
-    max_tokens: int | None = None
-    max_n: int = 8
-    max_body: int = 1 << 20
-    prefill_chunk: int = PREFILL_CHUNK
-    max_seconds: float = 600.0
-    drain_seconds: float = 30.0
-    model_name: str = ""
-    chat_template: str = ""
-    device: str = "auto"
-    weights: str = "fp32"
-    decoder: str = "auto"
+    port: int = _count(8000, "0 takes any free one (%(default)s)", least=0)
+    slots: int = _count(16, "sequences that are written together (%(default)s)")
+    max_queue: int = _count(128, "sequences that wait for a slot; more are refused (%(default)s)", least=0)
+    max_tokens: int | None = _count(None, "most tokens a request may ask for (default: the context)")
+    max_n: int = _count(8, "most choices for a prompt (%(default)s)")
+    max_body: int = _count(1 << 20, "bytes of a request (%(default)s)")
+    prefill_chunk: int = _count(PREFILL_CHUNK, "prompt tokens read between two tokens of other sequences (%(default)s)")
+    max_seconds: float = _flag(600.0, "most time for a request (%(default)g)", "SECONDS", type=float)
+    drain_seconds: float = _flag(
+        30.0, "most time for running requests after SIGTERM (%(default)g)", "SECONDS", type=float
+    )
+    model_name: str = _flag("", "for clients (default: that of the file or folder)", "NAME")
+    chat_template: str = _flag(
+        "", "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)", "FILE"
+    )
+    device: str = _flag("auto", "auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    weights: str = _flag("fp32", "what weights are kept in (%(default)s)", choices=WEIGHT_FORMATS)
+    decoder: str = _flag("auto", "PyTorch, compiled kernels or CUDA graphs (%(default)s)", choices=DECODERS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port must be from 1 to 65535, or 0 for any free one, got {self.port}")
-        for name in ("slots", "max_queue", "max_tokens", "max_n", "max_body", "prefill_chunk"):
-            value, least = getattr(self, name), 0 if name == "max_queue" else 1
-            if value is not None and value < least:
-                raise UserError(f"--{name} must be {least} or more, got {value}")
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if value is not None and least is not None and value < least:
+                raise UserError(f"--{f.name} must be {least} or more, got {value}")
         if not 0 < self.max_seconds < math.inf:
             raise UserError(f"--max_seconds must be positive and finite, got {self.max_seconds:g}")
         if not 0 <= self.drain_seconds < math.inf:
@@ -143,36 +157,19 @@ class ServeOptions:
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that ``options_of`` reads; their defaults are those of ``ServeOptions``."""
-    default = ServeOptions("", Rules())
-    add = parser.add_argument
+    """Adds the flags that ``options_of`` reads."""
+    add, host = parser.add_argument, Rules.host
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder in Hugging Face format")
-    add("--host", default=default.rules.host, help="address to listen on; any but loopback needs a key (%(default)s)")
-    for name, about in (
-        ("port", "0 takes any free one (%(default)s)"),
-        ("slots", "sequences that are written together (%(default)s)"),
-        ("max_queue", "sequences that wait for a slot; more are refused (%(default)s)"),
-        ("max_tokens", "most tokens a request may ask for (default: the context)"),
-        ("max_n", "most choices for a prompt (%(default)s)"),
-        ("max_body", "bytes of a request (%(default)s)"),
-        ("prefill_chunk", "prompt tokens read between two tokens of other sequences (%(default)s)"),
-    ):
-        add(*spellings(name), type=int, default=getattr(default, name), metavar="N", help=about)
-    for name, about in (("max_seconds", "for a request"), ("drain_seconds", "for running requests after SIGTERM")):
-        about = f"most time {about} (%(default)g)"
-        add(*spellings(name), type=float, default=getattr(default, name), metavar="SECONDS", help=about)
+    add("--host", default=host, help="address to listen on; any but loopback needs a key (%(default)s)")
+    for f in dataclasses.fields(ServeOptions):
+        if f.metadata:
+            more = {name: value for name, value in f.metadata.items() if name != "least"}
+            add(*spellings(f.name), default=f.default, **more)
     add(*spellings("api_key_file"), default="", metavar="FILE", help=f"holds the key (default: ${KEY_VARIABLE})")
     about = "another name of this server; may be given several times"
     add(*spellings("allowed_host"), action="append", default=[], metavar="NAME", help=about)
     about = "whose pages may use it, as https://example.org; may be given several times"
     add(*spellings("allowed_origin"), action="append", default=[], metavar="ORIGIN", help=about)
-    add(*spellings("model_name"), default="", metavar="NAME", help="for clients (default: that of the file or folder)")
-    about = "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)"
-    add(*spellings("chat_template"), default="", metavar="FILE", help=about)
-    add("--device", default=default.device, help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    add("--weights", choices=WEIGHT_FORMATS, default=default.weights, help="what weights are kept in (%(default)s)")
-    about = "PyTorch, compiled kernels or CUDA graphs (%(default)s)"
-    add("--decoder", choices=DECODERS, default=default.decoder, help=about)
 
 
 def options_of(args: argparse.Namespace) -> ServeOptions:

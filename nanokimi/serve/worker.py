@@ -58,8 +58,7 @@ class Job:
         requests: choice i comes from the i-th.
         running: sequences that have not ended yet.
         error: why there will be no (further) answer.
-        last_news: for each choice when its latest tokens came, at first when the HTTP request did.
-        begun: for each choice whether it has any tokens.
+        arrived, last_news: when the HTTP request came, and the latest tokens of each choice that has any.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -67,8 +66,7 @@ class Job:
         self.running = len(requests)
         self.error: ApiError | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.last_news = [time.perf_counter()] * self.running
-        self.begun = [False] * self.running
+        self.arrived, self.last_news = time.perf_counter(), dict[int, float]()
         self._updates: list[Update] = []
         self._changed = asyncio.Event()
 
@@ -237,8 +235,9 @@ class Worker:
         for job, update in news:
             choice, end = update.choice, update.end
             if update.tokens:
-                self._metrics.count_tokens(len(update.tokens), now - job.last_news[choice], first=not job.begun[choice])
-                job.last_news[choice], job.begun[choice] = now, True
+                waited, first = now - job.last_news.get(choice, job.arrived), choice not in job.last_news
+                self._metrics.count_tokens(len(update.tokens), waited, first=first)
+                job.last_news[choice] = now
             if end is not None:
                 job.running -= 1
                 self.outstanding -= 1
@@ -257,7 +256,7 @@ class Worker:
                 if order is None:
                     return
                 self._guarded(order)
-            self._guarded(partial(self._step, self._engine))
+            self._guarded(self._step)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Runs ``action``; when that fails, all sequences end with an error and the next job gets a new engine."""
@@ -291,8 +290,9 @@ class Worker:
                 del self._owners[sequence]
                 self._publish([(job, Update(choice, end=End()))])
 
-    def _step(self, engine: Engine) -> None:
-        self._report(engine.step())
+    def _step(self) -> None:
+        if self._engine is not None:
+            self._report(self._engine.step())
 
     def _report(self, sequences: Sequence[Continuation]) -> None:
         """Tells what is new; the text of several gathers for a moment, which saves most wake-ups and events."""
