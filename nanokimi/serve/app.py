@@ -50,7 +50,7 @@ STATUSES = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504, "4XX")  # of error
 
 
 def new_app(served: Served, worker: Worker, rules: Rules, metrics: Metrics, *, max_body: int) -> ASGIApp:
-    """The ASGI application behind its guards; every answer, an error too, passes through them."""
+    """The ASGI application with its guards; every answer, an error too, passes through them."""
     app = FastAPI(
         title="nanokimi",
         responses={status: {"model": ErrorBody} for status in STATUSES},
@@ -136,7 +136,7 @@ class Routes:
         return EventStream(answer) if body.stream else JSONResponse(await answer.whole(request.receive))
 
     async def inspect(self, body: InspectBody) -> JSONResponse:
-        """What the model expected in the place of each token, and which experts each token visited."""
+        """What the model expected instead of each token, and which experts each token visited."""
         served, top = self._served, 5 if body.top is None else body.top
         served.check_name(body.model)
         look = partial(inspect_tokens, served.model, served.tokenizer, body.tokens, start=body.start or 0, top=top)

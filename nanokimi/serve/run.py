@@ -142,13 +142,13 @@ def bind(host: str, port: int, max_seconds: float) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise UserError(f"--host {host}: it has no address ({error.strerror}): use 127.0.0.1") from error
-    family, _, _, _, place = min(found)
+    family, _, _, _, own_address = min(found)
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that never reads could hold its connection for ever
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(round(max_seconds * 1000), 2**31 - 1))
     try:
-        listener.bind(place)
+        listener.bind(own_address)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

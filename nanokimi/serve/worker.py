@@ -142,11 +142,7 @@ class Worker:
         return future
 
     def use(self, new_engine: Callable[[], Engine]) -> Engine:
-        """Makes the engine; called in the thread before there is any job.
-
-        Args:
-            new_engine: also makes another engine when one has failed altogether.
-        """
+        """Makes the engine, and another one whenever one has failed altogether; called before there is any job."""
         self._new_engine, self._engine = new_engine, new_engine()
         self.slots, self.slot_bytes = self._engine.slots, self._engine.slot_bytes
         self.capacity = self.slots + self.max_queue
