@@ -189,9 +189,10 @@ class Worker:
             self._orders.put(partial(self._abandon, job))
 
     def break_off(self) -> None:
-        """Ends every job with an error: the time to drain is over."""
+        """Ends every job that still runs with an error: the time to drain is over."""
         for job in tuple(self._jobs):
-            self._fail(job, ApiError(503, "the server is shutting down"))
+            if job.running:  # otherwise its text is only waiting to be read
+                self._fail(job, ApiError(503, "the server is shutting down"))
 
     async def call(self, function: Callable[[], T]) -> T:
         """As ``ask``, for a request: it counts as a sequence, and has ``max_seconds``.
