@@ -41,8 +41,9 @@ from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.app import new_app
 from nanokimi.serve.arguments import ServeOptions, options_of
+from nanokimi.serve.metrics import Metrics
 from nanokimi.serve.run import bind, prepare
-from nanokimi.serve.worker import EngineThread
+from nanokimi.serve.worker import Worker
 
 log = partial(print, file=sys.stderr, flush=True)
 
@@ -164,23 +165,25 @@ def first_token(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _first_token(options: ServeOptions, rounds: int) -> dict[str, Any]:
-    thread, listener = EngineThread(), bind("127.0.0.1", 0, 60)
-    served, worker, metrics = thread.submit(prepare, options, thread).result()
+    listener, metrics = bind("127.0.0.1", 0, 60), Metrics()
+    worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
+    served = worker.ask(lambda: prepare(options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.1)
-    decoder = await worker.call(lambda _: new_decoder(served.model))
+    decoder = await worker.call(lambda: new_decoder(served.model))
     pairs = []
     for turn in range(rounds + 1):
         prompt = torch.randint(0, 256, (900,), generator=torch.Generator().manual_seed(turn)).tolist()
-        bare = await worker.call(lambda _, prompt=prompt: prefill_seconds(decoder, prompt))  # type: ignore[misc]
+        bare = await worker.call(lambda prompt=prompt: prefill_seconds(decoder, prompt))  # type: ignore[misc]
         async with Client(listener.getsockname()[1]) as client:
             answer = await client.stream(completion(prompt, max_tokens=2, temperature=0))
         pairs.append((answer.first_seconds, bare))
     server.should_exit = True
     await running
+    worker.stop()
     ratios = [first / bare for first, bare in pairs[1:]]
     return {
         "rounds": rounds, "bare_seconds": statistics.median(bare for _, bare in pairs[1:]),

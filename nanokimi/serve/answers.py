@@ -6,34 +6,57 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, ClassVar
 
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanokimi.inference.text import Piece, Token
-from nanokimi.serve.errors import ApiError
-from nanokimi.serve.plans import Plan
-from nanokimi.serve.shapes import Shape
-from nanokimi.serve.worker import End, Job, Worker
+from nanokimi.inference.engine import Request
+from nanokimi.inference.text import Token
+from nanokimi.serve.api import ApiError, ChatBody, CompletionBody, Served
+from nanokimi.serve.worker import Update, Worker, merged
 
 LAST_WORDS = 5.0  # seconds that a client has to take the rest of an answer whose time is over
 EVENTS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold events back
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in
 
 
-class Answer:
-    """The answer to one request.
+class Answer(ABC):
+    """The answer to one HTTP request; its subclasses know the fields of OpenAI's two interfaces.
 
-    Args:
-        name: of the model.
+    Attributes:
+        job: what the engine writes for it; whoever makes an answer calls ``whole`` or sends its ``events``.
+        prompt_tokens: of every prompt once, whatever ``n`` is.
+
+    Raises:
+        ApiError: see ``Worker.submit``.
     """
 
-    def __init__(self, worker: Worker, job: Job, plan: Plan, shape: Shape, name: str) -> None:
-        self.worker, self.job, self.plan, self.shape = worker, job, plan, shape
-        self._head = {"id": shape.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
+    id_prefix: str
+    kind: str
+    chunk_kind: str
+    opening: ClassVar[dict[str, Any]] = {}  # fields of a choice in a chunk before all text, if there must be one
+
+    def __init__(
+        self, worker: Worker, served: Served, body: CompletionBody | ChatBody, requests: Sequence[Request]
+    ) -> None:
+        self.worker, self.job, self._body = worker, worker.submit(requests), body
+        self.prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n or 1])
         self._tokens = 0
+        self._bytes_of = served.tokenizer.piece
+        self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
+        self._chunk = {**self._head, "object": self.chunk_kind}
+        self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    @abstractmethod
+    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+        """The fields of a choice that hold more text, or the whole text; None in the last chunk."""
+
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The log-probabilities of ``tokens``."""
 
     async def whole(self, receive: Receive) -> dict[str, Any]:
         """Waits for the end.
@@ -41,120 +64,153 @@ class Answer:
         Raises:
             ApiError: it was broken off, or the client has left.
         """
-        texts: list[list[str]] = [[] for _ in self.plan.requests]
-        tokens: list[list[Token]] = [[] for _ in self.plan.requests]
-        reasons: list[str | None] = [None for _ in self.plan.requests]
-        async with self._while_client_stays(receive):
-            while updates := await self.job.news():
-                for index, piece, end in updates:
-                    if piece is not None:
-                        texts[index].append(piece.text)
-                        tokens[index] += piece.tokens
-                    if end is not None:
-                        reasons[index] = end.finish_reason
-                        self._tokens += end.tokens
-        choices = [
-            self._choice(index, "".join(texts[index]), tokens[index], reasons[index])
-            for index in range(len(self.plan.requests))
-        ]
-        return {**self._head, "object": self.shape.kind, "choices": choices, "usage": self._usage()}
-
-    def _choice(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
-        logprobs = self.shape.logprobs(tokens) if self.plan.logprobs else None
-        choice = {"index": index, **self.shape.whole(text), "logprobs": logprobs, "finish_reason": reason}
-        if self.plan.token_ids:
-            choice["prompt_token_ids"] = self.plan.requests[index].prompt
-            choice["token_ids"] = [token.id for token in tokens]
-        return choice
-
-    def _usage(self) -> dict[str, int]:
-        prompt = self.plan.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": self._tokens, "total_tokens": prompt + self._tokens}
-
-    # ---- events ---------------------------------------------------------------------------------
-
-    async def events(self, receive: Receive) -> AsyncGenerator[str, None]:
-        """Server-sent events, those that are due together in one string; an error is the last one, without [DONE]."""
-        head = json.dumps({**self._head, "object": self.shape.chunk_kind})[:-1]
-        self._starts = [f'data: {head},"choices":[{{"index":{index},' for index in range(len(self.plan.requests))]
-        self._end = '}],"usage":null}\n\n' if self.plan.include_usage else "}]}\n\n"
-        try:
-            async with self._while_client_stays(receive):
-                if opening := self._opening():
-                    yield opening
-                while updates := await self.job.news():
-                    if text := "".join([self._event(*update) for update in updates]):
-                        yield text
-        except ApiError as error:
-            yield f"data: {error.json()}\n\n"
-            return
-        if self.plan.include_usage:
-            yield f'data: {head},"choices":[],"usage":{json.dumps(self._usage())}}}\n\n'
-        yield "data: [DONE]\n\n"
-
-    def _opening(self) -> str:
-        """A first chunk for every choice where there is something to say in front of the text."""
-        if not self.shape.opening and not self.plan.token_ids:
-            return ""
-        chunks = []
-        for index, request in enumerate(self.plan.requests):
-            ids = f',"prompt_token_ids":{json.dumps(request.prompt)}' if self.plan.token_ids else ""
-            chunks.append(self._chunk(index, self.shape.opening or self.shape.last, (), "null", ids))
-        return "".join(chunks)
-
-    def _event(self, index: int, piece: Piece | None, end: End | None) -> str:
-        text = ""
-        if piece is not None:
-            text = self._chunk(index, self.shape.delta(piece.text), piece.tokens)
-        if end is not None:
-            self._tokens += end.tokens
-            text += self._chunk(index, self.shape.last, (), json.dumps(end.finish_reason))
-        return text
-
-    def _chunk(self, index: int, field: str, tokens: Sequence[Token], reason: str = "null", extra: str = "") -> str:
-        """One event. It is put together from ready parts: this runs for every token of every client."""
-        logprobs = json.dumps(self.shape.logprobs(tokens)) if self.plan.logprobs and tokens else "null"
-        if self.plan.token_ids:
-            extra += f',"token_ids":{json.dumps([token.id for token in tokens])}'
-        return f'{self._starts[index]}{field},"logprobs":{logprobs},"finish_reason":{reason}{extra}{self._end}'
-
-    @asynccontextmanager
-    async def _while_client_stays(self, receive: Receive) -> AsyncIterator[None]:
-        """Breaks the job off when the client leaves; in the end nothing of it runs any more."""
+        updates: list[Update] = []
         watch = asyncio.ensure_future(self._watch(receive))
         try:
-            yield
+            while news := await self.job.news():
+                updates += news
         finally:
             watch.cancel()
             self.worker.close(self.job)
+        choices = []
+        for choice, text, tokens, end in sorted(merged(updates)):
+            assert end is not None
+            self._tokens += end.tokens
+            fields = self.fields(text, whole=True)
+            choices.append(self._choice(choice, fields, tokens, end.finish_reason, with_prompt=True))
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
     async def _watch(self, receive: Receive) -> None:
+        """Breaks the job off when the client leaves."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.job.fail(ApiError(499, "the client has left"))
-        self.worker.close(self.job)
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events, those that are due together in one string; an error is the last one, without [DONE]."""
+        try:
+            if self.opening or self._body.return_token_ids:
+                fields = self.opening or self.fields(None)
+                yield self._events([self._choice(i, fields, with_prompt=True) for i in range(len(self.job.requests))])
+            while news := await self.job.news():
+                if events := self._events([choice for update in news for choice in self._choices(update)]):
+                    yield events
+        except ApiError as error:
+            yield f"data: {error.json()}\n\n"
+            return
+        if self._include_usage:
+            yield f"data: {json.dumps({**self._chunk, 'choices': [], 'usage': self._usage()})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _events(self, choices: Sequence[dict[str, Any]]) -> str:
+        usage = {"usage": None} if self._include_usage else {}
+        return "".join(f"data: {json.dumps({**self._chunk, 'choices': [choice], **usage})}\n\n" for choice in choices)
+
+    def _choices(self, update: Update) -> Iterator[dict[str, Any]]:
+        """What is new as choices of chunks."""
+        if update.text or update.tokens:
+            yield self._choice(update.choice, self.fields(update.text), update.tokens or None)
+        if update.end is not None:
+            self._tokens += update.end.tokens
+            yield self._choice(update.choice, self.fields(None), reason=update.end.finish_reason)
+
+    def _choice(
+        self,
+        index: int,
+        fields: dict[str, Any],
+        tokens: Sequence[Token] | None = None,
+        reason: str | None = None,
+        *,
+        with_prompt: bool = False,
+    ) -> dict[str, Any]:
+        request = self.job.requests[index]
+        logprobs = None if tokens is None or request.logprobs is None else self.logprobs(tokens)
+        choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason}
+        if self._body.return_token_ids:
+            if with_prompt:
+                choice["prompt_token_ids"] = request.prompt
+            choice["token_ids"] = [token.id for token in tokens or ()]
+        return choice
+
+    def _usage(self) -> dict[str, int]:
+        prompt = self.prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": self._tokens, "total_tokens": prompt + self._tokens}
 
 
-class EventStream(Response):
-    """The answer as server-sent events."""
+class CompletionAnswer(Answer):
+    """The answer of ``/v1/completions``."""
 
-    media_type = "text/event-stream"
+    id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, answer: Answer, max_seconds: float) -> None:
-        super().__init__(headers=EVENTS)
-        del self.headers["content-length"]
-        self._answer, self._max_seconds = answer, max_seconds
+    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+        return {"text": text or ""}
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """``text_offset`` counts from the start of the continuation."""
+        return {
+            "tokens": [self._name(token.id) for token in tokens],
+            "token_logprobs": [finite(token.logprob) for token in tokens],
+            "top_logprobs": [self._likeliest(token) for token in tokens],
+            "text_offset": [token.text_offset for token in tokens],
+        }
+
+    def _likeliest(self, token: Token) -> dict[str, float | None]:
+        """Log-probabilities by text, with the token's own; of several tokens with the same text the likeliest."""
+        found: dict[str, float | None] = {}
+        for alternative, logprob in (*token.likeliest, (token.id, token.logprob)):
+            found.setdefault(self._name(alternative), finite(logprob))
+        return found
+
+    def _name(self, token: int) -> str:
+        """Its text; bytes that are no whole characters are spelt out, as OpenAI's completions do."""
+        own = self._bytes_of(token)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+class ChatAnswer(Answer):
+    """The answer of ``/v1/chat/completions``."""
+
+    id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    opening: ClassVar[dict[str, Any]] = {"delta": {"role": "assistant", "content": ""}}
+
+    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+        if whole:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"delta": {} if text is None else {"content": text}}
+
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """``bytes`` are exact where ``token`` cannot be."""
+        content = [
+            {**self._entry(token.id, token.logprob), "top_logprobs": [self._entry(*one) for one in token.likeliest]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        own = self._bytes_of(token)
+        return {"token": own.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(own)}
+
+
+class EventStream(StreamingResponse):
+    """An answer as server-sent events."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), headers=EVENTS, media_type="text/event-stream")
+        self._worker, self._job = answer.worker, answer.job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. A client that does not read makes ``send`` wait; it is left alone in the end."""
+        """Sends the events until the client leaves; one that does not read makes ``send`` wait, and is given up."""
         try:
-            await asyncio.wait_for(self._write(receive, send), self._max_seconds + LAST_WORDS)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._worker.max_seconds + LAST_WORDS)
         except asyncio.TimeoutError:
-            self._answer.worker.close(self._answer.job)
+            pass
+        finally:
+            self._worker.close(self._job)
 
-    async def _write(self, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._answer.events(receive)) as events:
-            async for text in events:
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+def finite(logprob: float | None) -> float | None:
+    """``logprob``, which JSON can always hold; None, of a first token, stays."""
+    return None if logprob is None else max(logprob, LOWEST_LOGPROB)

@@ -1,76 +1,82 @@
-"""The application: OpenAI's routes, those of the page, health and metrics."""
+"""The application: OpenAI's routes, those of the page, health and metrics; the guards in front of them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanokimi.errors import UserError
-from nanokimi.inference.engine import Engine
 from nanokimi.inference.inspection import TokenView, inspect_tokens
-from nanokimi.serve.answers import Answer, EventStream
-from nanokimi.serve.errors import install_handlers, refused
-from nanokimi.serve.guards import guarded
+from nanokimi.serve.answers import Answer, ChatAnswer, CompletionAnswer, EventStream, finite
+from nanokimi.serve.api import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    ErrorBody,
+    InspectBody,
+    Served,
+    chat_requests,
+    completion_requests,
+    on_error,
+    refused,
+)
+from nanokimi.serve.arguments import Rules
 from nanokimi.serve.metrics import CONTENT_TYPE, Metrics
-from nanokimi.serve.plans import Plan, Served, plan_chat, plan_completion
-from nanokimi.serve.rules import Rules
-from nanokimi.serve.schemas import ChatBody, CompletionBody, ErrorBody, InspectBody
-from nanokimi.serve.shapes import ChatShape, CompletionShape, Shape, finite
 from nanokimi.serve.worker import RETRY, Worker
 
 WEB = Path(__file__).parent / "web"
-FRESH = {"Cache-Control": "no-cache"}
-_MISTAKES: dict[int | str, str] = {
-    400: "The request is wrong.",
-    401: "The key is wrong.",
-    403: "Host or Origin is foreign.",
-    404: "There is no such model.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
-    429: "The queue is full.",
-    500: "The server failed.",
-    503: "The server is shutting down.",
-    504: "The request took too long.",
-    "4XX": "Another mistake.",
+FRESH = {"Cache-Control": "no-cache"}  # a browser asks for the page's files anew, so that no old one meets a new one
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text} for status, text in _MISTAKES.items()
-}
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+LINGER = 0.5  # seconds in which a client that sends too much may notice that it is refused
+UNKNOWN_ROUTE = "other"  # a path of the client's own making must not become a name in the metrics
+STATUSES = (400, 401, 403, 404, 413, 415, 429, 500, 503, 504, "4XX")  # of errors: see docs/serving.md
 
 
 def new_app(served: Served, worker: Worker, rules: Rules, metrics: Metrics, *, max_body: int) -> ASGIApp:
-    """The ASGI application; its lifespan starts and stops ``worker``."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
-        yield
-        worker.stop()
-
+    """The ASGI application with its guards; every answer, an error too, passes through them."""
     app = FastAPI(
-        title="nanokimi", lifespan=lifespan, responses=ERRORS,
-        docs_url=None, redoc_url=None,  # their pages come from elsewhere
-    )  # fmt: skip
-    install_handlers(app)
+        title="nanokimi",
+        responses={status: {"model": ErrorBody} for status in STATUSES},
+        docs_url=None,  # the pages of both would load scripts from elsewhere
+        redoc_url=None,
+        exception_handlers=dict.fromkeys((RequestValidationError, HTTPException, Exception), on_error),
+    )
     routes = Routes(served, worker, metrics)
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
     app.add_api_route("/v1/models", routes.models)
     app.add_api_route("/v1/models/{name:path}", routes.model)
-    app.add_api_route("/v1/completions", routes.completions, methods=["POST"], responses=STREAMED)
-    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], responses=STREAMED)
+    app.add_api_route("/v1/completions", routes.completions, methods=["POST"], responses=streamed)
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], responses=streamed)
     app.add_api_route("/v1/inspect", routes.inspect, methods=["POST"])
     app.add_api_route("/health", routes.health)
     app.add_api_route("/metrics", routes.metrics, response_class=PlainTextResponse)
     app.add_api_route("/", page, include_in_schema=False)
     app.mount("/web", PageFiles(directory=WEB))
-    return guarded(app, rules, metrics, max_body=max_body)
+    inner: ASGIApp = InnerGuard(app, rules, max_body)
+    if rules.allowed_origins:
+        methods, headers = ("GET", "POST"), ("Authorization", "Content-Type")
+        inner = CORSMiddleware(inner, rules.allowed_origins, allow_methods=methods, allow_headers=headers)
+    return OuterGuard(inner, rules, metrics)
+
+
+# ---- routes -------------------------------------------------------------------------------------
 
 
 async def page() -> FileResponse:
@@ -79,10 +85,10 @@ async def page() -> FileResponse:
 
 
 class PageFiles(StaticFiles):
-    """What the page is made of; a browser asks for it anew, so that no old part meets a new one."""
+    """The files that the page consists of."""
 
     def file_response(self, *args: Any, **named: Any) -> Response:
-        """See ``StaticFiles``."""
+        """The same as in ``StaticFiles``, with the headers ``FRESH``."""
         response = super().file_response(*args, **named)
         response.headers.update(FRESH)
         return response
@@ -93,7 +99,6 @@ class Routes:
 
     def __init__(self, served: Served, worker: Worker, metrics: Metrics) -> None:
         self._served, self._worker, self._metrics = served, worker, metrics
-        self._completion, self._chat = CompletionShape(served.tokenizer), ChatShape(served.tokenizer)
 
     async def models(self) -> JSONResponse:
         """The one model there is."""
@@ -107,50 +112,45 @@ class Routes:
     def _about(self) -> dict[str, Any]:
         served = self._served
         return {
-            "id": served.name, "object": "model", "created": served.created, "owned_by": "nanokimi",
-            "max_model_len": served.context, "chat": served.template is not None,
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "nanokimi",
+            "max_model_len": served.context,
+            "chat": served.template is not None,
             "n_routed_experts": served.model.config.n_routed_experts if served.model.moe_layers() else 0,
-        }  # fmt: skip
+        }
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continues one or more prompts."""
-        return await self._answer(await plan_completion(body, self._served), self._completion, request)
+        requests = await completion_requests(body, self._served)
+        return await self._respond(CompletionAnswer(self._worker, self._served, body, requests), body, request)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Writes the next turn of a talk."""
-        return await self._answer(await plan_chat(body, self._served), self._chat, request)
+        requests = await chat_requests(body, self._served)
+        return await self._respond(ChatAnswer(self._worker, self._served, body, requests), body, request)
 
-    async def _answer(self, plan: Plan, shape: Shape, request: Request) -> Response:
-        job = self._worker.submit(plan.requests)
-        self._metrics.prompt_tokens += plan.prompt_tokens
-        answer = Answer(self._worker, job, plan, shape, self._served.name)
-        if plan.stream:
-            return EventStream(answer, self._worker.max_seconds)
-        return JSONResponse(await answer.whole(request.receive))
+    async def _respond(self, answer: Answer, body: CompletionBody | ChatBody, request: Request) -> Response:
+        self._metrics.prompt_tokens += answer.prompt_tokens
+        return EventStream(answer) if body.stream else JSONResponse(await answer.whole(request.receive))
 
     async def inspect(self, body: InspectBody) -> JSONResponse:
-        """What the model expected in the place of each token, and which experts each token visited."""
-        served = self._served
+        """What the model expected instead of each token, and which experts each token visited."""
+        served, top = self._served, 5 if body.top is None else body.top
         served.check_name(body.model)
-        start, top = body.start or 0, 5 if body.top is None else body.top
-
-        def look(_: Engine) -> list[TokenView]:
-            return inspect_tokens(served.model, served.tokenizer, body.tokens, start=start, top=top)
-
+        look = partial(inspect_tokens, served.model, served.tokenizer, body.tokens, start=body.start or 0, top=top)
         try:
             views = await self._worker.call(look)
         except UserError as error:
-            raise refused(error, param="tokens") from error
+            raise refused(error, "tokens") from error
         return JSONResponse({"tokens": [_view(view) for view in views]})
 
     async def health(self) -> JSONResponse:
         """Whether new requests are accepted, and how busy the server is."""
         worker = self._worker
-        state = {
-            "status": "draining" if worker.draining else "ok", "slots": worker.slots, "running": worker.running,
-            "waiting": worker.waiting, "capacity": worker.capacity, "failures": worker.failures,
-            "last_failure": worker.last_failure,
-        }  # fmt: skip
+        names = ("slots", "running", "waiting", "capacity", "failures", "last_failure")
+        state = {"status": "draining" if worker.draining else "ok", **{name: getattr(worker, name) for name in names}}
         return JSONResponse(state, 503 if worker.draining else 200, RETRY if worker.draining else None)
 
     async def metrics(self) -> Response:
@@ -167,8 +167,87 @@ class Routes:
 
 
 def _view(view: TokenView) -> dict[str, Any]:
-    alternatives = [{"id": token, "text": text, "logprob": finite(logprob)} for token, text, logprob in view.likeliest]
     return {
-        "id": view.id, "text": view.text, "logprob": None if view.logprob is None else finite(view.logprob),
-        "alternatives": alternatives, "experts": view.experts,
-    }  # fmt: skip
+        "id": view.id,
+        "text": view.text,
+        "logprob": finite(view.logprob),
+        "alternatives": [{"id": token, "text": text, "logprob": finite(p)} for token, text, p in view.likeliest],
+        "experts": view.experts,
+    }
+
+
+# ---- guards -------------------------------------------------------------------------------------
+
+
+class OuterGuard:
+    """Checks Host and Origin, adds the security headers, counts the answers."""
+
+    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
+        self._app, self._rules, self._metrics = app, rules, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+                route = str(getattr(scope.get("route"), "path", UNKNOWN_ROUTE))
+                self._metrics.answers[route, message["status"]] += 1
+            await send(message)
+
+        app, hosts, origins = self._app, *(Headers(scope=scope).getlist(name) for name in ("host", "origin"))
+        if len(hosts) != 1 or not self._rules.host_is_ours(hosts[0]):
+            message = "this server does not go by that Host: see --allowed_host"
+            app = ApiError(403, message, code="foreign_host").response()
+        elif any(not self._rules.origin_is_ours(origin, hosts[0]) for origin in origins):
+            message = "pages of that Origin may not use this server: see --allowed_origin"
+            app = ApiError(403, message, code="foreign_origin").response()
+        await app(scope, receive, send_marked)
+
+
+class InnerGuard:
+    """Answers 401 to a wrong key on any path, and 413 to a body over ``max_body`` bytes without reading it all."""
+
+    def __init__(self, app: ASGIApp, rules: Rules, max_body: int) -> None:
+        self._app, self._rules, self._max_body = app, rules, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers, left = Headers(scope=scope), self._max_body
+        if not self._rules.key_is_right(headers.get("authorization", "")):
+            message, realm = "wrong or missing key: send Authorization: Bearer KEY", 'Basic realm="nanokimi"'
+            error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": realm})
+            return await error.response()(scope, receive, send)
+        message = f"the body is over this server's limit of {self._max_body} bytes (--max_body)"
+        too_large = ApiError(413, message, headers={"Connection": "close"})
+
+        async def receive_some() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise too_large
+            return message
+
+        async def send_and_linger(message: Message) -> None:
+            if left < 0 and message["type"] == "http.response.body":
+                # A connection that is closed with bytes unread is reset, and the client could lose the answer.
+                await send({**message, "more_body": True})
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_discard(receive), LINGER)
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > left:
+            left = -1
+        await (self._app if left >= 0 else too_large.response())(scope, receive_some, send_and_linger)
+
+
+async def _discard(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import binascii
+import dataclasses
+import hmac
+import ipaddress
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from nanokimi.cli_settings import spellings
 from nanokimi.errors import UserError
 from nanokimi.inference.settings import DECODERS, PREFILL_CHUNK, WEIGHT_FORMATS
-from nanokimi.serve.rules import Rules, is_address, is_loopback
 
 KEY_VARIABLE = "NANOKIMI_API_KEY"
 _HOST_NAME = re.compile(r"(?!-)[a-z0-9-]+(\.[a-z0-9-]+)*", re.IGNORECASE)
@@ -22,45 +28,123 @@ _KEY = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
-class ServeOptions:
-    """What ``nanokimi serve`` is told; checked.
+class Rules:
+    """Who may ask the server.
 
     Attributes:
-        max_tokens: None: the model's context.
-        model_name: empty: the name of the checkpoint's file or folder.
+        host: the address that the server listens on.
+        allowed_hosts: further names of the server, in lower case.
+        allowed_origins: other sites whose scripts may use the server, such as ``https://example.org``.
+        api_key: None if no key is needed.
+    """
+
+    host: str = "127.0.0.1"
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    api_key: str | None = field(default=None, repr=False)
+
+    def host_is_ours(self, value: str) -> bool:
+        """Whether a Host header names this server.
+
+        A foreign page can reach a server on loopback by a name of its own that resolves to 127.0.0.1 (DNS rebinding).
+        An address cannot be rebound, so a server on all interfaces accepts any address.
+        """
+        try:
+            name = (urlsplit(f"//{value}").hostname or "").removesuffix(".")
+        except ValueError:
+            return False
+        if name in ("localhost", self.host, *self.allowed_hosts):
+            return True
+        address, own = ip_address(name), ip_address(self.host)
+        return address is not None and (address.is_loopback or (own is not None and own.is_unspecified))
+
+    def origin_is_ours(self, origin: str, host: str) -> bool:
+        """Whether an Origin header names the page that came from ``host``, or an allowed one; ``null`` does not."""
+        if origin.lower() in self.allowed_origins:
+            return True
+        scheme, _, rest = origin.lower().partition("://")
+        port = {"http": ":80", "https": ":443"}.get(scheme)
+        return port is not None and rest.removesuffix(port) == host.lower().removesuffix(port)
+
+    def key_is_right(self, authorization: str) -> bool:
+        """Whether the header holds the key: as ``Bearer``, or as the password of ``Basic``, which browsers ask for."""
+        if self.api_key is None:
+            return True
+        scheme, _, value = authorization.partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                value = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+            except (binascii.Error, ValueError):
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        return hmac.compare_digest(value.strip().encode(), self.api_key.encode())
+
+
+def ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that ``name`` spells out, or None."""
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on ``host``."""
+    address = ip_address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _flag(default: Any, about: str, metavar: str | None = None, **more: Any) -> Any:
+    """A field that is a flag: its help, what the help calls its value, further arguments of ``add_argument``."""
+    return field(default=default, metadata={"help": about, "metavar": metavar, **more})
+
+
+def _count(default: int | None, about: str, least: int = 1) -> Any:
+    return field(default=default, metadata={"help": about, "metavar": "N", "type": int, "least": least})
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the user asked of ``nanokimi serve``; checked.
+
+    Attributes:
+        max_tokens: None for the model's context.
+        model_name: empty for the name of the checkpoint's file or folder.
         chat_template: see ``chat_template.chat_template_of``.
 
     Raises:
-        UserError: a value that cannot be; the message names the flag.
+        UserError: a value is out of range; the message names the flag.
     """
 
     checkpoint: str
     rules: Rules
-    port: int = 8000
-    slots: int = 16
-    max_queue: int = 128
-    max_tokens: int | None = None
-    max_n: int = 8
-    max_body: int = 1 << 20
-    prefill_chunk: int = PREFILL_CHUNK
-    max_seconds: float = 600.0
-    drain_seconds: float = 30.0
-    model_name: str = ""
-    chat_template: str = ""
-    device: str = "auto"
-    weights: str = "fp32"
-    decoder: str = "auto"
+    port: int = _count(8000, "0 takes any free one (%(default)s)", least=0)
+    slots: int = _count(16, "sequences that are written together (%(default)s)")
+    max_queue: int = _count(128, "sequences that wait for a slot; more are refused (%(default)s)", least=0)
+    max_tokens: int | None = _count(None, "most tokens a request may ask for (default: the context)")
+    max_n: int = _count(8, "most choices for a prompt (%(default)s)")
+    max_body: int = _count(1 << 20, "bytes of a request (%(default)s)")
+    prefill_chunk: int = _count(PREFILL_CHUNK, "prompt tokens read between two tokens of other sequences (%(default)s)")
+    max_seconds: float = _flag(600.0, "most time for a request (%(default)g)", "SECONDS", type=float)
+    drain_seconds: float = _flag(
+        30.0, "most time for running requests after SIGTERM (%(default)g)", "SECONDS", type=float
+    )
+    model_name: str = _flag("", "for clients (default: that of the file or folder)", "NAME")
+    chat_template: str = _flag(
+        "", "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)", "FILE"
+    )
+    device: str = _flag("auto", "auto, cpu, cuda, cuda:N or mps (%(default)s)")
+    weights: str = _flag("fp32", "what weights are kept in (%(default)s)", choices=WEIGHT_FORMATS)
+    decoder: str = _flag("auto", "PyTorch, compiled kernels or CUDA graphs (%(default)s)", choices=DECODERS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port must be from 1 to 65535, or 0 for any free one, got {self.port}")
-        for name, least in (
-            ("slots", 1), ("max_queue", 0), ("max_tokens", 1), ("max_n", 1), ("max_body", 1),
-            ("prefill_chunk", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} must be {least} or more, got {value}")
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if value is not None and least is not None and value < least:
+                raise UserError(f"--{f.name} must be {least} or more, got {value}")
         if not 0 < self.max_seconds < math.inf:
             raise UserError(f"--max_seconds must be positive and finite, got {self.max_seconds:g}")
         if not 0 <= self.drain_seconds < math.inf:
@@ -73,51 +157,31 @@ class ServeOptions:
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``options_of``; their defaults are those of ``ServeOptions``."""
-    default = ServeOptions("", Rules())
-    add = parser.add_argument
+    """Adds the flags that ``options_of`` reads."""
+    add, host = parser.add_argument, Rules.host
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder in Hugging Face format")
-    add("--host", default=default.rules.host, help="address to listen on; any but loopback needs a key (%(default)s)")
-    for name, about in (
-        ("port", "0 takes any free one (%(default)s)"),
-        ("slots", "sequences that are written together (%(default)s)"),
-        ("max_queue", "sequences that wait for a slot; more are refused (%(default)s)"),
-        ("max_tokens", "most tokens a request may ask for (default: the context)"),
-        ("max_n", "most choices for a prompt (%(default)s)"),
-        ("max_body", "bytes of a request (%(default)s)"),
-        ("prefill_chunk", "prompt tokens read between two tokens of other sequences (%(default)s)"),
-    ):
-        add(*spellings(name), type=int, default=getattr(default, name), metavar="N", help=about)
-    for name, about in (("max_seconds", "for a request"), ("drain_seconds", "for running requests after SIGTERM")):
-        add(
-            *spellings(name), type=float, default=getattr(default, name), metavar="SECONDS",
-            help=f"most time {about} (%(default)g)",
-        )  # fmt: skip
+    add("--host", default=host, help="address to listen on; any but loopback needs a key (%(default)s)")
+    for f in dataclasses.fields(ServeOptions):
+        if f.metadata:
+            more = {name: value for name, value in f.metadata.items() if name != "least"}
+            add(*spellings(f.name), default=f.default, **more)
     add(*spellings("api_key_file"), default="", metavar="FILE", help=f"holds the key (default: ${KEY_VARIABLE})")
-    for name, target, about in (
-        ("allowed_host", "NAME", "another name of this server; may be given several times"),
-        ("allowed_origin", "ORIGIN", "whose pages may use it, as https://example.org; may be given several times"),
-    ):
-        add(*spellings(name), action="append", default=[], metavar=target, help=about)
-    add(*spellings("model_name"), default="", metavar="NAME", help="for clients (default: that of the file or folder)")
-    about = "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)"
-    add(*spellings("chat_template"), default="", metavar="FILE", help=about)
-    add("--device", default=default.device, help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    add("--weights", choices=WEIGHT_FORMATS, default=default.weights, help="what weights are kept in (%(default)s)")
-    about = "PyTorch, compiled kernels or CUDA graphs (%(default)s)"
-    add("--decoder", choices=DECODERS, default=default.decoder, help=about)
+    about = "another name of this server; may be given several times"
+    add(*spellings("allowed_host"), action="append", default=[], metavar="NAME", help=about)
+    about = "whose pages may use it, as https://example.org; may be given several times"
+    add(*spellings("allowed_origin"), action="append", default=[], metavar="ORIGIN", help=about)
 
 
 def options_of(args: argparse.Namespace) -> ServeOptions:
     """The options that the flags and the environment give.
 
     Raises:
-        UserError: a value that cannot be, or a package that is missing.
+        UserError: a value that cannot be used, or a package that is missing.
     """
     if not args.host:
         raise UserError("--host is empty: name an address to listen on, such as 127.0.0.1")
     for name in args.allowed_host:
-        if not _HOST_NAME.fullmatch(name) and not is_address(name):
+        if not _HOST_NAME.fullmatch(name) and ip_address(name) is None:
             raise UserError(f"--allowed_host {name}: give a name without scheme and port, such as example.org")
     for origin in args.allowed_origin:
         if not _ORIGIN.fullmatch(origin):
@@ -130,14 +194,9 @@ def options_of(args: argparse.Namespace) -> ServeOptions:
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise UserError(f"nanokimi serve needs {package}: pip install 'nanokimi[serve]'")
-    rules = Rules(
-        args.host.lower(), tuple(map(str.lower, args.allowed_host)), tuple(map(str.lower, args.allowed_origin)), key
-    )
-    return ServeOptions(
-        args.checkpoint, rules, args.port, args.slots, args.max_queue, args.max_tokens, args.max_n, args.max_body,
-        args.prefill_chunk, args.max_seconds, args.drain_seconds, args.model_name, args.chat_template, args.device,
-        args.weights, args.decoder,
-    )  # fmt: skip
+    hosts, origins = (tuple(map(str.lower, names)) for names in (args.allowed_host, args.allowed_origin))
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ServeOptions) if f.name != "rules"}
+    return ServeOptions(rules=Rules(args.host.lower(), hosts, origins, key), **given)
 
 
 def _api_key(path: str) -> str | None:

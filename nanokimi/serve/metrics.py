@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -24,22 +24,18 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
-    def lines(self, name: str, about: str) -> Iterator[str]:
-        """Its exposition."""
-        yield from _head(name, "histogram", about)
-        total = 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            total += count
-            yield f'{name}_bucket{{le="{bound}"}} {total}'
-        yield f"{name}_sum {self.sum}"
-        yield f"{name}_count {total}"
+    def samples(self) -> dict[str, float]:
+        """Its values by what follows its name; a bucket counts everything up to its bound."""
+        labels = [f'_bucket{{le="{bound}"}}' for bound in (*self.bounds, "+Inf")]
+        totals = [sum(self.counts[: i + 1]) for i in range(len(self.counts))]
+        return {**dict(zip(labels, totals, strict=True)), "_sum": self.sum, "_count": totals[-1]}
 
 
 class Metrics:
-    """All that is counted from the start of the server on.
+    """Everything that is counted from the start of the server on.
 
     Attributes:
-        requests: answers by route and status.
+        answers: how many there were, by route and status.
         prompt_tokens, generated_tokens: of accepted requests.
         queue_refusals: requests that found the queue full.
         first_token: seconds from a request's arrival to a choice's first text.
@@ -47,15 +43,15 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
+        self.answers: Counter[tuple[str, int]] = Counter()
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.queue_refusals = 0
         self.first_token = Histogram(FIRST_TOKEN_BOUNDS)
         self.per_token = Histogram(TOKEN_BOUNDS)
 
-    def take(self, tokens: int, seconds: float, *, first: bool) -> None:
-        """Counts ``tokens`` of one choice that came together, ``seconds`` after what came before."""
+    def count_tokens(self, tokens: int, seconds: float, *, first: bool) -> None:
+        """Counts ``tokens`` of one choice that came together, ``seconds`` after those before them."""
         self.generated_tokens += tokens
         if first:
             self.first_token.add(seconds)
@@ -63,24 +59,24 @@ class Metrics:
             self.per_token.add(seconds / tokens, tokens)
 
     def text(self, gauges: Mapping[str, tuple[float, str]]) -> str:
-        """The exposition; ``gauges`` are present values by name, each with a line that says what it is."""
-        lines = _head("nanokimi_requests_total", "counter", "Answers by route and status.")
-        for (route, status), count in sorted(self.requests.items()):
-            lines.append(f'nanokimi_requests_total{{route="{route}",status="{status}"}} {count}')
-        for name, value, about in (
+        """All metrics as text; ``gauges`` are present values by name, each with a line that says what it is."""
+        by_route = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in sorted(self.answers.items())}
+        text = _metric("requests_total", "counter", "Answers by route and status.", by_route)
+        for name, count, about in (
             ("prompt_tokens", self.prompt_tokens, "Tokens of prompts."),
             ("generated_tokens", self.generated_tokens, "Tokens written."),
             ("queue_refusals", self.queue_refusals, "Requests that found the queue full."),
         ):
-            lines += [*_head(f"nanokimi_{name}_total", "counter", about), f"nanokimi_{name}_total {value}"]
-        for name, (present, about) in gauges.items():
-            lines += [*_head(f"nanokimi_{name}", "gauge", about), f"nanokimi_{name} {present}"]
+            text += _metric(f"{name}_total", "counter", about, {"": count})
+        for name, (value, about) in gauges.items():
+            text += _metric(name, "gauge", about, {"": value})
         about = "Seconds from a request's arrival to a choice's first text."
-        lines += self.first_token.lines("nanokimi_time_to_first_token_seconds", about)
+        text += _metric("time_to_first_token_seconds", "histogram", about, self.first_token.samples())
         about = "Seconds between a choice's tokens, after the first."
-        lines += self.per_token.lines("nanokimi_time_per_token_seconds", about)
-        return "\n".join(lines) + "\n"
+        return text + _metric("time_per_token_seconds", "histogram", about, self.per_token.samples())
 
 
-def _head(name: str, kind: str, about: str) -> list[str]:
-    return [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+def _metric(name: str, kind: str, about: str, samples: Mapping[str, float]) -> str:
+    lines = [f"# HELP nanokimi_{name} {about}", f"# TYPE nanokimi_{name} {kind}"]
+    lines += [f"nanokimi_{name}{suffix} {value}" for suffix, value in samples.items()]
+    return "\n".join(lines) + "\n"

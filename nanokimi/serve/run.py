@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from functools import partial
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -20,11 +20,11 @@ from nanokimi.loading import load
 from nanokimi.memory import free_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.answers import LAST_WORDS
+from nanokimi.serve.api import Served
 from nanokimi.serve.app import new_app
 from nanokimi.serve.arguments import ServeOptions
 from nanokimi.serve.metrics import Metrics
-from nanokimi.serve.plans import Served
-from nanokimi.serve.worker import EngineThread, Worker
+from nanokimi.serve.worker import Worker
 
 
 def run_serve(options: ServeOptions) -> int:
@@ -38,13 +38,18 @@ def run_serve(options: ServeOptions) -> int:
         RunError: the port is taken.
     """
     listener = bind(options.rules.host, options.port, options.max_seconds)
-    thread = EngineThread()
-    served, worker, metrics = thread.submit(prepare, options, thread).result()
+    metrics = Metrics()
+    worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
+    served = worker.ask(partial(prepare, options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
         timeout_graceful_shutdown=round(LAST_WORDS),
-    )  # fmt: skip
+    )
     server = DrainingServer(config, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
     try:
         server.run(sockets=[listener])
@@ -53,8 +58,8 @@ def run_serve(options: ServeOptions) -> int:
     return 0 if server.signal is None else 128 + server.signal
 
 
-def prepare(options: ServeOptions, thread: EngineThread) -> tuple[Served, Worker, Metrics]:
-    """The model, ready to answer; called in ``thread``."""
+def prepare(options: ServeOptions, worker: Worker) -> Served:
+    """The model, ready to answer; called in the thread of ``worker``."""
     model, tokenizer = load(options.checkpoint, device=resolve_device(options.device))
     template = chat_template_of(tokenizer, options.chat_template)
     use_weights_(model, options.weights)
@@ -62,16 +67,12 @@ def prepare(options: ServeOptions, thread: EngineThread) -> tuple[Served, Worker
     def new_engine() -> Engine:
         return Engine(model, tokenizer, decoder=_decoder(model, options), prefill_chunk=options.prefill_chunk)
 
-    engine, metrics = new_engine(), Metrics()
+    engine = worker.use(new_engine)
     limit_threads(model)
     log(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
-    context = engine.max_length
+    context, created = engine.max_length, int(time.time())
     most = context if options.max_tokens is None else min(options.max_tokens, context)
-    served = Served(
-        options.served_name, model, tokenizer, template, context, most, options.max_n, created=int(time.time())
-    )
-    limits: dict[str, Any] = {"max_queue": options.max_queue, "max_seconds": options.max_seconds}
-    return served, Worker(engine, new_engine, metrics=metrics, thread=thread, **limits), metrics
+    return Served(options.served_name, model, tokenizer, template, context, most, options.max_n, created)
 
 
 def _decoder(model: Transformer, options: ServeOptions) -> Decoder:
@@ -141,13 +142,13 @@ def bind(host: str, port: int, max_seconds: float) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise UserError(f"--host {host}: it has no address ({error.strerror}): use 127.0.0.1") from error
-    family, _, _, _, place = min(found)
+    family, _, _, _, own_address = min(found)
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that never reads could hold its connection for ever
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(round(max_seconds * 1000), 2**31 - 1))
     try:
-        listener.bind(place)
+        listener.bind(own_address)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -11,47 +11,16 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from nanokimi.inference.engine import Continuation, Engine, Request
-from nanokimi.inference.text import Piece
-from nanokimi.serve.errors import FAILED, ApiError
+from nanokimi.inference.text import Token
+from nanokimi.serve.api import ApiError
 from nanokimi.serve.metrics import Metrics
 
 RETRY = {"Retry-After": "1"}
 GATHERING = 0.02  # seconds: fifty times a second looks like a flow
 T = TypeVar("T")
-V = TypeVar("V")
-
-
-class EngineThread:
-    """One thread for everything that the model does, from loading on.
-
-    PyTorch's OpenMP runtime keeps a team of threads for each thread that ever computed something. More threads in all
-    teams than there are cores, and the teams no longer spin between two steps: a small model takes twice as long.
-    It is a daemon: whatever it does, the program can end.
-    """
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
-
-    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Calls ``function`` when the calls before it are done."""
-        future: Future[T] = Future()
-        self._calls.put(partial(_fulfil, future, function, *arguments))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            self._calls.get()()
-
-
-def _fulfil(future: Future[T], function: Callable[..., T], *arguments: Any) -> None:
-    try:
-        future.set_result(function(*arguments))
-    except BaseException as error:
-        future.set_exception(error)
 
 
 class End(NamedTuple):
@@ -63,19 +32,23 @@ class End(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What is new of one choice of a job: text, its end, or both."""
+    """What is new of one choice of a job: text with its tokens, the end, or both."""
 
     choice: int
-    piece: Piece | None
-    end: End | None
+    text: str = ""
+    tokens: Sequence[Token] = ()
+    end: End | None = None
 
 
-class Owner(NamedTuple):
-    """Whose choice a sequence of the engine is."""
-
-    job: Job
-    choice: int
-    sequence: Continuation
+def merged(updates: Sequence[Update]) -> list[Update]:
+    """One update for each choice."""
+    by_choice: dict[int, list[Update]] = {}
+    for update in updates:
+        by_choice.setdefault(update.choice, []).append(update)
+    return [
+        Update(choice, "".join(u.text for u in own), tuple(chain(*(u.tokens for u in own))), own[-1].end)
+        for choice, own in by_choice.items()
+    ]
 
 
 class Job:
@@ -85,20 +58,20 @@ class Job:
         requests: choice i comes from the i-th.
         running: sequences that have not ended yet.
         error: why there will be no (further) answer.
+        arrived, last_news: when the HTTP request came, and the latest tokens of each choice that has any.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = tuple(requests)
-        self.running = len(self.requests)
+        self.requests = requests
+        self.running = len(requests)
         self.error: ApiError | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.last_news = [time.perf_counter()] * self.running
-        self.begun = [False] * self.running
+        self.arrived, self.last_news = time.perf_counter(), dict[int, float]()
         self._updates: list[Update] = []
-        self._news: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
 
     async def news(self) -> list[Update]:
-        """Waits for something new and takes it; empty once all is taken.
+        """Waits for something new and takes it; empty once everything is taken.
 
         Whoever asks late gets all that has come by then: what waits here is never more than the text itself.
 
@@ -106,87 +79,81 @@ class Job:
             ApiError: the job was broken off, and what it had written by then is taken.
         """
         while not self._updates and self.running and self.error is None:
-            self._news = asyncio.get_running_loop().create_future()
-            await self._news
+            self._changed.clear()
+            await self._changed.wait()
         if not self._updates and self.error is not None:
             raise self.error
         updates, self._updates = self._updates, []
-        return updates if len(updates) == 1 else _merged(updates)
+        return merged(updates)
 
     def add(self, update: Update) -> None:
         """Keeps what is new until it is asked for; nothing more once the job is broken off."""
         if self.error is None:
             self._updates.append(update)
-            self._wake()
+            self._changed.set()
 
     def fail(self, error: ApiError) -> None:
         """Breaks the job off for whoever waits for it."""
         self.error = self.error or error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        self._changed.set()
 
 
 class Worker:
-    """The engine's thread, and the way to it from the event loop.
+    """The thread for everything that the model does, from loading on, and the way to it from the event loop.
 
-    Every public method is called on the event loop. Sequences that wait or run are counted there, so that a full
-    queue is known without asking the thread.
+    PyTorch's OpenMP runtime keeps a team of threads for each thread that ever computed something. More threads in all
+    teams than there are cores, and the teams no longer spin between two steps: a small model takes twice as long.
+    The thread is a daemon: whatever it does, the program can end.
+
+    Sequences that wait or run are counted on the event loop, so that a full queue is known without asking the thread.
 
     Args:
-        new_engine: makes another engine when one has failed altogether.
         max_queue: most sequences that wait for a slot.
         max_seconds: from a request's arrival to its end.
-        thread: the one thread in which the model has worked so far (default: a new one).
 
     Attributes:
+        slots, slot_bytes: of the engine.
+        capacity: most sequences that run or wait.
         outstanding: sequences accepted and not ended.
         draining: nothing new is accepted.
         failures: how often an engine failed altogether; ``last_failure`` says when and how.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        new_engine: Callable[[], Engine],
-        *,
-        max_queue: int,
-        max_seconds: float,
-        metrics: Metrics,
-        thread: EngineThread | None = None,
-    ) -> None:
-        self.slots, self.slot_bytes = engine.slots, engine.slot_bytes
-        self.capacity = engine.slots + max_queue
-        self.outstanding = 0
+    def __init__(self, *, max_queue: int, max_seconds: float, metrics: Metrics) -> None:
+        self.slots = self.slot_bytes = self.capacity = self.outstanding = self.failures = 0
         self.draining = False
-        self.failures = 0
         self.last_failure = ""
-        self.max_seconds = max_seconds
+        self.max_queue, self.max_seconds = max_queue, max_seconds
         self._metrics = metrics
-        self._engine: Engine | None = engine
-        self._new_engine = new_engine
+        self._engine: Engine | None = None
+        self._new_engine: Callable[[], Engine]
         self._jobs: set[Job] = set()
-        self._owners: dict[int, Owner] = {}  # by id of the sequence; the thread's alone
+        self._owners: dict[Continuation, tuple[Job, int]] = {}  # job and choice of each sequence; the thread's alone
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = thread or EngineThread()
-        self._work: Future[None] | None = None
         self._told = 0.0
         self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
-    # ---- on the event loop ----------------------------------------------------------------------
+    def ask(self, function: Callable[[], T]) -> Future[T]:
+        """Calls ``function`` in the thread, between two steps of the engine."""
+        future: Future[T] = Future()
+        self._orders.put(partial(_fulfil, future, function))
+        return future
 
-    def start(self) -> None:
-        """Starts the thread; news go to the loop that is running now."""
-        self._loop = asyncio.get_running_loop()
-        self._work = self._thread.submit(self._run)
+    def use(self, new_engine: Callable[[], Engine]) -> Engine:
+        """Makes the engine, and another one whenever one has failed altogether; called before there is any job."""
+        self._new_engine, self._engine = new_engine, new_engine()
+        self.slots, self.slot_bytes = self._engine.slots, self._engine.slot_bytes
+        self.capacity = self.slots + self.max_queue
+        return self._engine
 
     def stop(self) -> None:
-        """Ends the work within a step; nothing happens when it has ended."""
+        """Ends the thread within a step; nothing happens when it has ended."""
         self._orders.put(None)
-        if self._work is not None:
-            self._work.result()
+        self._thread.join()
+
+    # ---- on the event loop ----------------------------------------------------------------------
 
     @property
     def running(self) -> int:
@@ -196,7 +163,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Sequences behind them."""
+        """Sequences that wait for a slot."""
         return max(0, self.outstanding - self.running)
 
     def submit(self, requests: Sequence[Request]) -> Job:
@@ -207,7 +174,8 @@ class Worker:
         """
         self._reserve(len(requests))
         job = Job(requests)
-        job.timer = self._loop.call_later(self.max_seconds, self._expire, job)
+        self._loop = asyncio.get_running_loop()
+        job.timer = self._loop.call_later(self.max_seconds, self._fail, job, self._too_long())
         self._jobs.add(job)
         self._orders.put(partial(self._begin, job))
         return job
@@ -221,21 +189,20 @@ class Worker:
             self._orders.put(partial(self._abandon, job))
 
     def break_off(self) -> None:
-        """Ends every job with an error: the time to drain is over."""
+        """Ends every job that still runs with an error: the time to drain is over."""
         for job in tuple(self._jobs):
-            self._fail(job, ApiError(503, "the server is shutting down", kind=FAILED))
+            if job.running:  # otherwise its text is only waiting to be read
+                self._fail(job, ApiError(503, "the server is shutting down"))
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
-        """What ``function`` makes of the engine, between two steps; meanwhile it takes a place in the queue.
+    async def call(self, function: Callable[[], T]) -> T:
+        """As ``ask``, for a request: it counts as a sequence, and has ``max_seconds``.
 
         Raises:
             ApiError: as ``submit``; and whatever ``function`` raises.
         """
         self._reserve(1)
-        answer: asyncio.Future[T] = self._loop.create_future()
-        self._orders.put(partial(self._answer, function, answer))
         try:
-            return await asyncio.wait_for(answer, self.max_seconds)
+            return await asyncio.wait_for(asyncio.wrap_future(self.ask(function)), self.max_seconds)
         except asyncio.TimeoutError:
             raise self._too_long() from None
         finally:
@@ -243,20 +210,17 @@ class Worker:
 
     def _reserve(self, count: int) -> None:
         if self.draining:
-            raise ApiError(503, "the server is shutting down", kind=FAILED, headers=RETRY)
+            raise ApiError(503, "the server is shutting down", headers=RETRY)
         if count > self.capacity:
             raise ApiError(400, f"{count} choices in all, and the server holds {self.capacity}: send fewer prompts")
         if self.outstanding + count > self.capacity:
             self._metrics.queue_refusals += 1
-            raise ApiError(429, "the queue is full: try again later", kind="rate_limit_error", headers=RETRY)
+            raise ApiError(429, "the queue is full: try again later", headers=RETRY)
         self.outstanding += count
 
     def _too_long(self) -> ApiError:
         limit = f"{self.max_seconds:g} seconds (--max_seconds)"
-        return ApiError(504, f"the request took longer than {limit}", kind=FAILED, code="timeout")
-
-    def _expire(self, job: Job) -> None:
-        self._fail(job, self._too_long())
+        return ApiError(504, f"the request took longer than {limit}", code="timeout")
 
     def _fail(self, job: Job, error: ApiError) -> None:
         job.fail(error)
@@ -266,32 +230,30 @@ class Worker:
         """Takes over what a step has brought."""
         now = time.perf_counter()
         for job, update in news:
-            index, piece, end = update
-            if piece is not None and piece.tokens:
-                self._metrics.take(len(piece.tokens), now - job.last_news[index], first=not job.begun[index])
-                job.last_news[index], job.begun[index] = now, True
+            choice, end = update.choice, update.end
+            if update.tokens:
+                waited, first = now - job.last_news.get(choice, job.arrived), choice not in job.last_news
+                self._metrics.count_tokens(len(update.tokens), waited, first=first)
+                job.last_news[choice] = now
             if end is not None:
                 job.running -= 1
                 self.outstanding -= 1
-                if end.error:
-                    job.add(Update(index, piece, None))
-                    self._fail(job, ApiError(500, end.error, kind=FAILED))
-            job.add(update)
+            if end is not None and end.error:
+                job.add(update._replace(end=None))
+                self._fail(job, ApiError(500, end.error))
+            else:
+                job.add(update)
 
     # ---- on the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
-            while self._idle or not self._orders.empty():
+            while self._engine is None or self._engine.idle or not self._orders.empty():
                 order = self._orders.get()
                 if order is None:
                     return
                 self._guarded(order)
             self._guarded(self._step)
-
-    @property
-    def _idle(self) -> bool:
-        return self._engine is None or self._engine.idle
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Runs ``action``; when that fails, all sequences end with an error and the next job gets a new engine."""
@@ -301,44 +263,33 @@ class Worker:
             self.last_failure = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {type(error).__name__}: {error}"
             self.failures += 1
             self._engine = None
-            message = "the engine failed (GET /health says why); the next request starts it anew"
-            self._publish([(job, Update(index, None, End(error=message))) for job, index, _ in self._owners.values()])
+            end = End(error="the engine failed (GET /health says why); the next request starts it anew")
+            self._publish([(job, Update(choice, end=end)) for job, choice in self._owners.values()])
             self._owners.clear()
 
-    def _ready_engine(self) -> Engine:
-        if self._engine is None:
-            self._engine = self._new_engine()
-        return self._engine
-
     def _begin(self, job: Job) -> None:
-        for index, request in enumerate(job.requests):
+        for choice, request in enumerate(job.requests):
             try:
-                sequence = self._ready_engine().submit(request)
+                if self._engine is None:
+                    self._engine = self._new_engine()
+                sequence = self._engine.submit(request)
             except Exception as error:
-                self._publish([(job, Update(index, None, End(error=f"{error}")))])
+                self._publish([(job, Update(choice, end=End(error=f"{error}")))])
             else:
-                self._owners[id(sequence)] = Owner(job, index, sequence)
+                self._owners[sequence] = job, choice
                 if sequence.done:  # there was nothing to write
                     self._report([sequence])
 
     def _abandon(self, job: Job) -> None:
-        for key, (owner, index, sequence) in tuple(self._owners.items()):
-            if owner is job:
-                self._ready_engine().cancel(sequence)
-                del self._owners[key]
-                self._publish([(job, Update(index, None, End()))])
-
-    def _answer(self, function: Callable[[Engine], T], answer: asyncio.Future[T]) -> None:
-        if answer.cancelled():
-            return
-        try:
-            tell = partial(_settle, answer.set_result, function(self._ready_engine()))
-        except Exception as error:
-            tell = partial(_settle, answer.set_exception, error)
-        self._tell(tell)
+        for sequence, (owner, choice) in tuple(self._owners.items()):
+            if owner is job and self._engine is not None:
+                self._engine.cancel(sequence)
+                del self._owners[sequence]
+                self._publish([(job, Update(choice, end=End()))])
 
     def _step(self) -> None:
-        self._report(self._ready_engine().step())
+        if self._engine is not None:
+            self._report(self._engine.step())
 
     def _report(self, sequences: Sequence[Continuation]) -> None:
         """Tells what is new; the text of several gathers for a moment, which saves most wake-ups and events."""
@@ -346,51 +297,32 @@ class Worker:
         due = len(sequences) == 1 or now - self._told > GATHERING
         if due:
             self._told = now
-        news, ended = [], []
+        news = []
         for sequence in sequences:
             if not due and not sequence.done:
                 continue
-            piece, end = sequence.take(), None
+            job, choice = self._owners[sequence]
+            new, end = sequence.take(), None
             if sequence.done:
-                ended.append(id(sequence))
-                end = _end_of(sequence)
-            if piece is not None or end is not None:
-                owner = self._owners[id(sequence)]
-                news.append((owner.job, Update(owner.choice, piece, end)))
+                del self._owners[sequence]
+                result, error = sequence.result, sequence.error
+                end = End(result.finish_reason, result.tokens, f"{error}" if error else "")
+            if new is not None:
+                news.append((job, Update(choice, new.text, new.tokens, end)))
+            elif end is not None:
+                news.append((job, Update(choice, end=end)))
         self._publish(news)
-        for key in ended:
-            del self._owners[key]
 
     def _publish(self, news: list[tuple[Job, Update]]) -> None:
         """One wake-up of the event loop for all that is new."""
         if news:
-            self._tell(partial(self._deliver, news))
-
-    def _tell(self, callback: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the program ends
-            self._loop.call_soon_threadsafe(callback)
+            with suppress(RuntimeError):  # the loop is closed: the program ends
+                self._loop.call_soon_threadsafe(self._deliver, news)
 
 
-def _end_of(sequence: Continuation) -> End:
-    result = sequence.result
-    return End(result.finish_reason, result.tokens, f"{sequence.error}" if sequence.error else "")
-
-
-def _merged(updates: Sequence[Update]) -> list[Update]:
-    """One update for each choice, for a reader who has fallen behind."""
-    by_choice: dict[int, list[Update]] = {}
-    for update in updates:
-        by_choice.setdefault(update.choice, []).append(update)
-    return [Update(index, _joined(group), group[-1].end) for index, group in by_choice.items()]
-
-
-def _joined(updates: Sequence[Update]) -> Piece | None:
-    pieces = [update.piece for update in updates if update.piece is not None]
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
-    return Piece("".join(piece.text for piece in pieces), tuple(chain(*(piece.tokens for piece in pieces))))
-
-
-def _settle(settle: Callable[[V], None], value: V) -> None:
-    with suppress(asyncio.InvalidStateError):  # nobody waits any more
-        settle(value)
+def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+    if future.set_running_or_notify_cancel():  # otherwise nobody waits any more
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)

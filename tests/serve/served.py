@@ -18,10 +18,10 @@ from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.decoder import Decoder
 from nanokimi.inference.engine import Engine
 from nanokimi.model.transformer import Transformer
+from nanokimi.serve.api import Served
 from nanokimi.serve.app import new_app
+from nanokimi.serve.arguments import Rules
 from nanokimi.serve.metrics import Metrics
-from nanokimi.serve.plans import Served
-from nanokimi.serve.rules import Rules
 from nanokimi.serve.run import DrainingServer, address, bind
 from nanokimi.serve.worker import Worker
 
@@ -89,6 +89,7 @@ class Server:
     worker: Worker
     metrics: Metrics
     uvicorn: DrainingServer
+    thread: threading.Thread
 
 
 @contextmanager
@@ -114,20 +115,25 @@ def serving(
     model = model or Transformer(ModelConfig.preset("debug")).eval()
     left = iter(decoders)
     new_engine: Callable[[], Engine] = lambda: Engine(model, tokenizer, slots=slots, decoder=next(left, None))  # noqa: E731
-    engine, metrics = new_engine(), Metrics()
-    worker = Worker(engine, new_engine, max_queue=max_queue, max_seconds=max_seconds, metrics=metrics)
-    context = engine.max_length
+    metrics = Metrics()
+    worker = Worker(max_queue=max_queue, max_seconds=max_seconds, metrics=metrics)
+    context = worker.use(new_engine).max_length
     template = ChatTemplate(chat if isinstance(chat, str) else TURNS, tokenizer) if chat else None
     served = Served("debug", model, tokenizer, template, context, max_tokens or context, max_n, created=1)
     app = new_app(served, worker, rules or Rules(), metrics, max_body=max_body)
     listener = bind("127.0.0.1", 0, max_seconds)
     config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
     server = DrainingServer(config, worker, drain_seconds, "a test")
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+
+    def run() -> None:
+        server.run(sockets=[listener])
+        worker.stop()
+
+    thread = threading.Thread(target=run)
     thread.start()
     until(lambda: server.started)
     try:
-        yield Server(address(listener), worker, metrics, server)
+        yield Server(address(listener), worker, metrics, server, thread)
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -103,9 +103,14 @@ def test_a_talk_over_the_context_names_both_counts(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     ("path", "field", "value"),
-    [(COMPLETIONS, "max_tokens", 65), (COMPLETIONS, "n", 9), (CHAT, "max_tokens", 65), (CHAT, "n", 9),
-     (CHAT, "max_completion_tokens", 65)],
-)  # fmt: skip
+    [
+        (COMPLETIONS, "max_tokens", 65),
+        (COMPLETIONS, "n", 9),
+        (CHAT, "max_tokens", 65),
+        (CHAT, "n", 9),
+        (CHAT, "max_completion_tokens", 65),
+    ],
+)
 def test_more_than_the_server_allows_is_refused(http: httpx.Client, path: str, field: str, value: int) -> None:
     """Fault 90."""
     error = refused(http.post(path, json={"messages": TALK, field: value} if path == CHAT else {field: value}))
@@ -117,19 +122,26 @@ def test_more_choices_than_there_is_room_for_are_refused_for_good(http: httpx.Cl
     assert "13 choices" in refused(http.post(COMPLETIONS, json={"prompt": ["x"] * 13}))["message"]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True),
-        ("top_p", -0.1), ("top_p", 1.1), ("top_k", -1), ("top_k", 1.5), ("min_p", -0.1), ("min_p", 1.1),
-        ("max_tokens", -1), ("max_tokens", "5"), ("max_tokens", 2**40), ("n", 0), ("n", -1), ("seed", -1),
-        ("seed", 2**63), ("seed", 1.5), ("stop", ""), ("stop", ["a", ""]), ("stop", ["a"] * 17), ("stop", "a" * 201),
-        ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("stream", "yes"), ("stream", 1),
-        ("prompt", []), ("prompt", [1, "a"]), ("prompt", [-1]), ("prompt", [True]), ("prompt", {"a": 1}),
-        ("prompt", [1.5]), ("prompt", [257]), ("prompt", [10**30]), ("prompt", "\ud800"), ("model", 7), ("user", 7),
-        ("stream_options", {"include_usage": True}), ("stream_options", {"other": 1}), ("best_of", 2),
-    ],
-)  # fmt: skip
+WRONG: dict[str, list[Any]] = {
+    "temperature": [-0.1, 2.1, "1", True],
+    "top_p": [-0.1, 1.1],
+    "top_k": [-1, 1.5],
+    "min_p": [-0.1, 1.1],
+    "max_tokens": [-1, "5", 2**40],
+    "n": [0, -1],
+    "seed": [-1, 2**63, 1.5],
+    "stop": ["", ["a", ""], ["a"] * 17, "a" * 201],
+    "logprobs": [-1, 21, True],
+    "stream": ["yes", 1],
+    "prompt": [[], [1, "a"], [-1], [True], {"a": 1}, [1.5], [257], [10**30], "\ud800"],
+    "model": [7],
+    "user": [7],
+    "stream_options": [{"include_usage": True}, {"other": 1}],
+    "best_of": [2],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_a_value_out_of_range_is_refused_and_its_field_named(http: httpx.Client, field: str, value: Any) -> None:
     """Faults 71, 72 and 76."""
     body = json.dumps({"prompt": "x", field: value})
@@ -167,18 +179,39 @@ def test_the_largest_seed_leaves_room_for_the_seeds_of_all_choices(http: httpx.C
     assert refused(http.post(COMPLETIONS, json={**body, "n": 2}))["param"] == "seed"
 
 
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1,
+        "suffix": "x",
+        "logit_bias": {"50256": -100},
+        "echo": True,
+        "typo": 1,
+    },
+    CHAT: {
+        "tools": [{"type": "function"}],
+        "tool_choice": "required",
+        "response_format": {"type": "json_object"},
+        "store": True,
+        "functions": [{}],
+        "metadata": {"a": "b"},
+        "modalities": ["audio"],
+        "reasoning_effort": "high",
+        "prediction": {},
+        "web_search_options": {},
+        "best_of": 1,
+        "top_logprobs": 2,
+        "parallel_tool_calls": False,
+        "audio": {},
+        "service_tier": "flex",
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("path", "field", "value"),
-    [
-        (COMPLETIONS, "presence_penalty", 1.0), (COMPLETIONS, "frequency_penalty", -1), (COMPLETIONS, "suffix", "x"),
-        (COMPLETIONS, "logit_bias", {"50256": -100}), (COMPLETIONS, "echo", True), (COMPLETIONS, "typo", 1),
-        (CHAT, "tools", [{"type": "function"}]), (CHAT, "tool_choice", "required"),
-        (CHAT, "response_format", {"type": "json_object"}), (CHAT, "store", True), (CHAT, "functions", [{}]),
-        (CHAT, "metadata", {"a": "b"}), (CHAT, "modalities", ["audio"]), (CHAT, "reasoning_effort", "high"),
-        (CHAT, "prediction", {}), (CHAT, "web_search_options", {}), (CHAT, "best_of", 1), (CHAT, "top_logprobs", 2),
-        (CHAT, "parallel_tool_calls", False), (CHAT, "audio", {}), (CHAT, "service_tier", "flex"),
-    ],
-)  # fmt: skip
+    [(path, field, value) for path, fields in UNSUPPORTED.items() for field, value in fields.items()],
+)
 def test_a_field_that_is_not_supported_is_refused_and_named(
     http: httpx.Client, path: str, field: str, value: Any
 ) -> None:
@@ -198,9 +231,16 @@ def test_values_that_ask_for_nothing_are_accepted(http: httpx.Client) -> None:
     completion = {"best_of": 1, "suffix": None, "echo": False, "logprobs": None, "stop": []}
     assert http.post(COMPLETIONS, json={"prompt": "x", **nothing, **completion}).status_code == 200
     chat = {
-        "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "metadata": {},
-        "modalities": ["text"], "logprobs": False, "parallel_tool_calls": True, "service_tier": "auto",
-    }  # fmt: skip
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "store": False,
+        "metadata": {},
+        "modalities": ["text"],
+        "logprobs": False,
+        "parallel_tool_calls": True,
+        "service_tier": "auto",
+    }
     assert http.post(CHAT, json={"messages": TALK, **nothing, **chat}).status_code == 200
 
 
@@ -218,12 +258,17 @@ def test_null_is_the_same_as_leaving_a_field_out(server: Server, http: httpx.Cli
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "user"}, {"role": "user", "content": None}, {"role": "tool", "content": "x"},
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"content": "x"},
-        {"role": "assistant", "content": "x", "tool_calls": [{}]}, {"role": "user", "content": "x", "name": "me"},
-        {"role": "user", "content": "\ud800"}, "x",
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "tool", "content": "x"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"content": "x"},
+        {"role": "assistant", "content": "x", "tool_calls": [{}]},
+        {"role": "user", "content": "x", "name": "me"},
+        {"role": "user", "content": "\ud800"},
+        "x",
     ],
-)  # fmt: skip
+)
 def test_a_message_of_another_kind_is_refused(http: httpx.Client, message: Any) -> None:
     body = json.dumps({"messages": [message]})
     error = refused(http.post(CHAT, content=body, headers={"Content-Type": "application/json"}))

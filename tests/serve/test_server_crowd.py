@@ -1,4 +1,4 @@
-"""Ten seconds of ``benchmarks/serving.py soak``: many clients at once, a third of whom leave in mid-stream."""
+"""Six seconds of ``benchmarks/serving.py soak``: many clients at once, a third of whom leave in mid-stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stored_models import saved, stored_model
 
 pytestmark = pytest.mark.serial
 
@@ -17,8 +18,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 @pytest.mark.slow
 def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_path: Path) -> None:
     """Fault 93."""
-    output = tmp_path / "soak.json"
-    command = [sys.executable, str(SCRIPT), "soak", "--seconds", "10", "--clients", "64", "--output", str(output)]
+    output, model = tmp_path / "soak.json", saved(stored_model(max_seq_length=256), tmp_path / "small.pt")
+    flags = ["--seconds", "6", "--clients", "64", "--checkpoint", str(model), "--output", str(output)]
+    command = [sys.executable, str(SCRIPT), "soak", *flags]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     found = json.loads(output.read_text())["soak"]

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from served import ScriptedDecoder, serving
 
-from nanokimi.serve.rules import Rules, is_loopback
+from nanokimi.serve.arguments import Rules, is_loopback
 
 KEY = "a-key-of-our-own"
 EVERY_ROUTE = ["/", "/web/page.js", "/v1/models", "/v1/completions", "/health", "/metrics", "/openapi.json", "/nowhere"]
@@ -91,8 +91,8 @@ def test_an_allowed_host_and_origin_are_let_in(locked_server: httpx.Client) -> N
     answer = locked_server.post("/v1/completions", json={}, headers=headers)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "https://friend.example"
-    preflight = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST",
-                 "Access-Control-Request-Headers": "authorization, content-type"}  # fmt: skip
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    preflight = {"Origin": "https://friend.example", **asked}
     assert locked_server.options("/v1/completions", headers=preflight).status_code == 200
     preflight["Origin"] = "https://stranger.example"
     assert locked_server.options("/v1/completions", headers=preflight).status_code == 403
@@ -115,7 +115,7 @@ def test_every_answer_binds_the_browser(open_server: httpx.Client, path: str) ->
         assert answer.headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("path", ["/web/..%2fserver/app.py", "/web/../server/app.py", "/web/%2e%2e/engine.py", "/web/"])
+@pytest.mark.parametrize("path", ["/web/..%2fserve/app.py", "/web/../app.py", "/web/%2e%2e/app.py", "/web/"])
 def test_only_the_files_of_the_page_are_served(open_server: httpx.Client, path: str) -> None:
     url = str(open_server.base_url).rstrip("/") + path
     assert open_server.send(httpx.Request("GET", httpx.URL(url))).status_code == 404
@@ -124,11 +124,16 @@ def test_only_the_files_of_the_page_are_served(open_server: httpx.Client, path: 
 @pytest.mark.parametrize(
     ("listening", "host", "ours"),
     [
-        ("0.0.0.0", "192.168.1.5:8000", True), ("0.0.0.0", "evil.example", False), ("::", "[2001:db8::1]:80", True),
-        ("::", "10.0.0.1", True), ("192.168.1.5", "192.168.1.5", True), ("192.168.1.5", "192.168.1.6", False),
-        ("model.lan", "model.lan:8000", True), ("model.lan", "other.lan", False),
+        ("0.0.0.0", "192.168.1.5:8000", True),
+        ("0.0.0.0", "evil.example", False),
+        ("::", "[2001:db8::1]:80", True),
+        ("::", "10.0.0.1", True),
+        ("192.168.1.5", "192.168.1.5", True),
+        ("192.168.1.5", "192.168.1.6", False),
+        ("model.lan", "model.lan:8000", True),
+        ("model.lan", "other.lan", False),
     ],
-)  # fmt: skip
+)
 def test_on_other_addresses_names_are_foreign_and_addresses_are_not(listening: str, host: str, ours: bool) -> None:
     assert Rules(host=listening).host_is_ours(host) is ours
 

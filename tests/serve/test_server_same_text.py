@@ -37,7 +37,7 @@ def server(model: Transformer) -> Iterator[Server]:
 
 
 def talked(model: Transformer, line: str, template: ChatTemplate | None = None) -> str:
-    """What the terminal shows behind ``line``: between the welcome and the figures."""
+    """What the terminal shows after ``line``: between the welcome and the figures."""
     output = io.StringIO()
     interactive(model, TOKENIZER, GREEDY, template=template, source=io.StringIO(line + "\n"), output=output)
     return output.getvalue().partition("\n")[2].rpartition("\n[")[0]
@@ -47,11 +47,13 @@ def talked(model: Transformer, line: str, template: ChatTemplate | None = None) 
 def test_a_greedy_continuation_is_the_same_from_library_terminal_and_server(
     model: Transformer, server: Server, prompt: str
 ) -> None:
+    """Faults 70, 75 and 83."""
     expected = generate(model, TOKENIZER, prompt, temperature=0.0, max_tokens=20)
     completions = OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0).completions
     whole = completions.create(model="debug", prompt=prompt, temperature=0, max_tokens=20)
     streamed = completions.create(model="debug", prompt=prompt, temperature=0, max_tokens=20, stream=True)
     assert whole.choices[0].text == expected
+    assert completions.create(model="debug", prompt=prompt, max_tokens=20, top_p=0).choices == whole.choices
     assert "".join(chunk.choices[0].text for chunk in streamed) == expected
     assert talked(model, prompt) == printable(expected)
 

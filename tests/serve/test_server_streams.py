@@ -214,7 +214,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(held: Held) -
     held.permits.release(10)
     thread.join(timeout=20)
     assert answers[0].text.endswith("data: [DONE]\n\n")
-    until(lambda: held.server.worker._work.done())
+    until(lambda: not held.server.thread.is_alive())
 
 
 def test_what_still_runs_when_the_time_to_drain_is_over_is_told() -> None:

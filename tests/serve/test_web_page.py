@@ -22,6 +22,8 @@ from nanokimi import generate  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+PATIENCE = 20_000  # milliseconds: what is waited for comes much sooner, unless the machine is busy with other tests
+expect.set_options(timeout=PATIENCE)
 SCRIPT = "<script>document.title = 'broken in'</script>"
 
 
@@ -55,7 +57,7 @@ class Visit:
         server.stage()
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(8000)
+        self.page.set_default_timeout(PATIENCE)
         self.page.on("console", self._note)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(server.address)

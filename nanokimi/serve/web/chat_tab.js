@@ -106,7 +106,7 @@ export class ChatTab {
     message.element.append(this.#readBefore(before));
   }
 
-  /** The prompt as the chat template put it, behind a line that opens it. */
+  /** The prompt as the chat template put it, folded under a line that opens it. */
   #readBefore(tokens) {
     const body = make("div", { className: "tokens", tabIndex: 0 });
     body.setAttribute("role", "group");

@@ -44,7 +44,7 @@ export class TokenText {
   }
 
   /**
-   * Shows `loose` and behind it `tokens`, of which those before `from` are as they were.
+   * Shows `loose` and after it `tokens`, of which those before `from` are as they were.
    * @param {Token[]} tokens
    */
   draw(tokens, { loose = "", from = 0 } = {}) {
@@ -100,7 +100,7 @@ export class TokenText {
     this.#spans[index]?.scrollIntoView({ block: "nearest" });
   }
 
-  /** Where a key leads; null if it is none of the walk. */
+  /** The token that a key moves to; null if the key does not move. */
   #step(key) {
     const last = this.tokens.length - 1;
     const here = this.#current;

@@ -1,0 +1,394 @@
+"""What clients may send and how it becomes what the engine is asked for; errors in OpenAI's shape.
+
+OpenAI's fields are checked strictly. What this server cannot do is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from nanokimi.config import MAX_SEED
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.errors import UserError
+from nanokimi.inference.chat_template import ChatTemplate, Message
+from nanokimi.inference.engine import Request, check_prompt
+from nanokimi.inference.settings import SamplingParams, Settings
+from nanokimi.model.transformer import Transformer
+
+COMPLETION_TOKENS = 16  # OpenAI's default for completions; a reply in a chat may fill the context
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # OpenAI's
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and where."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """What the client is told, and with which status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self._content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def json(self) -> str:
+        """The body. ASCII throughout: a field's name may hold lone surrogates, which UTF-8 cannot."""
+        return json.dumps(self._content)
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(self.json(), self.status_code, self.headers, "application/json")
+
+
+def refused(error: UserError, param: str) -> ApiError:
+    """A user's mistake as status 400; the flags that it names are fields here."""
+    return ApiError(400, str(error).removeprefix("--").replace(" --", " "), param=param)
+
+
+async def on_error(request: HttpRequest, error: Exception) -> Response:
+    """Makes every error one in OpenAI's shape; Starlette also hands a fault of ours on to the server's log."""
+    if isinstance(error, RequestValidationError):
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            return _explained(error.errors()).response()
+        return ApiError(415, f"the body's type is {kind or 'not given'}: send application/json").response()
+    if not isinstance(error, HTTPException):
+        return ApiError(500, "the server failed; its log says why").response()
+    if not isinstance(error, ApiError):  # what Starlette itself refuses: an unknown path, a method, an unreadable body
+        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    return error.response()
+
+
+def _explained(found: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first field that is wrong, and why."""
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+    if len(first["loc"]) < 2:
+        return ApiError(400, f"the body must be a JSON object: {_reason(first)}")
+    name = str(first["loc"][1])
+    if name in UNSUPPORTED:
+        return ApiError(400, f"{name} is not supported: leave it out", param=name, code="unsupported_parameter")
+    if first["type"] == "extra_forbidden":
+        where = ".".join([*_path(first["loc"][1:-1]), str(first["loc"][-1])])
+        return ApiError(400, f"unknown field {where}: leave it out", param=where, code="unknown_parameter")
+    # Where several types are allowed, the value was held against each: what came furthest was probably meant.
+    paths = [(_path(one["loc"][1:]), one) for one in found if one["loc"][1] == first["loc"][1]]
+    path = max((path for path, _ in paths), key=len)
+    reasons = dict.fromkeys(_reason(one) for other, one in paths if other == path)
+    return ApiError(400, f"{'.'.join(path)}: {' or '.join(reasons)}", param=name)
+
+
+def _path(location: Sequence[Any]) -> list[str]:
+    """Fields and indices of lists, without the names of the types that were tried."""
+    return [str(part) for part in location if isinstance(part, int) or part in FIELDS]
+
+
+def _reason(found: Mapping[str, Any]) -> str:
+    reason = str(found["msg"]).removeprefix("Value error, ")
+    return reason[:1].lower() + reason[1:]
+
+
+# ---- bodies -------------------------------------------------------------------------------------
+
+
+def _unicode(text: str) -> str:
+    """JSON can escape half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not Unicode text: it holds half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
+# A stop string is short: the end of the text is compared with all beginnings of it, at every token.
+Stop = Annotated[str, Field(strict=True, min_length=1, max_length=200), AfterValidator(_unicode)]
+Flag = Annotated[bool, Field(strict=True)]
+Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Choices = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Logprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
+Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+NoEntries = Annotated[dict[str, Any], Field(max_length=0)]
+
+
+class Body(BaseModel):
+    """A JSON object without unknown fields; null is the same as leaving a field out."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """``include_usage`` adds a last chunk with the counts of tokens."""
+
+    include_usage: Flag | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(Body):
+    """The one format there is."""
+
+    type: Literal["text"]
+
+
+class Unsupported(Body):
+    """Fields of OpenAI's that only take the value which asks for nothing."""
+
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: NoEntries | None = None
+
+
+class UnsupportedCompletion(Unsupported):
+    """Such fields of completions."""
+
+    suffix: Literal[""] | None = None
+    echo: Literal[False] | None = None
+
+
+class UnsupportedChat(Unsupported):
+    """Such fields of chat completions."""
+
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+    metadata: NoEntries | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+UNSUPPORTED = frozenset(UnsupportedCompletion.model_fields) | frozenset(UnsupportedChat.model_fields)
+
+
+class Sampling(Body):
+    """What completions and chat completions have in common. ``user`` has no effect."""
+
+    model: Text | None = Field(None, description="the served model's name; it is the only one")
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: Count | None = Field(None, description="keep so many of the likeliest tokens; 0 is off")
+    min_p: Share | None = Field(None, description="keep tokens at least this likely relative to the likeliest")
+    n: Choices | None = None
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] | None = Field(
+        None, description="choice i draws with seed + i"
+    )
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    user: Text | None = None
+    return_token_ids: Flag | None = Field(None, description="add prompt_token_ids and token_ids to choices")
+
+
+class CompletionBody(Sampling, UnsupportedCompletion):
+    """The body of ``POST /v1/completions``."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Ids
+        | Annotated[list[Ids | Nothing], Field(min_length=1)]
+        | None
+    ) = Field(None, description="nothing: a new document")
+    logprobs: Logprobs | None = None
+    best_of: Choices | None = Field(None, description="only as n")
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class MessageBody(Body):
+    """One turn of a talk. ``developer`` is what OpenAI calls ``system`` now."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: Nothing | None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+
+    def message(self) -> Message:
+        """The turn as the chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatBody(Sampling, UnsupportedChat):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[MessageBody], Field(min_length=1)]
+    max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
+    logprobs: Flag | None = None
+    top_logprobs: Logprobs | None = None
+    safety_identifier: Text | None = Field(None, description="the newer name of user")
+
+
+class InspectBody(Body):
+    """The body of ``POST /v1/inspect``: ``tokens`` from ``start`` on, with ``top`` alternatives each."""
+
+    model: Text | None = None
+    tokens: Ids
+    start: Count | None = None
+    top: Logprobs | None = None
+
+
+_BODIES = (CompletionBody, ChatBody, InspectBody, MessageBody, TextPart, TextFormat, StreamOptions)
+FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
+
+
+# ---- from bodies to requests for the engine -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """The one model of a server, and what may be asked of it."""
+
+    name: str  # what clients call the model
+    model: Transformer
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None if it cannot chat
+    context: int  # most tokens of prompt and continuation
+    max_tokens: int  # most tokens that a request may ask for
+    max_n: int  # most choices for a prompt
+    created: int  # Unix time
+
+    def check_name(self, name: str | None) -> None:
+        """ApiError with status 404 unless ``name`` is the model's, or None."""
+        if name is not None and name != self.name:
+            message = f"there is no model {name!r} here: this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def completion_requests(body: CompletionBody, served: Served) -> list[Request]:
+    """What the engine is asked for: ``n`` requests for each prompt, in the order of their choices.
+
+    Raises:
+        ApiError: the model is another one, or something is over a limit.
+    """
+    served.check_name(body.model)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        message = "best_of is not supported: leave it out, or set it to n"
+        raise ApiError(400, message, param="best_of", code="unsupported_parameter")
+    settings = _settings(body, served, "max_tokens", body.max_tokens, COMPLETION_TOKENS)
+    prompts = await asyncio.to_thread(_prompts, body.prompt, served.tokenizer)
+    stop_tokens = (served.tokenizer.eot_id,)
+    return _requests(body, served, "prompt", prompts, Request((), settings, stop_tokens, body.logprobs))
+
+
+async def chat_requests(body: ChatBody, served: Served) -> list[Request]:
+    """The same for a chat; without a chat template the error has status 400."""
+    served.check_name(body.model)
+    template = served.template
+    if template is None:
+        message = f"{served.name} is a base model without a chat template"
+        message += ": use /v1/completions, or start the server with --chat_template FILE"
+        raise ApiError(400, message, code="no_chat_template")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: only with logprobs true", param="top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        message = "max_tokens is the old name of max_completion_tokens: give one of them"
+        raise ApiError(400, message, param="max_completion_tokens")
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    settings = _settings(body, served, name, getattr(body, name), served.max_tokens)
+    try:
+        ids = await asyncio.to_thread(template.encode, [message.message() for message in body.messages])
+    except UserError as error:
+        raise refused(error, "messages") from error
+    settings = dataclasses.replace(settings, stop=settings.stop + template.stop)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _requests(body, served, "messages", [ids], Request((), settings, template.stop_tokens, logprobs))
+
+
+def _settings(body: Sampling, served: Served, name: str, max_tokens: int | None, default: int) -> Settings:
+    """How tokens are drawn; ``max_tokens`` comes from the field ``name``."""
+    if max_tokens is not None and max_tokens > served.max_tokens:
+        raise ApiError(400, f"{name} {max_tokens} is over this server's limit of {served.max_tokens}", param=name)
+    if (body.n or 1) > served.max_n:
+        raise ApiError(400, f"n {body.n} is over this server's limit of {served.max_n}", param="n")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options: only with stream true", param="stream_options")
+    if max_tokens is None:
+        max_tokens = min(default, served.max_tokens)
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    return Settings(**{**DEFAULTS, **given}, max_tokens=max_tokens, stop=stop)
+
+
+def _prompts(prompt: str | Sequence[Any] | None, tokenizer: Tokenizer) -> list[Sequence[int]]:
+    """The ids of each prompt; an empty one starts a new document."""
+    if prompt is None or isinstance(prompt, str):
+        prompt = [prompt or ""]
+    elif isinstance(prompt[0], int):
+        prompt = [prompt]
+    return [(tokenizer.encode(one) if isinstance(one, str) else one) or [tokenizer.eot_id] for one in prompt]
+
+
+def _requests(
+    body: Sampling, served: Served, field: str, prompts: Sequence[Sequence[int]], pattern: Request
+) -> list[Request]:
+    """``pattern`` for every choice of every prompt, each with a seed of its own; ``field`` holds the prompts."""
+    n, seed = body.n or 1, body.seed
+    if seed is not None and seed + n * len(prompts) - 1 > MAX_SEED:
+        raise ApiError(400, f"seed: choice i draws with seed + i, which must not be over {MAX_SEED}", param="seed")
+    requests: list[Request] = []
+    for prompt in prompts:
+        try:
+            check_prompt(prompt, served.context, served.tokenizer.vocab_size)
+        except UserError as error:
+            raise refused(error, field) from error
+        for _ in range(n):
+            own_seed = None if seed is None else seed + len(requests)
+            settings = dataclasses.replace(pattern.settings, seed=own_seed)
+            requests.append(dataclasses.replace(pattern, prompt=tuple(prompt), settings=settings))
+    return requests
