@@ -25,6 +25,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: install
 	PYTHONUNBUFFERED=1 $(BIN)/python -m benchmarks.bench --preset nano-243m
