@@ -1,8 +1,8 @@
 """Whether two checkouts compute the same numbers, to the bit: training, decoding, exports and resumed runs.
 
-    python benchmarks/same_numbers.py compare OLD_CHECKOUT NEW_CHECKOUT       # exit code 0: nothing differs
-    python benchmarks/same_numbers.py compare OLD NEW --only "tiny fsdp" --steps 20 --output differences.json
-    python benchmarks/same_numbers.py record CHECKOUT --output numbers.json   # digests of all numbers, to keep
+    python -m benchmarks.same_numbers compare OLD_CHECKOUT NEW_CHECKOUT       # exit code 0: nothing differs
+    python -m benchmarks.same_numbers compare OLD NEW --only "tiny fsdp" --steps 20 --output differences.json
+    python -m benchmarks.same_numbers record CHECKOUT --output numbers.json   # digests of all numbers, to keep
 
 Each side runs in processes of its own, in a temporary folder. Nothing is used but what has to stay as it is: the
 command line, a few names for decoding, and files. The old side makes the text, the tokenizer and the checkpoints that
@@ -116,10 +116,32 @@ class Given:
         often, seldom = str(max(1, self.steps // 3)), str(self.steps // 6)
         own = ["--set", "tokenizer_name=data/tokenizer.json", "--set", "max_seq_length=128"] if preset == "tiny" else []
         return [
-            "--preset", preset, *own, "--data_path", "data/train.txt", "--device", "cpu", "--mixed_precision", "off",
-            "--compile", "off", "--max_steps", str(self.steps), "--warmup_steps", seldom, "--eval_interval", often,
-            "--save_interval", "0", "--val_tokens", "2048", "--batch_size", "4", "--gradient_accumulation", "1",
-        ]  # fmt: skip
+            "--preset",
+            preset,
+            *own,
+            "--data_path",
+            "data/train.txt",
+            "--device",
+            "cpu",
+            "--mixed_precision",
+            "off",
+            "--compile",
+            "off",
+            "--max_steps",
+            str(self.steps),
+            "--warmup_steps",
+            seldom,
+            "--eval_interval",
+            often,
+            "--save_interval",
+            "0",
+            "--val_tokens",
+            "2048",
+            "--batch_size",
+            "4",
+            "--gradient_accumulation",
+            "1",
+        ]
 
     def make_data(self, *others: Side) -> None:
         """A text of many short documents, paragraphs of Python's library, and a tokenizer; a copy for each side."""

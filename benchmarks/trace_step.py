@@ -1,6 +1,6 @@
 """The package's files that one training step runs through: those with a function that is called at every step.
 
-    python benchmarks/trace_step.py [--preset debug] [--lines]
+    python -m benchmarks.trace_step [--preset debug] [--lines]
 
 Two plain `train` runs on one process, of which the second has more steps, are traced call by call, loader, metrics and
 progress included. A function belongs to the step when its count of calls grows with the number of steps.

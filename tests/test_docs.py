@@ -177,8 +177,11 @@ def test_the_scripts_of_the_readme_train_and_continue_a_prompt(tmp_path: Path, s
         words = next(words for words in commands if words[:2] == ["python", script])
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *shortened(words[2:])],
-            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def main(")
 
@@ -239,10 +242,14 @@ def test_the_preset_table_holds_what_the_presets_are() -> None:
         with torch.device("meta"):
             model = Transformer(config)
         shown[preset] = [
-            f"{config.n_layers} ({config.n_dense_layers})", str(config.dim), str(config.n_heads),
+            f"{config.n_layers} ({config.n_dense_layers})",
+            str(config.dim),
+            str(config.n_heads),
             f"{config.n_routed_experts} / {config.n_activated_experts} / {config.n_shared_experts}",
-            str(config.max_seq_length), f"{model.num_parameters():,}", f"{model.num_parameters(active=True):,}",
-        ]  # fmt: skip
+            str(config.max_seq_length),
+            f"{model.num_parameters():,}",
+            f"{model.num_parameters(active=True):,}",
+        ]
     assert {row[0].split("`")[1]: row[1:] for row in table(PAGES[0], "| preset |")} == shown
 
 

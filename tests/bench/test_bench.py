@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from benchmarks.bench import parts_decoding, parts_growth
+from benchmarks.bench.__main__ import main
 from benchmarks.bench.picture import draw
 from benchmarks.bench.report import report_lines
-from nanokimi.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 PARTS = "roofs,training,optimizer,memory,prefill,decoding,growth"
@@ -33,7 +33,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(parts_decoding, "BATCHES", {"cpu": (1, 2)})
         patch.setattr(parts_growth, "DOUBLINGS", (1, 2))
         flags = ["--parts", PARTS, "--contexts", "16,24", "--repeats", "2", "--device", "cpu", "--threads", "1"]
-        assert main(["bench", "--preset", "debug", *flags, "--output", str(path)]) == 0
+        assert main(["--preset", "debug", *flags, "--output", str(path)]) == 0
     found: dict[str, Any] = json.loads(path.read_text())
     pictures = [path.with_suffix(".png"), path.with_name("bench-growth.png")]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
@@ -119,7 +119,7 @@ def test_the_tables_can_be_printed_again(content: dict[str, Any]) -> None:
 
 def test_ctrl_c_leaves_what_was_measured_and_no_process(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    command = [sys.executable, "-c", "import sys; from nanokimi.cli import main; sys.exit(main(sys.argv[1:]))", "bench"]
+    command = [sys.executable, "-m", "benchmarks.bench"]
     flags = ["--preset", "debug", "--parts", "roofs,memory", "--threads", "1", "--output", str(path)]
     started = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not path.exists() and started.poll() is None:

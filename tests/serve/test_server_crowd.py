@@ -11,15 +11,16 @@ import pytest
 
 pytestmark = pytest.mark.serial
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_path: Path) -> None:
     """Fault 93."""
     output = tmp_path / "soak.json"
-    command = [sys.executable, str(SCRIPT), "soak", "--seconds", "10", "--clients", "64", "--output", str(output)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.serving", "soak"]
+    command += ["--seconds", "10", "--clients", "64", "--output", str(output)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     found = json.loads(output.read_text())["soak"]
     assert found["errors"] == []
