@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -39,8 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the bench; returns its exit code: 0, 1 at run time, 2 for a mistake in the input, 130 after Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # tables appear as they come, in a file too
     args = build_parser().parse_args(arguments)
     try:
         run_bench(bench_arguments(args))
