@@ -22,8 +22,6 @@ from nanokimi.checkpoint import CheckpointError
 from nanokimi.errors import RunError
 from nanokimi.parallel import sharded_checkpoint as sharded
 
-pytestmark = pytest.mark.serial
-
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 
