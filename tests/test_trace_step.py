@@ -24,7 +24,7 @@ def test_a_training_step_runs_through_few_files(tmp_path: Path) -> None:
     record = json.loads(output.read_text())
     functions = {name for file in record["files"] for name in file["functions"]}
     # The step is in it from the loader to the metrics, and what happens once in a run is not.
-    assert {"MuonClip.step", "Transformer.forward", "MoE.forward"} <= functions
-    assert {file["path"].partition("/")[0] for file in record["files"]} > {"data", "model", "ops", "optim", "training"}
+    assert {"MuonClip.step", "Transformer.forward"} <= functions
+    assert {file["path"].partition("/")[0] for file in record["files"]} >= {"data", "model", "ops", "optim", "training"}
     assert not {"cli.py", "data/tokenizer.py"} & {file["path"] for file in record["files"]}
     assert record["total"]["n_files"] <= MOST_FILES, [file["path"] for file in record["files"]]
