@@ -21,6 +21,7 @@ from benchmarks.bench import bench, parts_decoding, parts_growth
 from benchmarks.bench.__main__ import main
 from benchmarks.bench.picture import draw
 from benchmarks.bench.report import report_lines
+from benchmarks.bench.results import ROOT
 from benchmarks.bench.rounds import Worker
 from benchmarks.bench.worker import WORKLOADS
 
@@ -157,7 +158,7 @@ def test_ctrl_c_leaves_what_was_measured_and_no_process(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     command = [sys.executable, "-m", "benchmarks.bench"]
     flags = ["--preset", "debug", "--parts", "roofs,memory", "--threads", "1", "--output", str(path)]
-    started = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not path.exists() and started.poll() is None:
         time.sleep(0.05)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
