@@ -28,5 +28,5 @@ lint: install
 	$(BIN)/lint-imports --no-cache
 
 bench: install
-	PYTHONUNBUFFERED=1 $(BIN)/python -m benchmarks.bench --preset nano-243m
-	PYTHONUNBUFFERED=1 $(BIN)/python -m benchmarks.bench --preset tiny
+	$(BIN)/python -m benchmarks.bench --preset nano-243m
+	$(BIN)/python -m benchmarks.bench --preset tiny

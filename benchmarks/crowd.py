@@ -144,10 +144,14 @@ class Crowd:
         choose = self._random
         body = completion(
             [choose.randrange(200) for _ in range(choose.choice((1, 5, 40, 150)))],
-            max_tokens=choose.choice((5, 30, 100)), seed=choose.randrange(1000), n=choose.choice((1, 1, 1, 2)),
-            temperature=choose.choice((0, 0.7, 1)), top_p=choose.choice((1, 0.9)),
-            logprobs=choose.choice((None, None, 3)), stop=choose.choice((None, "the", ["zz", "\n\n\n"])),
-        )  # fmt: skip
+            max_tokens=choose.choice((5, 30, 100)),
+            seed=choose.randrange(1000),
+            n=choose.choice((1, 1, 1, 2)),
+            temperature=choose.choice((0, 0.7, 1)),
+            top_p=choose.choice((1, 0.9)),
+            logprobs=choose.choice((None, None, 3)),
+            stop=choose.choice((None, "the", ["zz", "\n\n\n"])),
+        )
         if leaves:
             found = await client.stream(body | {"max_tokens": 100, "stop": None}, leave_after=choose.randrange(1, 6))
             self.tally.left += not found.complete

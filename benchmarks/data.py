@@ -1,8 +1,8 @@
 """Speed and memory of the data package: `prepare`, reading tokens, waiting for data, one line of gigabytes.
 
-    python benchmarks/data.py                        # all of it; writes benchmarks/results/data-DATE.json
-    python benchmarks/data.py prepare --repeats 3    # measures that part anew, the file keeps the others
-    python benchmarks/data.py memory --megabytes 64
+    python -m benchmarks.data                        # all of it; writes benchmarks/results/data-DATE.json
+    python -m benchmarks.data prepare --repeats 3    # measures that part anew, the file keeps the others
+    python -m benchmarks.data memory --megabytes 64
 
 Candidates take turns, each in a process of its own; the medians are compared.
 """
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench.about import ROOT, about
+from benchmarks.bench.results import ROOT, about
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.corpus import Reading
@@ -69,10 +69,12 @@ def make_texts(folder: Path) -> None:
 
 def child(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> dict[str, float]:
     """What a fresh process measured."""
-    command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.data", "--child", name, "--folder", str(folder)]
     for flag in ("steps", "megabytes"):
         command += [f"--{flag}", str(getattr(args, flag))]
-    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
+    )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     log(name, found)
     return found
@@ -100,9 +102,12 @@ def prepare(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as output:
         began = time.perf_counter()
         prepare_tokens(
-            {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
-            Path(output), shard_tokens=100_000_000, log=log,
-        )  # fmt: skip
+            {"data_path": str(folder / "train.txt")},
+            {"tokenizer_name": str(folder / "tokenizer.json")},
+            Path(output),
+            shard_tokens=100_000_000,
+            log=log,
+        )
         return {"mb_per_second": megabytes(folder) / (time.perf_counter() - began)}
 
 
@@ -128,9 +133,12 @@ def megabytes(folder: Path) -> float:
 def measure_tokenbin(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second that a training loop can take from token files."""
     prepare_tokens(
-        {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
-        folder / "tokens", shard_tokens=1_000_000, log=log,
-    )  # fmt: skip
+        {"data_path": str(folder / "train.txt")},
+        {"tokenizer_name": str(folder / "tokenizer.json")},
+        folder / "tokens",
+        shard_tokens=1_000_000,
+        log=log,
+    )
     return medians([child("read_tokens", folder, args) for _ in range(args.repeats)])
 
 
@@ -154,9 +162,12 @@ def read_tokens(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 def measure_waiting(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Share of a training step of ``tiny`` that is spent waiting for its batches, for each source and workers."""
     prepare_tokens(
-        {"data_path": str(folder / "train.txt")}, {"tokenizer_name": str(folder / "tokenizer.json")},
-        folder / "tokens", shard_tokens=100_000_000, log=log,
-    )  # fmt: skip
+        {"data_path": str(folder / "train.txt")},
+        {"tokenizer_name": str(folder / "tokenizer.json")},
+        folder / "tokens",
+        shard_tokens=100_000_000,
+        log=log,
+    )
     return child("wait", folder, args)
 
 
@@ -181,9 +192,15 @@ def wait(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     for dataset, workers in (("local", 0), ("tokenbin", 0), ("localstreaming", 0), ("localstreaming", 2)):
         path = folder / ("tokens" if dataset == "tokenbin" else "train.txt")
         config = TrainConfig(
-            preset="tiny", dataset=dataset, data_path=str(path), batch_size=8, gradient_accumulation=1,
-            num_workers=workers, eval_interval=0, output_dir=str(folder),
-        )  # fmt: skip
+            preset="tiny",
+            dataset=dataset,
+            data_path=str(path),
+            batch_size=8,
+            gradient_accumulation=1,
+            num_workers=workers,
+            eval_interval=0,
+            output_dir=str(folder),
+        )
         corpus = open_corpus(config, str(folder / "tokenizer.json"), log=log)
         shape = ModelConfig.preset("tiny", vocab_size=corpus.tokenizer.vocab_size)
         trainer = Trainer(config, shape, corpus, torch.device("cpu"))

@@ -1,8 +1,8 @@
 """The exported Hugging Face folder in other programs: does each compute what nanokimi computes?
 
-    python benchmarks/engines.py runs/demo/checkpoints/final.pt        # writes benchmarks/results/interop-DATE.json
-    python benchmarks/engines.py --random nano-243m --engines mlx-lm,mistralrs
-    python benchmarks/engines.py --random tiny,score_func=softmax,norm_topk_prob=false
+    python -m benchmarks.engines runs/demo/checkpoints/final.pt        # writes benchmarks/results/interop-DATE.json
+    python -m benchmarks.engines --random nano-243m --engines mlx-lm,mistralrs
+    python -m benchmarks.engines --random tiny,score_func=softmax,norm_topk_prob=false
 
 Every engine but the transformers of our own environment gets one of its own under --work, made with pip the first
 time. The model is exported once, in fp32. Then a small script inside each environment opens that folder, reads the
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench.about import ROOT, about
+from benchmarks.bench.results import ROOT, about
 from nanokimi import ModelConfig, Transformer, checkpoint, generate_tokens, load
 from nanokimi.config import parse_value
 from nanokimi.data.stdlib import prepare_stdlib
@@ -293,9 +293,12 @@ def theirs(name: str, python: Path, folder: Path, logits: Path, ours: Ours) -> t
     asked |= {"shown": engine.shown, "logits": str(logits)}
     began = time.perf_counter()
     done = subprocess.run(
-        [str(python), "-c", READ + engine.script], input=json.dumps(asked), capture_output=True, text=True,
+        [str(python), "-c", READ + engine.script],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", **engine.environment},
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - began
     lines = (done.stderr + done.stdout).replace(str(folder), folder.name).splitlines()
     if done.returncode:

@@ -1,6 +1,6 @@
 """One model scored in three ways: `nanokimi eval`, lm-evaluation-harness through our adapter, its own `hf` model.
 
-    python benchmarks/harness.py runs/demo/checkpoints/final.pt        # writes benchmarks/results/harness-DATE.json
+    python -m benchmarks.harness runs/demo/checkpoints/final.pt        # writes benchmarks/results/harness-DATE.json
 
 Two local tasks of modules of the standard library: bits per byte of whole files, and which of four lines comes next.
 """
@@ -19,22 +19,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import NANOKIMI
-
-from benchmarks.bench.about import ROOT, about
+from benchmarks.bench.results import ROOT, about
+from benchmarks.engines import NANOKIMI
 
 MODULES = ("calendar", "configparser", "csv", "fractions", "shelve", "textwrap")
 QUESTIONS, BEFORE = 150, 12  # lines in front of each question
 TASKS: dict[str, dict[str, Any]] = {
     "next_line": {
-        "output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices",
-        "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
     "modules": {
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
         "metric_list": [{"metric": "bits_per_byte"}],
     },
-}  # fmt: skip
+}
 
 
 def main() -> None:

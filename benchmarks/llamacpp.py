@@ -1,6 +1,6 @@
 """The exported GGUF file in llama.cpp: probabilities, bits per byte, greedy tokens, for every type of weights.
 
-    python benchmarks/llamacpp.py runs/demo/checkpoints/final.pt    # writes benchmarks/results/llamacpp-DATE.json
+    python -m benchmarks.llamacpp runs/demo/checkpoints/final.pt    # writes benchmarks/results/llamacpp-DATE.json
 
 Each file is made by `nanokimi export gguf`, so its receipt is part of the result. The text is a file of the standard
 library, cut to the model's context again and again.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import NANOKIMI, PROMPT
 
-from benchmarks.bench.about import ROOT, about
+from benchmarks.bench.results import ROOT, about
+from benchmarks.engines import NANOKIMI, PROMPT
 from nanokimi import Transformer, generate_tokens, load
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.interop.gguf_file import DTYPES

@@ -1,7 +1,7 @@
 """The pictures of the page in docs/page.md, taken in a headless Chromium.
 
     nanokimi demo --output_dir runs/demo        # the model that continues Python
-    python benchmarks/page_pictures.py          # writes docs/images/page-*.png
+    python -m benchmarks.page_pictures          # writes docs/images/page-*.png
 
 For the chat it trains a `tiny` model once, for two minutes, on questions and answers made from docstrings of Python's
 standard library. Needs playwright and a Chromium.

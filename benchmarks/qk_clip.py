@@ -1,6 +1,6 @@
 """QK-Clip at work: one run without it and one with it, at a learning rate that drives attention logits far over tau.
 
-    python benchmarks/qk_clip.py            # writes benchmarks/results/qk_clip.json and docs/images/qk_clip.png
+    python -m benchmarks.qk_clip            # writes benchmarks/results/qk_clip.json and docs/images/qk_clip.png
 
 The text is the Python standard library (``nanokimi prepare stdlib`` makes it), read as bytes by the debug preset.
 """
@@ -44,9 +44,13 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
     )
     about = {
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "commit": commit.stdout.strip(),
-        "machine": platform.processor() or platform.machine(), "tau": TAU, **vars(args),
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "machine": platform.processor() or platform.machine(),
+        "tau": TAU,
+        **vars(args),
+    }
     (ROOT / "benchmarks" / "results" / "qk_clip.json").write_text(json.dumps({"about": about, "runs": runs}) + "\n")
     draw(runs, ROOT / "docs" / "images" / "qk_clip.png")
 
@@ -55,9 +59,17 @@ def run(text: Path, steps: int, learning_rate: float, tau: float, *, batch_size:
     """Loss and largest attention logit of every step, of a debug model on bytes."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            preset="debug", learning_rate=learning_rate, qk_clip_tau=tau, max_steps=steps, batch_size=batch_size,
-            gradient_accumulation=1, warmup_steps=20, schedule="constant", eval_interval=0, output_dir=folder,
-        )  # fmt: skip
+            preset="debug",
+            learning_rate=learning_rate,
+            qk_clip_tau=tau,
+            max_steps=steps,
+            batch_size=batch_size,
+            gradient_accumulation=1,
+            warmup_steps=20,
+            schedule="constant",
+            eval_interval=0,
+            output_dir=folder,
+        )
         corpus = open_corpus(TrainConfig(data_path=str(text)), "byte", log=lambda line: None)
         trainer = Trainer(config, ModelConfig.preset("debug", max_seq_length=context), corpus, torch.device("cpu"))
         (Path(folder) / "checkpoints").mkdir()

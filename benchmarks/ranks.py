@@ -1,7 +1,7 @@
 """What several processes cost, and what they cost who has one.
 
-    python benchmarks/ranks.py one_process ../earlier             # a step of this checkout and of another, by turns
-    python benchmarks/ranks.py layouts --nproc_per_node 2         # a step in every layout, by turns; on CUDA by NCCL
+    python -m benchmarks.ranks one_process ../earlier             # a step of this checkout and of another, by turns
+    python -m benchmarks.ranks layouts --nproc_per_node 2         # a step in every layout, by turns; on CUDA by NCCL
 
 Both write benchmarks/results/ranks-PART-DATE.json. The text is the standard library (``nanokimi prepare stdlib``).
 """
@@ -19,30 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.bench.results import ROOT, about
+
 TEXT = ROOT / "data" / "train.txt"
-
-# Runs in either checkout, so with nothing that an earlier one did not have.
-STEPS = """
-import json, statistics, sys, time
-import torch
-from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.data.sources import open_corpus
-from nanokimi.training.trainer import Trainer
-
-text, folder, preset, steps = sys.argv[1:]
-config = TrainConfig(preset=preset, data_path=text, output_dir=folder, batch_size=4, gradient_accumulation=2,
-                     eval_interval=0, compile="off", max_steps=10_000)
-corpus = open_corpus(config, "byte", say=lambda line: None)
-trainer = Trainer(config, ModelConfig.preset(preset, tokenizer_name="byte", vocab_size=257), corpus,
-                  torch.device("cpu"))
-batches, seconds = iter(trainer.batches), []
-for number in range(5 + int(steps)):
-    began = time.perf_counter()
-    values = trainer._train_step(batches)
-    seconds.append(time.perf_counter() - began)
-print(json.dumps({"seconds": statistics.median(seconds[5:]), "loss": values["train_ce_loss"]}))
-"""
+WARM_UP = 5  # steps that do not count
 
 LAYOUTS = {
     "ddp": ["--parallel", "ddp"],
@@ -66,8 +46,6 @@ def main() -> None:
         part.add_argument("--rounds", type=int, default=9)
         part.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
-    from benchmarks.bench.about import about
-
     said = about()
     found = one_process(args) if args.part == "one_process" else by_layout(args)
     path = ROOT / "benchmarks" / "results" / f"ranks-{args.part}-{time.strftime('%Y-%m-%d')}.json"
@@ -93,14 +71,10 @@ def one_process(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def step_of(checkout: Path, preset: str, steps: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", STEPS, str(TEXT), folder, preset, str(steps)]
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": str(checkout)}, cwd=folder, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+    """The median step of a run of ``checkout`` on one process, and the loss that the run ended with."""
+    flags = ["--preset", preset, "--device", "cpu", "--batch_size", "4", "--gradient_accumulation", "2"]
+    history = history_of([], [*flags, "--compile", "off"], steps, {"PYTHONPATH": str(checkout)}, checkout)
+    return {"seconds": median_step(history), "loss": history["train_ce_loss"][-1]}
 
 
 def by_layout(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,22 +94,34 @@ def by_layout(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def seconds_of(args: argparse.Namespace, flags: list[str] | None) -> float:
-    """The median step of a run, without its first five; from the metrics that it wrote."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.nproc_per_node)]
+    """The median step of a run with a layout, or of one process where ``flags`` is None."""
     cores = os.cpu_count() or 1
     threads = cores if flags is None else max(1, cores // args.nproc_per_node)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.nproc_per_node)]
+    size = ["--batch_size", "8", "--gradient_accumulation", str(args.nproc_per_node)]
+    more = ["--preset", args.preset, "--device", args.device, *size, *(flags or [])]
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    return median_step(history_of(torchrun if flags is not None else [], more, args.steps, environment, ROOT))
+
+
+def history_of(
+    launcher: list[str], flags: list[str], steps: int, environment: dict[str, str], checkout: Path
+) -> dict[str, Any]:
+    """The metrics that a run of the checkout's ``train.py`` wrote: ``steps`` steps after five that warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, *(torchrun if flags is not None else []), str(ROOT / "train.py"), "--preset", args.preset,
-            "--data_path", str(TEXT), "--output_dir", folder, "--set", "tokenizer_name=byte", "--device", args.device,
-            "--batch_size", "8", "--gradient_accumulation", str(args.nproc_per_node), "--eval_interval", "0",
-            "--save_interval", "0", "--max_steps", str(5 + args.steps), *(flags or []),
-        ]  # fmt: skip
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, check=True)
-        history = json.loads((Path(folder) / "logs" / "training_metrics.json").read_text())
+        script = [*launcher, str(checkout / "train.py"), "--data_path", str(TEXT), "--output_dir", folder]
+        rest = ["--set", "tokenizer_name=byte", "--eval_interval", "0", "--save_interval", "0"]
+        command = [sys.executable, *script, *rest, "--max_steps", str(WARM_UP + steps), *flags]
+        subprocess.run(command, env=os.environ | environment, cwd=folder, capture_output=True, check=True)
+        history: dict[str, Any] = json.loads((Path(folder) / "logs" / "training_metrics.json").read_text())
+    return history
+
+
+def median_step(history: dict[str, Any]) -> float:
+    """Seconds of a step, by the speed that the run recorded."""
     tokens = [after - before for before, after in zip([0, *history["tokens"]], history["tokens"], strict=False)]
     seconds = [n / speed for n, speed in zip(tokens, history["tokens_per_second"], strict=True)]
-    return statistics.median(seconds[5:])
+    return statistics.median(seconds[WARM_UP:])
 
 
 if __name__ == "__main__":

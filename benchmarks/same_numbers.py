@@ -1,12 +1,13 @@
 """Whether two checkouts compute the same numbers, to the bit: training, decoding, exports and resumed runs.
 
-    python benchmarks/same_numbers.py compare OLD_CHECKOUT NEW_CHECKOUT       # exit code 0: nothing differs
-    python benchmarks/same_numbers.py compare OLD NEW --only "tiny fsdp" --steps 20 --output differences.json
-    python benchmarks/same_numbers.py record CHECKOUT --output numbers.json   # digests of all numbers, to keep
+    python -m benchmarks.same_numbers compare OLD_CHECKOUT NEW_CHECKOUT       # exit code 0: nothing differs
+    python -m benchmarks.same_numbers compare OLD NEW --only "tiny fsdp" --steps 20 --output differences.json
+    python -m benchmarks.same_numbers record CHECKOUT --output numbers.json   # digests of all numbers, to keep
 
 Each side runs in processes of its own, in a temporary folder. Nothing is used but what has to stay as it is: the
-command line, a few names for decoding, and files. The old side makes the text, the tokenizer and the checkpoints that
-both sides start from, so that old checkpoints are shown to load, generate, export and resume.
+command line, the public functions, two names for decoding (in whichever file of nanokimi.inference), and files. The old
+side makes the text, the tokenizer and the checkpoints that both sides start from, so that old checkpoints are shown to
+load, generate, export and resume.
 """
 
 from __future__ import annotations
@@ -45,17 +46,22 @@ assert Path(nanokimi.__file__).is_relative_to(sys.argv[1]), f"imports {nanokimi.
 """
 COMMAND = "from nanokimi.cli import main\nsys.exit(main(sys.argv[2:]))"
 DECODE = """
-import hashlib, json, torch
+import hashlib, importlib, json, re, torch
 from nanokimi import generate_tokens, load
-from nanokimi.inference.decoder import new_decoder
-from nanokimi.inference.graph_decoder import GraphDecoder
+
+def find(name):
+    folder = Path(nanokimi.__file__).parent / "inference"
+    for path in sorted(folder.glob("*.py")):
+        if re.search(rf"^(class|def) {name}\\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return getattr(importlib.import_module(f"nanokimi.inference.{path.stem}"), name)
+    raise SystemExit(f"no {name} in {folder}")
 
 kind, slots = sys.argv[3], int(sys.argv[4])
 model, tokenizer = load(sys.argv[2])
 text = "def read(path: str) -> list[str]:\\n    with open(path, encoding='utf-8') as file:\\n        return list(file)"
 prompts = [tokenizer.encode(text * 2)[begin:end] for begin, end in ((0, 40), (10, 27), (5, 64))[:slots]]
-new, how = (GraphDecoder, {"capture": False}) if kind == "graph" else (new_decoder, {"kind": kind})
-decoder = new(model, slots=slots, **how)
+new, how = ("GraphDecoder", {"capture": False}) if kind == "graph" else ("new_decoder", {"kind": kind})
+decoder = find(new)(model, slots=slots, **how)
 seen = {"tokens": {}, "logits": {}}
 
 def look(name, logits):
@@ -116,19 +122,42 @@ class Given:
         often, seldom = str(max(1, self.steps // 3)), str(self.steps // 6)
         own = ["--set", "tokenizer_name=data/tokenizer.json", "--set", "max_seq_length=128"] if preset == "tiny" else []
         return [
-            "--preset", preset, *own, "--data_path", "data/train.txt", "--device", "cpu", "--mixed_precision", "off",
-            "--compile", "off", "--max_steps", str(self.steps), "--warmup_steps", seldom, "--eval_interval", often,
-            "--save_interval", "0", "--val_tokens", "2048", "--batch_size", "4", "--gradient_accumulation", "1",
-        ]  # fmt: skip
+            "--preset",
+            preset,
+            *own,
+            "--data_path",
+            "data/train.txt",
+            "--device",
+            "cpu",
+            "--mixed_precision",
+            "off",
+            "--compile",
+            "off",
+            "--max_steps",
+            str(self.steps),
+            "--warmup_steps",
+            seldom,
+            "--eval_interval",
+            often,
+            "--save_interval",
+            "0",
+            "--val_tokens",
+            "2048",
+            "--batch_size",
+            "4",
+            "--gradient_accumulation",
+            "1",
+        ]
 
-    def make_data(self, *others: Side) -> None:
+    def make_data(self, *others: Side, tokenizer: bool) -> None:
         """A text of many short documents, paragraphs of Python's library, and a tokenizer; a copy for each side."""
         data = self.side.folder / "data"
         self.side.nanokimi("prepare", "stdlib", "--output", "data/all.txt")
         modules = (data / "all.txt").read_text(encoding="utf-8").split("<|endoftext|>\n")
         paragraphs = [part for module in modules[::8] for part in re.split(r"\n\n+", module)]
         (data / "train.txt").write_text("\n<|endoftext|>\n".join(paragraphs), encoding="utf-8")
-        self.side.nanokimi("tokenizer", "train", "data/train.txt", "--output", "data/tokenizer.json")
+        if tokenizer:
+            self.side.nanokimi("tokenizer", "train", "data/train.txt", "--output", "data/tokenizer.json")
         for other in others:
             shutil.copytree(data, other.folder / "data")
 
@@ -373,7 +402,7 @@ def run(cases: dict[str, Look], sides: Sequence[Side], steps: int, output: Path 
         side.folder.mkdir()
         side.nanokimi(script="")  # that it imports its own package
     given = Given(sides[0], steps)
-    given.make_data(*sides[1:])
+    given.make_data(*sides[1:], tokenizer=any(not name.startswith("debug ") for name in cases))  # debug reads bytes
     content: dict[str, Any] = {"about": [about(side.checkout) for side in sides], "steps": steps, "cases": {}}
     for name, look in cases.items():
         results = [attempt(look, side, given, re.sub(r"\W+", "_", name)) for side in sides]

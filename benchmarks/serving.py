@@ -1,8 +1,8 @@
 """The server under load: throughput by clients, many clients who come and leave, time to the first token.
 
-    python benchmarks/serving.py                          # all of it; writes benchmarks/results/serving-DATE.json
-    python benchmarks/serving.py soak --seconds 120       # measures that part anew, the file keeps the others
-    python benchmarks/serving.py throughput --checkpoint runs/demo/checkpoints/best.pt
+    python -m benchmarks.serving                          # all of it; writes benchmarks/results/serving-DATE.json
+    python -m benchmarks.serving soak --seconds 120       # measures that part anew, the file keeps the others
+    python -m benchmarks.serving throughput --checkpoint runs/demo/checkpoints/best.pt
 
 Without --checkpoint `tiny` has random weights and a tokenizer trained on some of Python's own library. `first_token`
 takes `nano-243m` with random weights. Every part starts `nanokimi serve` as a process of its own, and is the only
@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 import uvicorn
-from crowd import Client, Crowd, completion
 
-from benchmarks.bench.about import ROOT, about
+from benchmarks.bench.results import ROOT, about
+from benchmarks.crowd import Client, Crowd, completion
 from nanokimi import checkpoint
 from nanokimi.cli import build_parser
 from nanokimi.config import ModelConfig
@@ -82,12 +82,14 @@ def throughput(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                     speeds[size].append(speed)
     ratios = {size: [many / one for many, one in zip(speeds[size], speeds[1], strict=True)] for size in sizes}
     return {
-        "rounds": args.rounds, "tokens": tokens, "checkpoint": bool(args.checkpoint),
+        "rounds": args.rounds,
+        "tokens": tokens,
+        "checkpoint": bool(args.checkpoint),
         "tokens_per_second": {size: statistics.median(values) for size, values in speeds.items()},
         "all": speeds,
         "ratio_to_one": {size: statistics.median(values) for size, values in ratios.items()},
         "ratios": ratios,
-    }  # fmt: skip
+    }
 
 
 async def tokens_per_second(port: int, clients: int, *, tokens: int, seconds: float = 2.0) -> float:
@@ -138,12 +140,14 @@ def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         health = asyncio.run(settled(server.port))
         middle, end = memory[len(memory) // 2], memory[-1]
     return {
-        "clients": args.clients, "seconds": args.seconds, **asdict(crowd.tally),
+        "clients": args.clients,
+        "seconds": args.seconds,
+        **asdict(crowd.tally),
         "tokens_per_second": crowd.tally.tokens / args.seconds,
         "health_afterwards": health,
         "memory_mib": [size >> 20 for size in memory],
         "memory_growth_in_the_second_half": end / middle - 1,
-    }  # fmt: skip
+    }
 
 
 async def settled(port: int) -> dict[str, Any]:
@@ -186,10 +190,12 @@ async def _first_token(options: ServeOptions, rounds: int) -> dict[str, Any]:
     worker.stop()
     ratios = [first / bare for first, bare in pairs[1:]]
     return {
-        "rounds": rounds, "bare_seconds": statistics.median(bare for _, bare in pairs[1:]),
+        "rounds": rounds,
+        "bare_seconds": statistics.median(bare for _, bare in pairs[1:]),
         "first_token_seconds": statistics.median(first for first, _ in pairs[1:]),
-        "ratio": statistics.median(ratios), "ratios": ratios,
-    }  # fmt: skip
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
 
 
 def prefill_seconds(decoder: Decoder, prompt: list[int]) -> float:

@@ -1,13 +1,13 @@
-"""Whether one checkout is slower than another: both measured in one run, by turns, on the CPU.
+"""Whether one checkout is slower than another: both are measured in one run, by turns, on the CPU.
 
-    python benchmarks/side_by_side.py ../earlier .                                   # nano-243m and tiny, 15 rounds
-    python benchmarks/side_by_side.py ../earlier . --presets tiny --only step,decode --output side_by_side.json
+    python -m benchmarks.side_by_side ../earlier .                                   # nano-243m and tiny, 15 rounds
+    python -m benchmarks.side_by_side ../earlier . --presets tiny --only step,decode --output side_by_side.json
 
 For each preset: forward and backward pass, whole training step, optimizer step, prefill and decoding with the eager and
-the native decoder. Each checkout answers from a process of its own (``python -m benchmarks.bench.worker``) with its own
-``nanokimi``. A round asks both, every other round backwards, and its ratio is new over old. A figure is "slower" when
-the 95 % interval of the median ratio lies above 1.03, and "unclear" when it reaches above 1.03: take more rounds.
-The exit status is 1 if a figure is slower, else 2 if one could not be measured (NANOKIMI_BENCH_ERRORS=1 says more).
+the native decoder. Each checkout answers from a process of its own, the worker of its own bench. A round asks both,
+every other round backwards, and its ratio is new over old. A figure is "slower" when the 95 % interval of the median
+ratio lies above 1.03, and "unclear" when it reaches above 1.03: take more rounds. The exit status is
+1 if a figure is slower, else 2 if one could not be measured (NANOKIMI_BENCH_ERRORS=1 says more).
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bench.about import about
 from benchmarks.bench.report import amount
-from benchmarks.bench.turns import LeftOut, Worker
+from benchmarks.bench.results import about
+from benchmarks.bench.rounds import LeftOut, Worker
 
 PARTS = ("step", "optimizer", "prefill", "decode")
 SHAPES = {"nano-243m": (1, 512), "tiny": (8, 256)}  # sequences of a training step; tokens of each, and of a prompt
 DECODERS = ("eager", "native")
+WORKERS = ("benchmarks.bench.worker", "nanokimi.bench.worker")
 TOKENS = 16  # decoded in one call
 TAU = 100.0  # of QK-Clip
 
 WARM_UP_CALLS = 3  # at most, of each checkout
 TURN_SECONDS = 1.0  # calls that are shorter are repeated for this long in each turn
 MOST_CALLS = 30  # in a turn
-PAIRS = 3  # of processes, one after the other: where memory happens to lie sets a process apart by a percent or two
+PAIRS = 3  # of processes, one after the other: where its memory lies makes a process a percent or two faster or slower
 TOLERATED = 1.03
 RESAMPLES, SEED = 10_000, 0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Something to time: the answer ``seconds`` of a subject's method ``do``.
+    """Something to time: the answer ``seconds`` of a workload's method ``do``.
 
     Attributes:
         part: one of PARTS.
-        prompt: tokens that the decoder reads before each turn, untimed; 0 reads none.
+        prompt: tokens that the decoder reads before each turn, untimed; 0: it reads none.
     """
 
     part: str
@@ -61,7 +62,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """What a worker loads, and the figures that are taken from it."""
 
     name: str
@@ -76,8 +77,8 @@ def main() -> int:
         check_import(path)
     found: dict[str, Any] = {"about": about_run(checkouts, args.rounds), "figures": []}
     for preset in args.presets:
-        for subject in subjects_of(preset, args.only):
-            for figure in measured(subject, checkouts, args.rounds):
+        for workload in workloads_of(preset, args.only):
+            for figure in measured(workload, checkouts, args.rounds):
                 found["figures"].append({"preset": preset, **figure})
                 if args.output:
                     args.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -105,18 +106,21 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def environment_of(checkout: Path) -> dict[str, str]:
-    """Has a worker import the checkout's package, not the installed one nor that of the current folder."""
-    return {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+def worker_module(checkout: Path) -> str:
+    """The worker of a checkout's bench, which was a part of ``nanokimi`` until commit 1013d9d."""
+    for module in WORKERS:
+        if (checkout / f"{module.replace('.', '/')}.py").exists():
+            return module
+    raise SystemExit(f"{checkout}: no checkout of this project: it has none of {', '.join(WORKERS)}")
 
 
 def check_import(checkout: Path) -> None:
-    """Makes sure that workers of ``checkout`` run its code; before Python 3.11 the current folder would win."""
-    command = [sys.executable, "-c", "import benchmarks.bench.worker as worker; print(worker.__file__)"]
-    environment = os.environ | environment_of(checkout)
-    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    if Path(printed).resolve() != checkout / "nanokimi" / "bench" / "worker.py":
-        raise SystemExit(f"{checkout}: no checkout, or start from another folder: a worker would import {printed}")
+    """Makes sure that a process started as workers are runs the code of ``checkout``."""
+    script = f"import nanokimi, {worker_module(checkout)}; print(nanokimi.__file__)"
+    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    if Path(done.stdout.strip()).resolve() != checkout / "nanokimi" / "__init__.py":
+        raise SystemExit(f"{checkout}: a worker would import {done.stdout.strip()}")
 
 
 def about_run(checkouts: Mapping[str, Path], rounds: int) -> dict[str, Any]:
@@ -132,47 +136,49 @@ def about_run(checkouts: Mapping[str, Path], rounds: int) -> dict[str, Any]:
     return found
 
 
-def subjects_of(preset: str, parts: Sequence[str]) -> list[Subject]:
-    """All subjects of a preset of which a figure is wanted."""
+def workloads_of(preset: str, parts: Sequence[str]) -> list[Workload]:
+    """All workloads of a preset of which a figure is wanted."""
     rows, length = SHAPES[preset]
     shared = {"preset": preset, "device": "cpu", "threads": 0}
     network = {**shared, "batch_size": rows, "context": length, "compiled": "off"}
     passes = Figure("step", f"forward and backward, {rows} x {length}", "passes")
     whole = Figure("step", f"whole training step, {rows} x {length}", "whole", {"tau": TAU})
-    subjects = [
-        Subject("network", network, [passes, whole]),
-        Subject("optimizer", {**shared, "kind": "muonclip"}, [Figure("optimizer", "optimizer step", "step")]),
+    workloads = [
+        Workload("network", network, [passes, whole]),
+        Workload("optimizer", {**shared, "kind": "muonclip"}, [Figure("optimizer", "optimizer step", "step")]),
     ]
     for kind in DECODERS:
         room = length + TOKENS * (WARM_UP_CALLS + MOST_CALLS)
         decoder = {**shared, "length": room, "slots": 1, "weights": "fp32", "kind": kind}
         prefill = Figure("prefill", f"prefill of {length} tokens, {kind}", "fill", {"context": length})
         decode = Figure("decode", f"decoding a token, {kind}", "decode", {"count": TOKENS}, prompt=length)
-        subjects.append(Subject("decoder", decoder, [prefill, decode]))
-    chosen = [Subject(s.name, s.settings, [f for f in s.figures if f.part in parts]) for s in subjects]
-    return [subject for subject in chosen if subject.figures]
+        workloads.append(Workload("decoder", decoder, [prefill, decode]))
+    chosen = [Workload(s.name, s.settings, [f for f in s.figures if f.part in parts]) for s in workloads]
+    return [workload for workload in chosen if workload.figures]
 
 
-def measured(subject: Subject, checkouts: Mapping[str, Path], rounds: int) -> Iterator[dict[str, Any]]:
-    """The figures of a subject, their rounds shared out among pairs of processes."""
-    seconds: dict[str, dict[str, list[float]]] = {f.name: {name: [] for name in checkouts} for f in subject.figures}
+def measured(workload: Workload, checkouts: Mapping[str, Path], rounds: int) -> Iterator[dict[str, Any]]:
+    """The figures of a workload, their rounds shared out among pairs of processes."""
+    seconds: dict[str, dict[str, list[float]]] = {f.name: {name: [] for name in checkouts} for f in workload.figures}
     missing: dict[str, str] = {}
     for share in filter(None, map(len, np.array_split(range(rounds), PAIRS))):
-        print(f"{subject.settings['preset']}, loading {subject.name}", file=sys.stderr, flush=True)
+        print(f"{workload.settings['preset']}, loading {workload.name}", file=sys.stderr, flush=True)
         with ExitStack() as stack:
             workers = {
-                name: stack.enter_context(Worker(subject.name, subject.settings, environment_of(path)))
+                name: stack.enter_context(
+                    Worker(workload.name, workload.settings, {}, checkout=path, module=worker_module(path))
+                )
                 for name, path in checkouts.items()
             }
             failed = why_not_loaded(workers)
-            for figure in subject.figures:
+            for figure in workload.figures:
                 try:
                     if failed:
                         raise LeftOut(failed)
                     take_rounds(figure, workers, share, seconds[figure.name])
                 except LeftOut as reason:
                     failed = missing[figure.name] = str(reason)  # whoever ended cannot be asked for the next
-    for figure in subject.figures:
+    for figure in workload.figures:
         result = {"part": figure.part, "figure": figure.name}
         if figure.name in missing:
             yield result | {"verdict": "not measured", "why": missing[figure.name]}

@@ -1,87 +1,173 @@
-"""The package's files that one training step runs through: those with a function that is called at every step.
+"""Which files and functions of the package one training step runs through.
 
-    python benchmarks/trace_step.py [--preset debug] [--lines]
+    python benchmarks/trace_step.py                                       # a table of the files
+    python benchmarks/trace_step.py --functions --output FILE.json        # their functions too; the record
+    PYTHONPATH=../earlier python benchmarks/trace_step.py                 # those of another checkout
 
-Two plain `train` runs on one process, of which the second has more steps, are traced call by call, loader, metrics and
-progress included. A function belongs to the step when its count of calls grows with the number of steps.
+Two plain `train` runs on one process of the CPU are traced call by call, loader, metrics and progress included, from
+the first call of the optimizer to the last one. One run has more steps than the other. A function belongs to the step
+when the longer run calls it at least once more for every step that it has more. What is called less often (a line of
+progress every 25 steps) or only before and after (the plot of all steps) does not belong.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
+import subprocess
 import sys
 import tempfile
-from collections import Counter
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import nanokimi
 
 PACKAGE = Path(nanokimi.__file__).parent
-SHORT, LONG = 20, 40  # steps
+SHORT, LONG = 8, 24  # steps
+
+
+class Function(NamedTuple):
+    """A function of the package, from its first to its last line, decorators and docstring included."""
+
+    file: str
+    first: int
+    last: int
+    name: str
 
 
 def main() -> None:
-    """Prints a line for each file, with the lines of its functions that take part, and the sums."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="debug")
     parser.add_argument("--functions", action="store_true", help="name the functions too")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where the record is kept")
     args = parser.parse_args()
-    short, long = calls_of_run(args.preset, SHORT), calls_of_run(args.preset, LONG)
-    every_step = [code for code, calls in long.items() if calls - short[code] >= LONG - SHORT]
-    by_file: dict[str, list[CodeType]] = {}
-    for code in every_step:
-        by_file.setdefault(code.co_filename, []).append(code)
-    total = 0
-    for name, codes in sorted(by_file.items()):
-        lines = len(set().union(*(lines_of(code) for code in codes)))
-        total += lines
-        print(f"{Path(name).relative_to(PACKAGE)!s:40} {len(codes):3} functions {lines:4} lines")
+    record = about() | {"preset": args.preset} | traced(args.preset)
+    for file in record["files"]:
+        print(
+            f"{file['path']:40} {len(file['functions']):3} functions {file['lines']:4} of {file['file_lines']:4} lines"
+        )
         if args.functions:
-            print("    " + ", ".join(sorted(code.co_name for code in codes)))
-    print(f"{len(by_file)} files, {len(every_step)} functions of {total} lines")
+            print("    " + ", ".join(file["functions"]))
+    print("{n_files} files of {file_lines} lines, {n_functions} functions of {lines} lines".format(**record["total"]))
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def calls_of_run(preset: str, steps: int) -> Counter[CodeType]:
-    """How often each function of the package was called by a run of so many steps."""
-    from nanokimi.cli import main as nanokimi_main
+def about() -> dict[str, Any]:
+    """The day, and the commit of the checkout that is traced."""
+    git = ["git", "--no-optional-locks", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit}
 
-    calls: Counter[CodeType] = Counter()
 
-    def count(frame: FrameType, event: str, argument: Any) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(PACKAGE)) and is_function(code):
-            calls[code] += 1
+def traced(preset: str) -> dict[str, Any]:
+    """The files of a step with their functions, and the sums."""
+    short, long = (calls_in(lambda steps=steps: train(preset, steps)) for steps in (SHORT, LONG))
+    by_file: dict[str, list[Function]] = defaultdict(list)
+    for function, calls in sorted(long.items()):
+        if calls - short[function] >= LONG - SHORT:
+            by_file[function.file].append(function)
+    files = [summary(file, functions) for file, functions in by_file.items()]
+    total = {"n_files": len(files), "n_functions": sum(len(file["functions"]) for file in files)}
+    return {"files": files, "total": total | {key: sum(f[key] for f in files) for key in ("lines", "file_lines")}}
+
+
+def summary(file: str, functions: list[Function]) -> dict[str, Any]:
+    """What the record holds of a file."""
+    lines = len({line for function in functions for line in range(function.first, function.last + 1)})
+    return {
+        "path": file,
+        "functions": [function.name for function in functions],
+        "lines": lines,
+        "file_lines": len((PACKAGE / file).read_text(encoding="utf-8").splitlines()),
+    }
+
+
+def train(preset: str, steps: int) -> None:
+    """A run of so many steps on a text of its own, without evaluation; it saves once, at its end."""
+    from nanokimi.cli import main as run_command
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(2000)), encoding="utf-8")
         command = ["train", f"--preset={preset}", f"--data_path={text}", f"--output_dir={folder}/run"]
         command += [f"--max_steps={steps}", "--eval_interval=0", "--save_interval=0", "--compile=off", "--device=cpu"]
-        sys.setprofile(count)
-        try:
-            assert nanokimi_main(command) == 0
-        finally:
-            sys.setprofile(None)
+        if code := run_command(command):
+            raise SystemExit(code)
+
+
+def calls_in(work: Callable[[], object]) -> Counter[Function]:
+    """How often ``work`` called each function between the optimizer's first and last call, in all threads."""
+    from nanokimi import MuonClip
+
+    # A counter for each thread: two of them adding to one could lose a call.
+    by_thread: dict[int, Counter[tuple[str, int, str]]] = defaultdict(Counter)
+    so_far: list[Counter[tuple[str, int, str]]] = []  # copies of them, made at the latest call of the optimizer
+    steps = 0
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal steps, so_far
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(f"{PACKAGE}/"):
+            return
+        if code.co_name == "step" and isinstance(frame.f_locals.get("self"), MuonClip):
+            if steps == 0:
+                by_thread.clear()
+            so_far = [counter.copy() for counter in list(by_thread.values())]
+            steps += 1
+        by_thread[threading.get_ident()][code.co_filename, code.co_firstlineno, code.co_name] += 1
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+    calls: Counter[Function] = Counter()
+    for counter in so_far:
+        for (file, line, name), number in counter.items():
+            if function := function_at(file, line, name):
+                calls[function] += number
     return calls
 
 
-def is_function(code: CodeType) -> bool:
-    """Whether ``code`` is a function of its own, and no part of one such as a generator expression."""
-    return not code.co_name.startswith("<")
+@cache
+def function_at(file: str, line: int, name: str) -> Function | None:
+    """The function that begins at ``line``; for a lambda or a comprehension the one around it, else None."""
+    path = str(Path(file).relative_to(PACKAGE))
+    around = [function for function in functions_in(file) if function.first <= line <= function.last]
+    if not name.startswith("<"):
+        around = [function for function in around if function.name.rpartition(".")[2] == name]
+    if around:
+        return max(around)._replace(file=path)
+    return Function(path, line, line, name) if name == "<lambda>" else None
 
 
-def lines_of(code: CodeType) -> set[int]:
-    """Line numbers of the function that ``code`` was compiled from, with its decorators and its docstring."""
-    tree = ast.parse(Path(code.co_filename).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == code.co_name:
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            if first <= code.co_firstlineno <= (node.end_lineno or first):
-                return set(range(first, (node.end_lineno or first) + 1))
-    return {code.co_firstlineno}
+@cache
+def functions_in(file: str) -> list[Function]:
+    """All functions of a file, with the names of the classes and functions around them."""
+    found = []
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = prefix
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                inner = f"{prefix}{child.name}."
+                if not isinstance(child, ast.ClassDef):
+                    first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
+                    found.append(Function(file, first, child.end_lineno or first, inner[:-1]))
+            visit(child, inner)
+
+    visit(ast.parse(Path(file).read_text(encoding="utf-8")), "")
+    return found
 
 
 if __name__ == "__main__":

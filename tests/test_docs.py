@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from benchmarks.bench.__main__ import build_parser as bench_parser
 from nanokimi.cli import build_parser, main
 from nanokimi.config import PRESETS, ModelConfig
 from nanokimi.insight import verify_muon
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = "not run by the tests"
 SCRIPTS = {"train.py": "train", "inference.py": "generate"}
+BENCH = ["python", "-m", "benchmarks.bench"]
 BLOCK = re.compile(r"(?P<before>(?:[^\n]+\n)*)\n```(?P<language>\w+)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -85,6 +87,8 @@ def test_every_command_is_understood_as_written(page: Path) -> None:
                 torchrun_parser().parse_args(words[1:])
             if given is not None:
                 build_parser().parse_args(given)
+            elif words[:3] == BENCH:
+                bench_parser().parse_args(words[3:])
             elif words[0] == "make":
                 assert words[1] in targets
             else:
@@ -140,8 +144,11 @@ def run_example(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
         given = arguments(words)
         if words[0] == "torchrun":
             code = on_ranks(words)
+        elif given is not None:
+            code = main(shortened(given))
         else:
-            code = verify_muon.main() if given is None else main(shortened(given))
+            assert words == ["python", "verify_muon.py"]
+            code = verify_muon.main()
         assert code == 0, words
 
 
@@ -177,8 +184,11 @@ def test_the_scripts_of_the_readme_train_and_continue_a_prompt(tmp_path: Path, s
         words = next(words for words in commands if words[:2] == ["python", script])
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *shortened(words[2:])],
-            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def main(")
 
@@ -187,7 +197,7 @@ def test_the_scripts_of_the_readme_train_and_continue_a_prompt(tmp_path: Path, s
 def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
     text = re.sub(r"^#SBATCH .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)  # Slurm's flags
     mentioned = set(re.findall(r"(?<![\w-])--[a-z]\w*(?:-\w+)*(?![\w-])", text))
-    assert mentioned <= all_flags(build_parser()) | all_flags(torchrun_parser())
+    assert mentioned <= all_flags(build_parser()) | all_flags(bench_parser()) | all_flags(torchrun_parser())
 
 
 def all_flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -239,10 +249,14 @@ def test_the_preset_table_holds_what_the_presets_are() -> None:
         with torch.device("meta"):
             model = Transformer(config)
         shown[preset] = [
-            f"{config.n_layers} ({config.n_dense_layers})", str(config.dim), str(config.n_heads),
+            f"{config.n_layers} ({config.n_dense_layers})",
+            str(config.dim),
+            str(config.n_heads),
             f"{config.n_routed_experts} / {config.n_activated_experts} / {config.n_shared_experts}",
-            str(config.max_seq_length), f"{model.num_parameters():,}", f"{model.num_parameters(active=True):,}",
-        ]  # fmt: skip
+            str(config.max_seq_length),
+            f"{model.num_parameters():,}",
+            f"{model.num_parameters(active=True):,}",
+        ]
     assert {row[0].split("`")[1]: row[1:] for row in table(PAGES[0], "| preset |")} == shown
 
 

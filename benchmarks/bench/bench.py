@@ -1,4 +1,4 @@
-"""What every part of the bench works with: the request, the results so far, workers, and turns that become rows."""
+"""What every part of the bench works with: its arguments, the results so far, workers, and rounds as rows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench.arguments import BenchArguments
 from benchmarks.bench.report import comparison_lines, curve_lines
 from benchmarks.bench.results import Comparison, Results, compared, curve
-from benchmarks.bench.settings import Request
-from benchmarks.bench.turns import Candidate, LeftOut, Turns, Worker, take_turns
+from benchmarks.bench.rounds import Candidate, LeftOut, Rounds, Worker, run_rounds
 from nanokimi.config import ModelConfig
 from nanokimi.console import log, show
 from nanokimi.model.transformer import meta_model
@@ -30,7 +30,7 @@ class Bench:
         device: of all candidates.
     """
 
-    request: Request
+    args: BenchArguments
     results: Results
     device: torch.device
     began: float = field(default_factory=time.monotonic)
@@ -48,7 +48,7 @@ class Bench:
     @cached_property
     def roofs(self) -> Worker:
         """The machine's roofs, one worker for all parts."""
-        return self.worker("roofs", quick=self.request.preset == "debug")
+        return self.worker("roofs", quick=self.args.preset == "debug")
 
     def close(self) -> None:
         """Ends what the parts share."""
@@ -58,40 +58,42 @@ class Bench:
     @cached_property
     def active_parameters(self) -> int:
         """Those of the preset that work on one token."""
-        return active_parameters(self.request.config)
+        return active_parameters(self.args.config)
 
-    def worker(self, subject: str, **settings: Any) -> Worker:
-        """A subject in a process of its own, on the device."""
-        settings = {**settings, "device": str(self.device), "threads": self.request.threads}
-        return Worker(subject, settings, self.request.environment)
+    def worker(self, workload: str, **settings: Any) -> Worker:
+        """A workload in a process of its own, on the device."""
+        settings = {**settings, "device": str(self.device), "threads": self.args.threads}
+        return Worker(workload, settings, self.args.environment)
 
     @contextmanager
-    def workers(self, subjects: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Iterator[dict[str, Worker]]:
-        """Several, by any name: (subject, settings); all end with the block."""
+    def workers(self, workloads: Mapping[str, tuple[str, Mapping[str, Any]]]) -> Iterator[dict[str, Worker]]:
+        """Several, by any name: (workload, settings); all end with the block."""
         started: dict[str, Worker] = {}
         try:
-            for name, (subject, settings) in subjects.items():
-                started[name] = self.worker(subject, **settings)
+            for name, (workload, settings) in workloads.items():
+                started[name] = self.worker(workload, **settings)
             yield started
         finally:
             for worker in started.values():
                 worker.close()
 
     def progress(self, text: str, *, lasting: bool = True) -> None:
-        """Says what is measured now; on a terminal in one line, elsewhere only what takes a while."""
+        """Tells what is measured now: on a terminal in one line, elsewhere only what takes a while."""
         line = f"[{time.monotonic() - self.began:4.0f} s] {text}"
         if sys.stderr.isatty():
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         elif lasting:
             log(line)
 
-    def turns(self, title: str, candidates: Sequence[Candidate], rounds: int = 0) -> Turns:
-        """Rounds of turns, said as they go."""
+    def run_rounds(self, title: str, candidates: Sequence[Candidate], rounds: int = 0) -> Rounds:
+        """Measures the candidates in rounds, of which the user reads as they go."""
         self.progress(title)
-        return take_turns(
-            candidates, rounds or self.request.repeats, warm_up=self.warm_up,
+        return run_rounds(
+            candidates,
+            rounds or self.args.repeats,
+            warm_up=self.warm_up,
             report=lambda text: self.progress(f"{title}: {text}", lasting=False),
-        )  # fmt: skip
+        )
 
     def compare(
         self,
@@ -105,26 +107,31 @@ class Bench:
         rounds: int = 0,
         notes: Mapping[str, str] | None = None,
     ) -> Comparison:
-        """Candidates in turns, as rows of the results.
+        """Measures the candidates in rounds and keeps them as rows of the results.
 
         Args:
             candidates: ours first.
-            roof: takes its turn too; its ``work`` per second is the roof.
+            roof: measured in the same rounds; its ``work`` per second is the roof.
             needs: FLOPs or bytes that a candidate cannot do without in one ask.
             work: tokens of one ask, of all candidates or by name.
         """
-        turns = self.turns(title, [*candidates, *([roof] if roof else [])], rounds)
-        values = turns.values()
+        measured = self.run_rounds(title, [*candidates, *([roof] if roof else [])], rounds)
+        values = measured.values()
         rate = 0.0
         if roof is not None and roof.name in values:
-            rate = statistics.median(a["work"] / a["seconds"] for a in turns.answers[roof.name])
+            rate = statistics.median(a["work"] / a["seconds"] for a in measured.answers[roof.name])
             del values[roof.name]
         work = work if isinstance(work, Mapping) else dict.fromkeys(values, work) if work else {}
         roofs = {name: (needs[name] if isinstance(needs, Mapping) else needs) / rate for name in values if rate}
         found = compared(
-            title, values, ours=next(iter(values), ""), work=work,
-            roofs=roofs, notes=notes, missing=turns.missing,
-        )  # fmt: skip
+            title,
+            values,
+            ours=next(iter(values), ""),
+            work=work,
+            roofs=roofs,
+            notes=notes,
+            missing=measured.missing,
+        )
         if rate:
             found["roof_rate"] = rate
         self.keep(part, found)
@@ -150,7 +157,7 @@ class Bench:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     def ask(self, name: str, worker: Worker, do: str, **arguments: Any) -> dict[str, Any] | None:
-        """One question outside of turns; None, and a line that says why, where it cannot be answered."""
+        """Asks a worker once, outside of rounds; None, and a line that says why, where it cannot answer."""
         self.progress(name, lasting=False)
         try:
             return worker.ask(do, **arguments)

@@ -11,23 +11,23 @@ from typing import Any
 from benchmarks.bench.bench import Bench
 from benchmarks.bench.results import Comparison, compared
 from benchmarks.bench.roofline import prefill_flops, token_bytes
-from benchmarks.bench.turns import Candidate, Worker
+from benchmarks.bench.rounds import Candidate, Worker
 from nanokimi.console import log
 
-TOKENS = 16  # decoded in one turn
+TOKENS = 16  # decoded by a candidate in one round
 BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 8, 32, 128)}
-LONG = 512  # behind a context of this or more, of llama.cpp's two settings only the faster one stays
+LONG = 512  # after a context of this or more, of llama.cpp's two settings only the faster one stays
 LONGEST_PREFILL = 1024
 GGUF_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
 SETTINGS = {"": False, ", its defaults": True}  # of llama.cpp: fp32 cache without flash attention; as it comes
 
-Subjects = dict[str, tuple[str, Mapping[str, Any]]]
+Workloads = dict[str, tuple[str, Mapping[str, Any]]]
 
 
 def inference(bench: Bench) -> None:
-    """Parts ``prefill`` and ``decoding``: each weight format in turn, all who have it, loaded once for both."""
+    """Parts ``prefill`` and ``decoding``: one weight format after the other, each candidate loaded once for both."""
     formats_here = ("bf16", "fp32") if bench.cuda else tuple(GGUF_TYPES)
-    wanted = bench.request.parts
+    wanted = bench.args.parts
     with tempfile.TemporaryDirectory() as folder:
         for weights in formats_here if "decoding" in wanted else formats_here[:1]:
             files = _gguf(bench, Path(folder), weights)
@@ -45,20 +45,20 @@ def inference(bench: Bench) -> None:
 
 def _room(bench: Bench) -> int:
     """Tokens that a sequence has room for: the largest context and half of what is decoded around it."""
-    return max(bench.request.contexts) + _decoded(bench) + TOKENS
+    return max(bench.args.contexts) + _decoded(bench) + TOKENS
 
 
 def _decoded(bench: Bench) -> int:
     """Tokens decoded in all rounds, and room for the one more that llama.cpp takes in each."""
-    return (TOKENS + 1) * (bench.request.repeats + 3)
+    return (TOKENS + 1) * (bench.args.repeats + 3)
 
 
-def _engines(bench: Bench, weights: str, length: int, files: Mapping[str, str]) -> Subjects:
+def _engines(bench: Bench, weights: str, length: int, files: Mapping[str, str]) -> Workloads:
     """All candidates of one weight format; ours first."""
-    shape = {"preset": bench.request.preset, "length": length}
+    shape = {"preset": bench.args.preset, "length": length}
     ours = {**shape, "slots": 1, "weights": weights}
     fast = "graph" if bench.cuda else "native"
-    found: Subjects = {f"nanokimi {weights}, {fast}": ("decoder", {**ours, "kind": fast})}
+    found: Workloads = {f"nanokimi {weights}, {fast}": ("decoder", {**ours, "kind": fast})}
     if weights == "fp32" or bench.cuda:
         found[f"nanokimi {weights}, eager"] = ("decoder", {**ours, "kind": "eager"})
         found[f"transformers {weights}"] = ("generate", {**shape, "weights": weights})
@@ -73,7 +73,7 @@ def _gguf(bench: Bench, folder: Path, weights: str) -> dict[str, str]:
     if bench.cuda:
         return {}
     dtype, length = GGUF_TYPES[weights], _room(bench)
-    with bench.workers({"files": ("gguf", {"preset": bench.request.preset, "length": length})}) as workers:
+    with bench.workers({"files": ("gguf", {"preset": bench.args.preset, "length": length})}) as workers:
         path = str(folder / f"{dtype}.gguf")
         about = f"llama.cpp {dtype}, writing its file"
         written = bench.ask(about, workers["files"], "write", path=path, dtype=dtype)
@@ -88,18 +88,21 @@ def _note_llamacpp(bench: Bench, workers: Mapping[str, Worker]) -> None:
 
 
 def decoding(bench: Bench, weights: str, workers: dict[str, Worker]) -> None:
-    """A token at batch 1: candidates in turns at each context, which lies in the middle of what all rounds decode."""
+    """A token at batch 1, at each context, which lies in the middle of what all rounds decode."""
     names = list(workers)
-    for context in bench.request.contexts:
-        count = min(TOKENS, max(1, context // (bench.request.repeats + 1)))
-        start = max(1, context - count * (bench.request.repeats + 2 * bench.warm_up) // 2)
+    for context in bench.args.contexts:
+        count = min(TOKENS, max(1, context // (bench.args.repeats + 1)))
+        start = max(1, context - count * (bench.args.repeats + 2 * bench.warm_up) // 2)
         names = [name for name in names if _fill(bench, name, workers[name], context=start)]
-        needs = token_bytes(bench.request.config, bench.active_parameters, context, weights)
+        needs = token_bytes(bench.args.config, bench.active_parameters, context, weights)
         found = bench.compare(
-            "decoding", f"decoding a token, {weights}, context {context}", work=1,
+            "decoding",
+            f"decoding a token, {weights}, context {context}",
+            work=1,
             candidates=[Candidate(name, workers[name], "decode", {"count": count}) for name in names],
-            roof=Candidate("roof", bench.roofs, "read_roof"), needs=needs,
-        )  # fmt: skip
+            roof=Candidate("roof", bench.roofs, "read_roof"),
+            needs=needs,
+        )
         names = [row["name"] for row in found["rows"]]
         if context >= LONG:
             names = [name for name in names if name not in _slower_settings(found)]
@@ -117,38 +120,42 @@ def _slower_settings(found: Comparison) -> list[str]:
 
 def prefill(bench: Bench, weights: str, workers: dict[str, Worker]) -> None:
     """A prompt read into an empty cache."""
-    for context in [n for n in bench.request.contexts if n <= LONGEST_PREFILL] or bench.request.contexts[:1]:
+    for context in [n for n in bench.args.contexts if n <= LONGEST_PREFILL] or bench.args.contexts[:1]:
         bench.compare(
-            "prefill", f"prefill of {context} tokens, {weights}", work=context,
+            "prefill",
+            f"prefill of {context} tokens, {weights}",
+            work=context,
             candidates=[Candidate(name, worker, "fill", {"context": context}) for name, worker in workers.items()],
             roof=Candidate("roof", bench.roofs, "matrix_roof", {"dtype": weights}),
-            needs=prefill_flops(bench.request.config, bench.active_parameters, context),
-        )  # fmt: skip
+            needs=prefill_flops(bench.args.config, bench.active_parameters, context),
+        )
 
 
 def batches(bench: Bench) -> None:
     """Several sequences decoded together; one step gives a token to each."""
     sizes = BATCHES["cuda" if bench.cuda else "cpu"]
-    context = bench.request.contexts[0]
+    context = bench.args.contexts[0]
     count = min(TOKENS // 2, context)
     length = context + _decoded(bench)
     kind = "graph" if bench.cuda else "native"
-    shape = {"preset": bench.request.preset, "length": length}
-    subjects: Subjects = {
+    shape = {"preset": bench.args.preset, "length": length}
+    workloads: Workloads = {
         f"nanokimi {weights}, {kind}": ("decoder", {**shape, "slots": max(sizes), "weights": weights, "kind": kind})
         for weights in ("fp32", "bf16")
     }
     weights = "bf16" if bench.cuda else "fp32"
-    subjects[f"transformers {weights}"] = ("generate", {**shape, "weights": weights})
-    points: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
-    with bench.workers(subjects) as workers:
+    workloads[f"transformers {weights}"] = ("generate", {**shape, "weights": weights})
+    points: dict[str, list[dict[str, float]]] = {name: [] for name in workloads}
+    with bench.workers(workloads) as workers:
         names = list(workers)
         for size in sizes:
             names = [name for name in names if _fill(bench, name, workers[name], context=context, rows=size)]
             found = bench.compare(
-                "batches", f"decoding step of {size} sequences, context {context}",
-                [Candidate(name, workers[name], "decode", {"count": count}) for name in names], work=size,
-            )  # fmt: skip
+                "batches",
+                f"decoding step of {size} sequences, context {context}",
+                [Candidate(name, workers[name], "decode", {"count": count}) for name in names],
+                work=size,
+            )
             names = [row["name"] for row in found["rows"]]
             for row in found["rows"]:
                 points[row["name"]].append({"x": size, "seconds": row["median"]})
@@ -158,11 +165,11 @@ def batches(bench: Bench) -> None:
 
 def formats(bench: Bench) -> None:
     """Bits per byte of a trained model with its matrices rounded to each format."""
-    if not bench.request.checkpoint:
+    if not bench.args.checkpoint:
         log("formats is left out: no --checkpoint is named")
         return
     values: dict[str, list[float]] = {}
-    path = str(Path(bench.request.checkpoint).absolute())
+    path = str(Path(bench.args.checkpoint).absolute())
     with bench.workers({"formats": ("formats", {"path": path})}) as workers:
         for weights in GGUF_TYPES:
             found = bench.ask(f"bits per byte, {weights}", workers["formats"], "score", weights=weights, max_tokens=0)
@@ -170,5 +177,5 @@ def formats(bench: Bench) -> None:
                 values[weights] = [found["bits_per_byte"]]
     exact = values.get("fp32", [math.nan])[0]
     notes = {name: f"{value[0] - exact:+.6f}" for name, value in values.items() if name != "fp32"}
-    title = f"bits per byte of held-out text, {bench.request.checkpoint}"
+    title = f"bits per byte of held-out text, {bench.args.checkpoint}"
     bench.keep("formats", compared(title, values, ours="fp32", unit="bits/byte", notes=notes))

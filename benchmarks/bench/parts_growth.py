@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.bench.bench import Bench
 from benchmarks.bench.parts_decoding import TOKENS
 from benchmarks.bench.roofline import cache_bytes
-from benchmarks.bench.turns import Candidate, Worker
+from benchmarks.bench.rounds import Candidate, Worker
 
 SMALL = {"debug": "debug"}  # presets that are trained at their own size here; others at that of "tiny"
 DOUBLINGS = (1, 2, 4, 8, 16)
@@ -18,8 +18,8 @@ REPEATS = 3
 
 def growth(bench: Bench) -> None:
     """Training at the widths of a small preset, so that it takes seconds; decoding at the preset's own."""
-    preset = SMALL.get(bench.request.preset, "tiny")
-    shortest = min(1024, bench.request.config.max_seq_length) if preset == "debug" else 1024
+    preset = SMALL.get(bench.args.preset, "tiny")
+    shortest = min(1024, bench.args.config.max_seq_length) if preset == "debug" else 1024
     train_growth(
         bench, preset, "context", [(n * shortest, {"batch_size": 1, "context": n * shortest}) for n in DOUBLINGS]
     )
@@ -48,10 +48,10 @@ def train_growth(bench: Bench, preset: str, axis: str, sizes: list[tuple[int, di
 
 def decode_growth(bench: Bench, contexts: list[int]) -> None:
     """A token at batch 1 in fp32, beside the time that reading the longer cache explains."""
-    repeats = bench.request.repeats
+    repeats = bench.args.repeats
     length = max(contexts) + TOKENS * (repeats + 4)
     kind = "graph" if bench.cuda else "native"
-    settings = {"preset": bench.request.preset, "length": length, "slots": 1, "weights": "fp32", "kind": kind}
+    settings = {"preset": bench.args.preset, "length": length, "slots": 1, "weights": "fp32", "kind": kind}
     points: list[dict[str, float]] = []
     rate = 0.0
     with bench.workers({"decoder": ("decoder", settings)}) as workers:
@@ -60,7 +60,7 @@ def decode_growth(bench: Bench, contexts: list[int]) -> None:
             if found is None:
                 break
             taken, rate = found
-            more = cache_bytes(bench.request.config, context) - cache_bytes(bench.request.config, contexts[0])
+            more = cache_bytes(bench.args.config, context) - cache_bytes(bench.args.config, contexts[0])
             first = points[0]["seconds"] if points else taken
             points.append({"x": context, "seconds": taken, "explained": first + more / rate})
     title = f"decoding a token against context, nanokimi fp32, {kind}"
@@ -69,12 +69,13 @@ def decode_growth(bench: Bench, contexts: list[int]) -> None:
 
 def _decode(bench: Bench, workers: dict[str, Worker], context: int) -> tuple[float, float] | None:
     """Median seconds of a token around ``context``, and bytes that the machine reads in a second."""
-    start = max(1, context - TOKENS * (bench.request.repeats + 2 * bench.warm_up) // 2)
+    start = max(1, context - TOKENS * (bench.args.repeats + 2 * bench.warm_up) // 2)
     if bench.ask(f"prefill of {start} tokens", workers["decoder"], "fill", context=start) is None:
         return None
     decoder = Candidate("decoder", workers["decoder"], "decode", {"count": TOKENS})
-    turns = bench.turns(f"decoding at context {context}", [decoder, Candidate("roof", bench.roofs, "read_roof")])
-    if turns.missing:
+    roof = Candidate("roof", bench.roofs, "read_roof")
+    measured = bench.run_rounds(f"decoding at context {context}", [decoder, roof])
+    if measured.missing:
         return None
-    reads = [answer["work"] / answer["seconds"] for answer in turns.answers["roof"]]
-    return statistics.median(turns.values()["decoder"]), statistics.median(reads)
+    reads = [answer["work"] / answer["seconds"] for answer in measured.answers["roof"]]
+    return statistics.median(measured.values()["decoder"]), statistics.median(reads)

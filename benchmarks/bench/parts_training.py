@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.bench.bench import Bench
 from benchmarks.bench.results import compared
 from benchmarks.bench.roofline import training_flops
-from benchmarks.bench.turns import Candidate, LeftOut, Worker
+from benchmarks.bench.rounds import Candidate, LeftOut, Worker
 
 TAU = 100.0
 MUON = "torch.optim.Muon + AdamW"
@@ -27,30 +27,39 @@ def roofs(bench: Bench) -> None:
 
 def _keep_rates(bench: Bench, title: str, candidates: list[Candidate], unit: str) -> None:
     """Rows without ratios: sizes differ, rates are what counts."""
-    turns = bench.turns(title, candidates)
-    work = turns.first("work")
-    bench.keep("roofs", compared(title, turns.values(), ours="", work=work, work_unit=unit, missing=turns.missing))
+    measured = bench.run_rounds(title, candidates)
+    rows = compared(
+        title,
+        measured.values(),
+        ours="",
+        work=measured.first("work"),
+        work_unit=unit,
+        missing=measured.missing,
+    )
+    bench.keep("roofs", rows)
 
 
 def training(bench: Bench) -> None:
     """Forward and backward against transformers; then the whole step with QK-Clip on and off."""
-    request = bench.request
-    shape = {"preset": request.preset, "batch_size": request.rows, "context": request.context}
-    tokens = request.rows * request.context
-    subjects: dict[str, tuple[str, Mapping[str, Any]]] = {
+    args = bench.args
+    shape = {"preset": args.preset, "batch_size": args.rows, "context": args.context}
+    tokens = args.rows * args.context
+    workloads: dict[str, tuple[str, Mapping[str, Any]]] = {
         "nanokimi, compiled": ("network", {**shape, "compiled": "on"}),
         "nanokimi, eager": ("network", {**shape, "compiled": "off"}),
         "transformers": ("reference", shape),
     }
     if bench.cuda:
-        subjects["transformers, bf16 weights"] = ("reference", {**shape, "weights": "bf16"})
-    with bench.workers(subjects) as workers:
+        workloads["transformers, bf16 weights"] = ("reference", {**shape, "weights": "bf16"})
+    with bench.workers(workloads) as workers:
         found = bench.compare(
-            "training", f"forward and backward, {request.rows} x {request.context} tokens", work=tokens,
+            "training",
+            f"forward and backward, {args.rows} x {args.context} tokens",
+            work=tokens,
             candidates=[Candidate(name, worker, "passes") for name, worker in workers.items()],
             roof=Candidate("roof", bench.roofs, "matrix_roof", {"dtype": "bf16" if bench.cuda else "fp32"}),
-            needs=training_flops(request.config, bench.active_parameters, request.rows, request.context),
-        )  # fmt: skip
+            needs=training_flops(args.config, bench.active_parameters, args.rows, args.context),
+        )
         ours = [row for row in found["rows"] if row["name"].startswith("nanokimi")]
         if ours:
             name = min(ours, key=lambda row: float(row["median"]))["name"]
@@ -58,8 +67,8 @@ def training(bench: Bench) -> None:
 
 
 def whole_step(bench: Bench, name: str, worker: Worker) -> None:
-    """One process, one model, QK-Clip switched on and off in turns: only so can a hundredth be seen."""
-    tokens = bench.request.rows * bench.request.context
+    """One process, one model, QK-Clip switched on and off by turns, since a hundredth shows in no other way."""
+    tokens = bench.args.rows * bench.args.context
     candidates = [
         Candidate("QK-Clip off", worker, "whole", {"tau": 0.0}),
         Candidate("QK-Clip on", worker, "whole", {"tau": TAU}),
@@ -67,23 +76,29 @@ def whole_step(bench: Bench, name: str, worker: Worker) -> None:
         Candidate("next batch of the loader", worker, "data"),
     ]
     bench.compare(
-        "training", f"whole step, {name}", candidates, rounds=2 * bench.request.repeats,
+        "training",
+        f"whole step, {name}",
+        candidates,
+        rounds=2 * bench.args.repeats,
         work=dict.fromkeys(("QK-Clip off", "QK-Clip on"), tokens),
-    )  # fmt: skip
+    )
 
 
 def optimizer(bench: Bench) -> None:
     """One update of all weights."""
-    preset = bench.request.preset
+    preset = bench.args.preset
     kinds = {
-        "MuonClip": "muonclip", MUON: "muon", "AdamW, fused": "adamw_fused", "AdamW, foreach": "adamw_foreach",
-    }  # fmt: skip
+        "MuonClip": "muonclip",
+        MUON: "muon",
+        "AdamW, fused": "adamw_fused",
+        "AdamW, foreach": "adamw_foreach",
+    }
     with bench.workers({name: ("optimizer", {"preset": preset, "kind": kind}) for name, kind in kinds.items()}) as made:
         for worker in made.values():
             try:
                 worker.load()
             except LeftOut:
-                continue  # the turns say why
+                continue  # the rounds tell why
         found = bench.ask(f"{MUON}, one matrix", made[MUON], "is_slow")
         slow = bool(found and found["slow"])
         candidates = [
@@ -98,8 +113,8 @@ def optimizer(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """The peak of a process that trains; each has the machine to itself."""
-    request = bench.request
-    shape = {"preset": request.preset, "batch_size": request.rows, "context": request.context}
+    args = bench.args
+    shape = {"preset": args.preset, "batch_size": args.rows, "context": args.context}
     theirs = f"transformers, {MUON}"
     kinds: dict[str, Mapping[str, Any]] = {
         "nanokimi, compiled": {"kind": "nanokimi", "compiled": "on"},

@@ -1,12 +1,17 @@
-"""What was measured: comparisons and curves as plain values, their medians and ratios, the file they are kept in."""
+"""What was measured: comparisons and curves as plain values, their medians and ratios, and the file that holds them."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import statistics
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +21,8 @@ Comparison: TypeAlias = dict[str, Any]  # see ``compared``
 Curve: TypeAlias = dict[str, Any]  # see ``curve``
 
 CONFIDENCE = 0.95
+ROOT = Path(__file__).parents[2]  # of the checkout
+PACKAGES = ("torch", "transformers", "xllamacpp")  # whose versions are recorded
 
 
 def compared(
@@ -132,3 +139,41 @@ class Results:
     def content(self) -> dict[str, Any]:
         """What the file holds."""
         return {"about": self.about, "complete": self.complete, "parts": self.parts}
+
+
+def about() -> dict[str, Any]:
+    """Date, commit, processor, threads as torch takes them, versions; what is not installed is left out."""
+    import torch
+
+    hardware = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **hardware, **versions()}
+
+
+def commit() -> str:
+    """Of the checkout, ``-dirty`` when files differ from it; "" for a package without one."""
+    if not (ROOT / ".git").exists():
+        return ""
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def processor() -> str:
+    """Its name, as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Python's, and those of PACKAGES that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

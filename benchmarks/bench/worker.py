@@ -1,7 +1,7 @@
-"""The process a candidate lives in: one subject, loaded once, asked in turns.
+"""The process a candidate lives in: one workload, loaded once, asked once a round.
 
-Started as ``python -m benchmarks.bench.worker SUBJECT SETTINGS``. It answers each line of JSON on stdin with one on
-stdout, the first of its own accord, once the subject is loaded.
+Started as ``python -m benchmarks.bench.worker WORKLOAD SETTINGS``. It answers each line of JSON on stdin with one on
+stdout, the first of its own accord, once the workload is loaded.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-SUBJECTS = {
+WORKLOADS = {
     "roofs": "roofs:Roofs",
     "network": "training:Network",
     "reference": "training:Reference",
-    "optimizer": "optimizers:Optimizer",
-    "memory": "memory:Memory",
+    "optimizer": "training:Optimizer",
+    "memory": "training:Memory",
     "decoder": "decoding:Ours",
     "generate": "decoding:Transformers",
-    "gguf": "llamacpp:Files",
-    "llamacpp": "llamacpp:Engine",
-    "growth": "growth:Growth",
-    "formats": "formats:Formats",
+    "gguf": "decoding:GgufFiles",
+    "llamacpp": "decoding:LlamaCppDecoder",
+    "growth": "training:Growth",
+    "formats": "decoding:Formats",
 }
 
 
@@ -36,26 +36,27 @@ def main(name: str, settings: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not get between the answers
-    subject: Any = None
+    workload: Any = None
 
     def load() -> dict[str, Any]:
-        nonlocal subject
-        module, _, kind = SUBJECTS[name].partition(":")
-        subject = getattr(import_module(f"benchmarks.bench.subjects.{module}"), kind)(**json.loads(settings))
+        nonlocal workload
+        module, _, kind = WORKLOADS[name].partition(":")
+        make = getattr(import_module(f"benchmarks.bench.workloads.{module}"), kind)
+        workload = make(**json.loads(settings))
         return {}
 
     _answer(answers, load)
     for line in sys.stdin:
-        request = json.loads(line)
-        method = getattr(subject, request.pop("do"))
-        _answer(answers, partial(method, **request))
+        arguments = json.loads(line)
+        method = getattr(workload, arguments.pop("do"))
+        _answer(answers, partial(method, **arguments))
 
 
 def _answer(answers: Any, work: Callable[[], dict[str, Any]]) -> None:
     """One line: what ``work`` found, or why it could not."""
     try:
         found = work()
-    except Exception as error:  # whatever a peer raises costs the run this candidate and no more
+    except Exception as error:  # an error of one candidate leaves the others in the run
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
     answers.write(json.dumps(found) + "\n")

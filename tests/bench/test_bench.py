@@ -9,18 +9,53 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.bench import parts_decoding, parts_growth
+from benchmarks.bench import bench, parts_decoding, parts_growth
+from benchmarks.bench.__main__ import main
 from benchmarks.bench.picture import draw
 from benchmarks.bench.report import report_lines
-from nanokimi.cli import main
+from benchmarks.bench.results import ROOT
+from benchmarks.bench.rounds import Worker
+from benchmarks.bench.worker import WORKLOADS
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 PARTS = "roofs,training,optimizer,memory,prefill,decoding,growth"
+
+
+class InThisProcess:
+    """Stands in for a worker, whose start takes seconds: the same workload, asked in JSON, in this process."""
+
+    def __init__(self, workload: str, settings: Mapping[str, Any]) -> None:
+        self.name, self.settings = workload, json.dumps(settings)
+        self.loaded: Any = None
+
+    def load(self) -> None:
+        if self.loaded is None:
+            module, _, kind = WORKLOADS[self.name].partition(":")
+            make = getattr(import_module(f"benchmarks.bench.workloads.{module}"), kind)
+            self.loaded = make(**json.loads(self.settings))
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        self.load()
+        found: dict[str, Any] = json.loads(json.dumps(getattr(self.loaded, do)(**json.loads(json.dumps(arguments)))))
+        return found
+
+    def close(self) -> None:
+        self.loaded = None
+
+
+def make_worker(workload: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> Worker | InThisProcess:
+    """Processes of their own for the memory that they take, and for one more."""
+    if workload in ("memory", "roofs"):
+        return Worker(workload, settings, environment)
+    return InThisProcess(workload, settings)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +64,13 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        patch.setattr(torch._dynamo.config, "disable", True)
+        patch.setattr(bench, "Worker", make_worker)
         patch.setattr(parts_decoding, "GGUF_TYPES", {"fp32": "f32", "int8": "q8_0"})
         patch.setattr(parts_decoding, "BATCHES", {"cpu": (1, 2)})
         patch.setattr(parts_growth, "DOUBLINGS", (1, 2))
         flags = ["--parts", PARTS, "--contexts", "16,24", "--repeats", "2", "--device", "cpu", "--threads", "1"]
-        assert main(["bench", "--preset", "debug", *flags, "--output", str(path)]) == 0
+        assert main(["--preset", "debug", *flags, "--output", str(path)]) == 0
     found: dict[str, Any] = json.loads(path.read_text())
     pictures = [path.with_suffix(".png"), path.with_name("bench-growth.png")]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
@@ -119,9 +156,9 @@ def test_the_tables_can_be_printed_again(content: dict[str, Any]) -> None:
 
 def test_ctrl_c_leaves_what_was_measured_and_no_process(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    command = [sys.executable, "-c", "import sys; from nanokimi.cli import main; sys.exit(main(sys.argv[1:]))", "bench"]
+    command = [sys.executable, "-m", "benchmarks.bench"]
     flags = ["--preset", "debug", "--parts", "roofs,memory", "--threads", "1", "--output", str(path)]
-    started = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not path.exists() and started.poll() is None:
         time.sleep(0.05)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()

@@ -25,7 +25,7 @@ from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks, from_bytes, to_bytes
 from nanokimi.training.trainer import Trainer
 
-STEPS, FP32_STEPS, SEQUENCES, LENGTH, LIMIT = 30, 10, 8, 32, 1.0
+STEPS, FP32_STEPS, SEQUENCES, LENGTH, LIMIT = 16, 6, 8, 32, 1.0
 SMALL_PASSES = {"batch_size": 1, "gradient_accumulation": SEQUENCES}
 PLAIN = {"batch_size": 2, "gradient_accumulation": SEQUENCES // 2, "learning_rate": 0.05, "qk_clip_tau": 3.52}
 # Documents kept apart, blocks computed twice, and logits that grow until they are measured exactly.
@@ -76,7 +76,7 @@ def make_trainer(folder: Path, name: str, way: Way, ranks: Ranks, steps: int) ->
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     config = TrainConfig(
         preset="debug", data_path=str(folder / "text.txt"), output_dir=str(output), max_steps=steps, warmup_steps=3,
-        max_grad_norm=LIMIT, eval_interval=15, val_tokens=320, save_interval=0, timeout=60.0,
+        max_grad_norm=LIMIT, eval_interval=STEPS // 2, val_tokens=320, save_interval=0, timeout=60.0,
         compile="off", device="cpu", **way.settings,
     )  # fmt: skip
     with ranks.first_of_machine_first():

@@ -22,8 +22,6 @@ from nanokimi.checkpoint import CheckpointError
 from nanokimi.checkpoint import shards as sharded
 from nanokimi.errors import RunError
 
-pytestmark = pytest.mark.serial
-
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 

@@ -12,7 +12,7 @@ from stored_models import saved, stored_model
 
 pytestmark = pytest.mark.serial
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -20,8 +20,8 @@ def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_
     """Fault 93."""
     output, model = tmp_path / "soak.json", saved(stored_model(max_seq_length=256), tmp_path / "small.pt")
     flags = ["--seconds", "6", "--clients", "64", "--checkpoint", str(model), "--output", str(output)]
-    command = [sys.executable, str(SCRIPT), "soak", *flags]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.serving", "soak", *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     found = json.loads(output.read_text())["soak"]
     assert found["errors"] == []

@@ -22,9 +22,10 @@ from nanokimi.checkpoint import file
 from nanokimi.cli import main
 from nanokimi.loading import load
 
-pytestmark = pytest.mark.serial
-
 TIMES = {"tokens_per_second"}
+# A run that is stopped on its way: evaluations, clipped heads and two saves before its end.
+STOPPED = ("--max_steps", "60", "--eval_interval", "10", "--save_interval", "20", "--val_fraction", "0.1")
+STOPPED += ("--qk_clip_tau", "0.5")
 
 
 @pytest.fixture(scope="session")
@@ -157,38 +158,41 @@ def test_a_fresh_run_never_overwrites_an_earlier_one(text: Path, tmp_path: Path)
 # ---- stopping and going on ------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the run leaves that nobody stops."""
+    output = tmp_path_factory.mktemp("whole")
+    assert main(arguments(text, output, *STOPPED)) == 0
+    assert sum(history(output)["clipped_heads"]) > 0
+    return output
+
+
 @pytest.mark.slow
-def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(text: Path, tmp_path: Path) -> None:
+def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(text: Path, whole: Path, tmp_path: Path) -> None:
     """Fault 68: in fresh processes, evaluations and balance biases included."""
-    options = ("--max_steps", "60", "--eval_interval", "10", "--val_fraction", "0.1", "--qk_clip_tau", "0.5")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    reference = start(text, whole, *options)
-    assert reference.wait() == 0, reference.stderr and reference.stderr.read()
-    killed = start(text, broken, *options)
-    wait_for_steps(killed, broken, 6)
+    killed = start(text, tmp_path, *STOPPED)
+    wait_for_steps(killed, tmp_path, 25)  # lines: 22 steps and two evaluations, of which the first 20 are saved
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    resumed = start(text, broken, *options, "--resume")
+    resumed = start(text, tmp_path, *STOPPED, "--resume")
     assert resumed.wait() == 0, resumed.stderr and resumed.stderr.read()
-    assert sum(history(whole)["clipped_heads"]) > 0
-    assert_same_run(whole, broken)
+    assert_same_run(whole, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_at_the_step_boundary(text: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_saves_at_the_step_boundary(
+    text: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     """Faults 66 and 67: the rest of the run is as if nothing had happened."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = ("--max_steps", "60", "--save_interval", "0")
-    assert start(text, whole, *options).wait() == 0
-    process = start(text, stopped, *options)
-    wait_for_steps(process, stopped, 5)
+    process = start(text, tmp_path, *STOPPED, "--save_interval", "0")
+    wait_for_steps(process, tmp_path, 5)
     process.send_signal(number)
     assert process.wait() == code
-    assert 5 <= checkpoint.read(stopped / "checkpoints" / "latest.pt")["counters"]["step"] < 60
-    assert not (stopped / "checkpoints" / "final.pt").exists()
-    assert start(text, stopped, *options, "--resume").wait() == 0
-    assert history(stopped)["steps"] == list(range(1, 61))
-    assert_same_run(whole, stopped)
+    assert 5 <= checkpoint.read(tmp_path / "checkpoints" / "latest.pt")["counters"]["step"] < 60
+    assert not (tmp_path / "checkpoints" / "final.pt").exists()
+    assert main(arguments(text, tmp_path, *STOPPED, "--save_interval", "0", "--resume")) == 0
+    assert history(tmp_path)["steps"] == list(range(1, 61))
+    assert_same_run(whole, tmp_path)
 
 
 def test_sigusr1_saves_and_goes_on(text: Path, tmp_path: Path) -> None:
@@ -205,6 +209,7 @@ def test_sigusr1_saves_and_goes_on(text: Path, tmp_path: Path) -> None:
     assert process.wait() == 143
 
 
+@pytest.mark.serial
 def test_ctrl_c_twice_ends_at_once(text: Path, tmp_path: Path) -> None:
     """Fault 66: the second one does not wait for the step, nor for a save."""
     slow = ("--max_steps", "100000", "--batch_size", "64", "--gradient_accumulation", "1000000", "--save_interval", "0")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench.clock import seconds
+from benchmarks.bench.workloads.setup import seconds
 from nanokimi.config import ModelConfig
 from nanokimi.interop.hf_config import huggingface_config
 

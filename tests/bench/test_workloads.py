@@ -12,14 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bench.subjects import peers
-from benchmarks.bench.subjects.decoding import Ours, Transformers
-from benchmarks.bench.subjects.formats import Formats
-from benchmarks.bench.subjects.llamacpp import Engine, Files
-from benchmarks.bench.subjects.optimizers import Optimizer
-from benchmarks.bench.subjects.peers import MuonAndAdamW, random_gradients
-from benchmarks.bench.subjects.shapes import model_of, random_tokens
-from benchmarks.bench.subjects.training import Network, Reference
+from benchmarks.bench.results import ROOT
+from benchmarks.bench.workloads import peers
+from benchmarks.bench.workloads.decoding import Formats, GgufFiles, LlamaCppDecoder, Ours, Transformers
+from benchmarks.bench.workloads.peers import MuonAndAdamW, random_gradients
+from benchmarks.bench.workloads.setup import model_of, random_tokens
+from benchmarks.bench.workloads.training import Network, Optimizer, Reference
 from nanokimi import generate_tokens
 from nanokimi.cli import main
 
@@ -54,8 +52,8 @@ def test_transformers_goes_on_in_its_cache_as_if_it_had_not_stopped() -> None:
 def test_llamacpp_writes_what_our_model_writes(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     path = str(tmp_path / "m.gguf")
-    Files("debug", 64, **HERE).write(path, "f32")
-    engine = Engine("debug", path, 64, False, **HERE)
+    GgufFiles("debug", 64, **HERE).write(path, "f32")
+    engine = LlamaCppDecoder("debug", path, 64, False, **HERE)
     taken = [engine.fill(10), engine.decode(3), engine.decode(4)]
     assert all(answer["seconds"] > 0 for answer in taken)
     model = model_of("debug", torch.device("cpu"), max_seq_length=64).eval()
@@ -87,11 +85,11 @@ def test_the_whole_step_moves_the_weights_and_switches_qk_clip() -> None:
 
 @pytest.mark.parametrize("kind", ["muonclip", "muon", "adamw_fused", "adamw_foreach"])
 def test_every_optimizer_moves_every_weight(kind: str) -> None:
-    subject = Optimizer("debug", kind, **HERE)
-    owner = subject.optimizer.param_groups if hasattr(subject.optimizer, "param_groups") else []
-    weights = [p for group in owner for p in group["params"]] or [*subject.optimizer.matrices]
+    workload = Optimizer("debug", kind, **HERE)
+    owner = workload.optimizer.param_groups if hasattr(workload.optimizer, "param_groups") else []
+    weights = [p for group in owner for p in group["params"]] or [*workload.optimizer.matrices]
     before = [w.detach().clone() for w in weights]
-    subject.step()
+    workload.step()
     assert not any(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
 
 
@@ -140,7 +138,7 @@ def test_the_memory_of_a_slow_step_is_all_of_its_state() -> None:
 def test_the_peak_is_that_of_the_process_itself_and_stays() -> None:
     script = """
         import torch
-        from benchmarks.bench.clock import peak_bytes
+        from benchmarks.bench.workloads.setup import peak_bytes
         cpu = torch.device("cpu")
         before = peak_bytes(cpu)
         held = torch.ones(1 << 26)
@@ -149,7 +147,8 @@ def test_the_peak_is_that_of_the_process_itself_and_stays() -> None:
         print(before, during, peak_bytes(cpu))
     """
     held = torch.ones(1 << 28)  # a gigabyte here is none there
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     before, during, after = map(int, done.stdout.split())
     assert before < held.nbytes
     assert during - before > 0.9 * (1 << 28)
@@ -163,8 +162,8 @@ def test_formats_are_scored_on_what_the_run_held_out(tmp_path: Path, monkeypatch
     assert main(["train", *flags, "--device", "cpu"]) == 0
     assert main(["eval", "checkpoints/final.pt", "--output", "eval.json", "--device", "cpu"]) == 0
     (text,) = json.loads(Path("eval.json").read_text())["texts"]
-    subject = Formats("checkpoints/final.pt", **HERE)
-    exact, int8 = (subject.score(weights, 0) for weights in ("fp32", "int8"))
+    workload = Formats("checkpoints/final.pt", **HERE)
+    exact, int8 = (workload.score(weights, 0) for weights in ("fp32", "int8"))
     assert exact == {"bits_per_byte": pytest.approx(text["bits_per_byte"], rel=1e-12), "n_bytes": text["n_bytes"]}
     assert int8["bits_per_byte"] != exact["bits_per_byte"]
     assert int8["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], abs=0.05)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench.settings import PARTS, Request
-from nanokimi.cli import main
+from benchmarks.bench.__main__ import main
+from benchmarks.bench.arguments import PARTS, BenchArguments
 
 WRONG = {
     "--preset kimi-k2": "--preset kimi-k2: the bench runs nano-243m, tiny, debug",
@@ -28,29 +28,29 @@ WRONG = {
 
 @pytest.mark.parametrize("flags", WRONG)
 def test_a_mistake_takes_one_line_and_exit_code_2(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--preset", "debug", *flags.split()]) == 2
+    assert main(["--preset", "debug", *flags.split()]) == 2
     out, err = capsys.readouterr()
     assert WRONG[flags] in err
     assert err.count("\n") == 1
     assert out == ""
 
 
-def test_a_request_takes_batch_and_context_from_its_preset() -> None:
-    assert (Request().rows, Request().context) == (2, 1024)
-    assert (Request(preset="tiny").rows, Request(preset="tiny").context) == (8, 256)
-    assert Request(batch_size=3).rows == 3
-    assert Request().parts == PARTS
+def test_the_arguments_take_batch_and_context_from_the_preset() -> None:
+    assert (BenchArguments().rows, BenchArguments().context) == (2, 1024)
+    assert (BenchArguments(preset="tiny").rows, BenchArguments(preset="tiny").context) == (8, 256)
+    assert BenchArguments(batch_size=3).rows == 3
+    assert BenchArguments().parts == PARTS
 
 
 def test_instructions_and_threads_reach_every_candidate() -> None:
-    environment = Request(instructions="avx2", threads=3).environment
+    environment = BenchArguments(instructions="avx2", threads=3).environment
     assert environment["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert environment["OMP_NUM_THREADS"] == "3"
-    assert "ONEDNN_MAX_CPU_ISA" not in Request().environment
+    assert "ONEDNN_MAX_CPU_ISA" not in BenchArguments().environment
 
 
 def test_figures_go_to_the_results_of_a_checkout_or_to_the_named_file() -> None:
-    path = Request(preset="tiny", instructions="avx2").path
+    path = BenchArguments(preset="tiny", instructions="avx2").path
     assert path.parent.parts[-2:] == ("benchmarks", "results")
     assert path.name.startswith("bench-tiny-avx2-20")
-    assert Request(output="x/y.json").path == Path("x/y.json")
+    assert BenchArguments(output="x/y.json").path == Path("x/y.json")

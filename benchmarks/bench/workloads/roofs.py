@@ -9,8 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks.bench.clock import seconds
-from benchmarks.bench.subjects.shapes import use
+from benchmarks.bench.workloads.setup import seconds, use
 
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of one array, well beyond any cache

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.bench.about import ROOT
+from benchmarks.bench.results import ROOT
 from nanokimi.config import ModelConfig
 from nanokimi.errors import UserError
 
@@ -24,14 +24,14 @@ LONGEST_TRAINED = 1024
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchArguments:
     """One run of the bench.
 
     Attributes:
         parts: some of PARTS, in that order.
         contexts: of decoding, ascending; the preset's context is widened to hold them.
         batch_size: of the training step; 0 takes the preset's.
-        repeats: rounds of turns, behind one to warm up.
+        repeats: rounds that count, after one to warm up.
         threads: of every candidate; 0 takes what torch takes.
         instructions: one of INSTRUCTIONS: instruction sets that torch may use.
         checkpoint: of a trained model, for ``formats``; "" leaves the part out.
@@ -109,15 +109,15 @@ class Request:
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``request_of``; their defaults are those of ``Request``."""
-    default = Request()
+    """The flags of ``bench_arguments``; their defaults are those of ``BenchArguments``."""
+    default = BenchArguments()
     add = parser.add_argument
     add("--preset", default=default.preset, help=f"shape {{{','.join(BATCH_SIZES)}}} (%(default)s)")
     add("--parts", default=",".join(PARTS), metavar="PART,...", help="what to measure (%(default)s)")
     contexts = ",".join(map(str, default.contexts))
     add("--contexts", default=contexts, metavar="N,...", help="tokens in the cache of decoding (%(default)s)")
     add("--batch_size", "--batch-size", type=int, default=0, metavar="N", help="of the training step (the preset's)")
-    add("--repeats", type=int, default=default.repeats, metavar="N", help="rounds of turns (%(default)s)")
+    add("--repeats", type=int, default=default.repeats, metavar="N", help="rounds that count (%(default)s)")
     add("--device", default=default.device, help="auto, cpu or cuda (%(default)s)")
     add("--threads", type=int, default=0, metavar="N", help="of every candidate; 0: as torch takes them (%(default)s)")
     about = f"instruction sets that torch may use {{{','.join(INSTRUCTIONS)}}} (%(default)s)"
@@ -126,15 +126,22 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", default="", metavar="FILE.json", help="the figures; a picture goes beside them")
 
 
-def request_of(args: argparse.Namespace) -> Request:
+def bench_arguments(args: argparse.Namespace) -> BenchArguments:
     """What the flags ask for; UserError for a value that cannot be."""
     parts = {part.strip() for part in args.parts.split(",") if part.strip()}
     try:
         contexts = tuple(sorted({int(n) for n in args.contexts.split(",") if n.strip()}))
     except ValueError:
         raise UserError(f"--contexts {args.contexts}: takes whole numbers with commas between them") from None
-    return Request(
-        preset=args.preset, parts=tuple(p for p in PARTS if p in parts) + tuple(sorted(parts - set(PARTS))),
-        contexts=contexts, batch_size=args.batch_size, repeats=args.repeats, device=args.device, threads=args.threads,
-        instructions=args.instructions, checkpoint=args.checkpoint, output=args.output,
-    )  # fmt: skip
+    return BenchArguments(
+        preset=args.preset,
+        parts=tuple(p for p in PARTS if p in parts) + tuple(sorted(parts - set(PARTS))),
+        contexts=contexts,
+        batch_size=args.batch_size,
+        repeats=args.repeats,
+        device=args.device,
+        threads=args.threads,
+        instructions=args.instructions,
+        checkpoint=args.checkpoint,
+        output=args.output,
+    )

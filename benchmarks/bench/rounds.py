@@ -1,4 +1,4 @@
-"""Candidates in processes of their own that take turns, so that whatever else the machine does hits all of them."""
+"""Candidates in processes of their own, asked in rounds, so that whatever else the machine does hits all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGE_PARENT = Path(__file__).parents[2]
+from benchmarks.bench.results import ROOT
 
 
 class LeftOut(Exception):
@@ -19,24 +19,39 @@ class LeftOut(Exception):
 
 
 class Worker:
-    """A subject in a child process; a context manager. It starts at once and loads while others do.
+    """A workload in a child process; a context manager. It starts at once and loads while others do.
 
     Args:
-        subject: a name of ``worker.SUBJECTS``.
+        workload: a name of ``worker.WORKLOADS``.
         settings: its arguments, plain values.
         environment: added to that of this process.
+        checkout: whose code it runs; ``module`` is the one of the worker in it.
 
     Raises:
         LeftOut: from ``ask``: it could not be loaded, or not do what it was asked for.
     """
 
-    def __init__(self, subject: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        path = os.pathsep.join(filter(None, (str(PACKAGE_PARENT), os.environ.get("PYTHONPATH"))))
+    def __init__(
+        self,
+        workload: str,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str],
+        *,
+        checkout: Path = ROOT,
+        module: str = "benchmarks.bench.worker",
+    ) -> None:
+        path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.bench.worker", subject, json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=_errors(), text=True, encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": path} | dict(environment), start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", module, workload, json.dumps(settings)],
+            cwd=checkout,  # the first place where ``-m`` looks for packages
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=_errors(),
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": path} | dict(environment),
+            start_new_session=True,
+        )
         self._loaded = False
 
     def __enter__(self) -> Worker:
@@ -46,13 +61,13 @@ class Worker:
         self.close()
 
     def load(self) -> None:
-        """Waits until the subject is there."""
+        """Waits until the workload is there."""
         if not self._loaded:
             self._receive()
             self._loaded = True
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Calls the subject's method ``do`` and waits for what it found."""
+        """Calls the workload's method ``do`` and waits for what it found."""
         self.load()
         assert self._process.stdin is not None
         try:
@@ -107,8 +122,8 @@ class Candidate:
 
 
 @dataclass
-class Turns:
-    """What came of the rounds: the answers of each candidate that stayed, and why others did not."""
+class Rounds:
+    """What the rounds gave: the answers of each candidate that stayed, and why others did not."""
 
     answers: dict[str, list[dict[str, Any]]]
     missing: dict[str, str]
@@ -127,28 +142,28 @@ class Turns:
         return {name: found[0][key] for name, found in self.answers.items() if found and key in found[0]}
 
 
-def take_turns(
+def run_rounds(
     candidates: Sequence[Candidate], rounds: int, *, warm_up: int = 1, report: Callable[[str], None] = lambda _: None
-) -> Turns:
+) -> Rounds:
     """Asks every candidate once a round, every other round backwards; the first ``warm_up`` rounds do not count."""
-    turns = Turns({candidate.name: [] for candidate in candidates}, {})
+    measured = Rounds({candidate.name: [] for candidate in candidates}, {})
     for candidate in candidates:
         report(f"{candidate.name}, loading")
         try:
             candidate.worker.load()
         except LeftOut as reason:
-            turns.leave_out(candidate.name, reason)
+            measured.leave_out(candidate.name, reason)
     for number in range(warm_up + rounds):
         for candidate in candidates if number % 2 == 0 else reversed(candidates):
             name = candidate.name
-            if name in turns.missing or (candidate.once and number):
+            if name in measured.missing or (candidate.once and number):
                 continue
             report(f"{name}, round {number + 1} of {warm_up + rounds}")
             try:
                 answer = candidate.worker.ask(candidate.do, **candidate.arguments)
             except LeftOut as reason:
-                turns.leave_out(name, reason)
+                measured.leave_out(name, reason)
                 continue
             if number >= warm_up or candidate.once:
-                turns.answers[name].append(answer)
-    return turns
+                measured.answers[name].append(answer)
+    return measured

@@ -1,4 +1,4 @@
-"""Turns: their order, what counts, who is left out; workers as processes."""
+"""Rounds: their order, what counts, who is left out; workers as processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench.turns import Candidate, LeftOut, Worker, take_turns
+from benchmarks.bench.rounds import Candidate, LeftOut, Worker, run_rounds
 
 
 class Scripted:
@@ -33,26 +33,26 @@ def candidate(name: str, asked: list[str], *, once: bool = False, **more: Any) -
 
 def test_candidates_alternate_forwards_and_backwards_and_the_first_round_does_not_count() -> None:
     asked: list[str] = []
-    turns = take_turns([candidate(name, asked) for name in "abc"], rounds=2)
+    measured = run_rounds([candidate(name, asked) for name in "abc"], rounds=2)
     assert asked == list("abccbaabc")
-    assert turns.values() == {"a": [2.0, 3.0], "b": [2.0, 3.0], "c": [2.0, 3.0]}
-    assert turns.first("size") == {"a": 3, "b": 3, "c": 3}
+    assert measured.values() == {"a": [2.0, 3.0], "b": [2.0, 3.0], "c": [2.0, 3.0]}
+    assert measured.first("size") == {"a": 3, "b": 3, "c": 3}
 
 
 def test_a_slow_candidate_is_asked_once_and_that_counts() -> None:
     asked: list[str] = []
-    turns = take_turns([candidate("a", asked), candidate("slow", asked, once=True)], rounds=3)
+    measured = run_rounds([candidate("a", asked), candidate("slow", asked, once=True)], rounds=3)
     assert asked.count("slow") == 1
-    assert turns.values()["slow"] == [1.0]
+    assert measured.values()["slow"] == [1.0]
 
 
 def test_who_breaks_down_is_left_out_with_the_reason_and_the_others_go_on() -> None:
     asked: list[str] = []
     broken = [candidate("late", asked, fails_at=1), candidate("absent", asked, loads=False)]
-    turns = take_turns([candidate("a", asked), *broken], rounds=3)
-    assert turns.missing == {"late": "broke down", "absent": "not installed"}
-    assert list(turns.values()) == ["a"]
-    assert len(turns.values()["a"]) == 3
+    measured = run_rounds([candidate("a", asked), *broken], rounds=3)
+    assert measured.missing == {"late": "broke down", "absent": "not installed"}
+    assert list(measured.values()) == ["a"]
+    assert len(measured.values()["a"]) == 3
     assert asked.count("late") == 2
     assert "absent" not in asked
 
