@@ -70,7 +70,7 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
 
 def _draw_header(figure: Figure, history: History, title: str) -> None:
     facts = [_count_steps(len(history["steps"]))]
-    if tokens := [count for count in history["tokens"] if count is not None]:
+    if tokens := [count for count in history.get("tokens", []) if count is not None]:
         facts.append(f"{EngFormatter(places=1)(tokens[-1])} tokens")
     style: dict[str, Any] = {"y": 0.965, "va": "center", "parse_math": False}
     figure.text(0.012, s=title or "Training", ha="left", fontsize=14, fontweight="bold", **style)
@@ -287,11 +287,12 @@ def _limit_to_bulk(ax: Axes, values: Floats) -> None:
 
 
 def _column(history: History, name: str, steps: str = "steps") -> tuple[Floats, Floats]:
-    """Steps [S] and a column as floats [S, ...], null as NaN; rows of nulls take the shape of the others."""
-    rows = [np.asarray(value, dtype=np.float64) for value in history[name]]
+    """Steps [S] and a column as floats [S, ...]; null, or a column that is missing, as NaN of the others' shape."""
+    at = np.asarray(history[steps], dtype=np.float64)
+    rows = [np.asarray(value, dtype=np.float64) for value in history.get(name, [None] * len(at))]
     shape = max((row.shape for row in rows), key=len, default=())
     filled = [row if row.shape == shape else np.full(shape, np.nan) for row in rows]
-    return np.asarray(history[steps], dtype=np.float64), np.asarray(filled, dtype=np.float64).reshape(len(rows), *shape)
+    return at, np.asarray(filled, dtype=np.float64).reshape(len(rows), *shape)
 
 
 def _relative_load(history: History) -> Floats:

@@ -29,8 +29,7 @@ from nanokimi.parallel.ranks import ALONE, HangWatch, Ranks, from_bytes, to_byte
 from nanokimi.training.distributed import spread_model
 from nanokimi.training.evaluation import evaluate
 from nanokimi.training.loggers import Loggers
-from nanokimi.training.metrics import MetricsLog
-from nanokimi.training.progress import ProgressDisplay
+from nanokimi.training.metrics import MetricsLog, ProgressDisplay
 from nanokimi.training.saving import Checkpoints, take_back
 from nanokimi.training.signals import StopSignals
 from nanokimi.training.step import TrainingStep
