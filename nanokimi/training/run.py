@@ -21,9 +21,9 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import ConfigError, UserError
 from nanokimi.loading import read_model
+from nanokimi.memory import keep_freed_memory
 from nanokimi.model.transformer import weight_shapes
 from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, launcher, restarts, to_bytes
-from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.distributed import about_layout, choose_layout, device_of, replica_fits
 from nanokimi.training.log_services import Reported
