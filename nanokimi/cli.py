@@ -69,8 +69,7 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
 def add_family(commands: Any, name: str, members: str, about: str) -> Any:
     """The subcommands of ``nanokimi NAME``, called ``members`` in its ``--help``."""
     parser = commands.add_parser(name, help=about)
-    title = f"{members}s"
-    return parser.add_subparsers(title=title, metavar=members.upper(), required=True, parser_class=Parser)
+    return parser.add_subparsers(title=f"{members}s", metavar=members.upper(), required=True, parser_class=Parser)
 
 
 # ---- train --------------------------------------------------------------------------------------
@@ -87,7 +86,6 @@ def add_train(commands: Any) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """``nanokimi train``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.training.run import Request, run_training
@@ -108,7 +106,6 @@ def add_generate(commands: Any) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """``nanokimi generate`` and ``nanokimi chat``."""
     from nanokimi.inference.commands import run_generate
 
     return run_generate(args)
@@ -121,7 +118,6 @@ def add_serve(commands: Any) -> None:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """``nanokimi serve``."""
     options = options_of(args)
 
     from nanokimi.serve.run import run_serve
@@ -151,7 +147,6 @@ def add_prepare(commands: Any) -> None:
 
 
 def prepare_stdlib(args: argparse.Namespace) -> int:
-    """``nanokimi prepare stdlib``."""
     from nanokimi.data.stdlib import prepare_stdlib as prepare
 
     print(prepare(args.output))
@@ -159,7 +154,6 @@ def prepare_stdlib(args: argparse.Namespace) -> int:
 
 
 def prepare_tokens(args: argparse.Namespace) -> int:
-    """``nanokimi prepare tokens``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.data.prepare import prepare_tokens as prepare
@@ -178,7 +172,6 @@ def add_tokenizer(commands: Any) -> None:
 
 
 def train_tokenizer(args: argparse.Namespace) -> int:
-    """``nanokimi tokenizer train``."""
     from nanokimi.data.sources import train_tokenizer_on
 
     print(train_tokenizer_on(args.text, args.vocab_size, args.output))
@@ -199,7 +192,6 @@ def add_inspect(commands: Any) -> None:
 
 
 def inspect_data(args: argparse.Namespace) -> int:
-    """``nanokimi inspect data``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.insight.inspect_data import run_inspect
@@ -238,7 +230,6 @@ def add_eval(commands: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """``nanokimi eval``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.insight.eval_model import Request, run_eval
@@ -278,7 +269,6 @@ def add_export(commands: Any) -> None:
 
 
 def export_hf(args: argparse.Namespace) -> int:
-    """``nanokimi export hf``."""
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb must be positive and finite, got {args.max_shard_gb:g}")
     if args.public and not args.push:
@@ -291,7 +281,6 @@ def export_hf(args: argparse.Namespace) -> int:
 
 
 def export_gguf(args: argparse.Namespace) -> int:
-    """``nanokimi export gguf``."""
     from nanokimi.exchange import Export, export_gguf
 
     return export_gguf(Export(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare))
@@ -308,7 +297,6 @@ def add_import(commands: Any) -> None:
 
 
 def import_hf(args: argparse.Namespace) -> int:
-    """``nanokimi import hf``."""
     from nanokimi.exchange import import_hf
 
     return import_hf(Path(args.folder), Path(args.output), tokenizer=args.tokenizer)
@@ -326,7 +314,6 @@ def add_demo(commands: Any) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """``nanokimi demo``."""
     from nanokimi.demo import run_demo
 
     return run_demo(Path(args.output_dir), args.seconds)
@@ -345,6 +332,5 @@ def add_plan(commands: Any) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """``nanokimi plan``."""
     show("\n".join(plan_lines(question_of(args, *gather_settings(args)))))
     return 0
