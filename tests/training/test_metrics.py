@@ -17,12 +17,10 @@ from nanokimi.training.plots import plot_training
 
 
 def one_step(**changes: object) -> dict[str, object]:
-    values = {
-        "train_ce_loss": 4.0, "train_aux_loss": 0.5, "learning_rate": 0.02, "grad_norm": 1.5, "tokens": 512,
-        "tokens_per_second": 3000.0, "max_logit": [8.0, 9.0, 10.0], "clipped_heads": 0,
-        "expert_load": [[0.5, 0.5], [0.25, 0.75]],
-    }  # fmt: skip
-    return values | changes
+    losses = {"train_ce_loss": 4.0, "train_aux_loss": 0.5, "learning_rate": 0.02, "grad_norm": 1.5}
+    speed = {"tokens": 512, "tokens_per_second": 3000.0}
+    layers = {"max_logit": [8.0, 9.0, 10.0], "clipped_heads": 0, "expert_load": [[0.5, 0.5], [0.25, 0.75]]}
+    return losses | speed | layers | changes
 
 
 def read_strictly(text: str | bytes) -> Any:
