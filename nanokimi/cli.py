@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanokimi.cli_settings import (
-    Parser,
-    add_settings,
-    gather_settings,
-    spellings,
-)
+from nanokimi.cli_settings import Parser, add_settings, gather_settings
 from nanokimi.config import TrainConfig, field_names
 from nanokimi.console import complain, log, show
 from nanokimi.errors import RunError, UserError
@@ -50,10 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="nanokimi", description="Train, understand and run Kimi-K2-style language models of your own.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     add_train(commands)
-    for name, about in (("generate", "continue a prompt"), ("chat", "talk to a model in the terminal")):
-        command = commands.add_parser(name, help=about)
-        add_generate_arguments(command)
-        command.set_defaults(run=generate, interactive=name == "chat")
+    add_generate(commands)
     add_serve(commands)
     add_prepare(commands)
     add_tokenizer(commands)
@@ -66,21 +58,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str, more: str = "") -> Any:
+    """A parser for ``nanokimi NAME``, which calls ``run``; ``more`` stands in its own ``--help`` only."""
+    description = f"{about[0].upper()}{about[1:]}. {more}"
+    parser = commands.add_parser(name, help=about, description=description)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_family(commands: Any, name: str, members: str, about: str) -> Any:
+    """The subcommands of ``nanokimi NAME``, called ``members`` in its ``--help``."""
+    parser = commands.add_parser(name, help=about)
+    return parser.add_subparsers(title=f"{members}s", metavar=members.upper(), required=True, parser_class=Parser)
+
+
 # ---- train --------------------------------------------------------------------------------------
 
 
 def add_train(commands: Any) -> None:
     """``nanokimi train``: every field of TrainConfig is a flag of the same name."""
-    parser = commands.add_parser("train", help="train a model", description="Train a model on a text.")
-    add_settings(parser, field_names(TrainConfig))
+    parser = add_command(commands, "train", train, "train a model on text")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
-    parser.add_argument(*spellings("checkpoint_path"), default="", metavar="FILE", help="with --resume: from this one")
-    parser.add_argument("--override", default="", metavar="FIELD,...", help="fields a resume may change all the same")
-    parser.set_defaults(run=train)
+    parser.add_argument("--checkpoint_path", default="", metavar="FILE", help="with --resume: go on from this one")
+    about = "with --resume: settings that may differ from the checkpoint's"
+    parser.add_argument("--override", default="", metavar="FIELD,...", help=about)
+    add_settings(parser, field_names(TrainConfig))
 
 
 def train(args: argparse.Namespace) -> int:
-    """``nanokimi train``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.training.run import TrainArguments, run_training
@@ -89,11 +94,18 @@ def train(args: argparse.Namespace) -> int:
     return run_training(TrainArguments(train_values, model_values, args.resume, args.checkpoint_path, override))
 
 
-# ---- the other commands -------------------------------------------------------------------------
+# ---- generate, chat, serve ----------------------------------------------------------------------
+
+
+def add_generate(commands: Any) -> None:
+    """``nanokimi generate`` and ``nanokimi chat``."""
+    for name, about in (("generate", "continue a prompt"), ("chat", "talk to a model in the terminal")):
+        parser = add_command(commands, name, generate, about)
+        add_generate_arguments(parser)
+        parser.set_defaults(interactive=name == "chat")
 
 
 def generate(args: argparse.Namespace) -> int:
-    """``nanokimi generate`` and ``nanokimi chat``."""
     from nanokimi.inference.commands import run_generate
 
     return run_generate(args)
@@ -101,13 +113,11 @@ def generate(args: argparse.Namespace) -> int:
 
 def add_serve(commands: Any) -> None:
     """``nanokimi serve``: the API of OpenAI and a web page."""
-    parser = commands.add_parser("serve", help="serve a model to programs and browsers (extra: serve)")
+    parser = add_command(commands, "serve", serve, "serve a model to programs and browsers (needs nanokimi[serve])")
     add_serve_arguments(parser)
-    parser.set_defaults(run=serve)
 
 
 def serve(args: argparse.Namespace) -> int:
-    """``nanokimi serve``."""
     options = options_of(args)
 
     from nanokimi.serve.run import run_serve
@@ -115,31 +125,28 @@ def serve(args: argparse.Namespace) -> int:
     return run_serve(options)
 
 
+# ---- data: prepare, tokenizer, inspect ----------------------------------------------------------
+
+
 def add_prepare(commands: Any) -> None:
     """``nanokimi prepare``: text to train on."""
-    parser = commands.add_parser("prepare", help="make a text to train on")
-    sources = parser.add_subparsers(title="sources", metavar="SOURCE", required=True, parser_class=Parser)
-    stdlib = sources.add_parser(
-        "stdlib", help="the Python standard library of this machine, and its language reference"
-    )
+    sources = add_family(commands, "prepare", "source", "make a text or token files to train on")
+    about = "the source code of this machine's Python standard library, and the language reference, as one text"
+    stdlib = add_command(sources, "stdlib", prepare_stdlib, about)
     stdlib.add_argument("--output", default="data/train.txt", metavar="FILE", help="(default: %(default)s)")
-    stdlib.set_defaults(run=prepare_stdlib)
-    tokens = sources.add_parser(
-        "tokens", help="token files of any source of text",
-        description="Tokenises once what `nanokimi train` would read with the same flags. Killed, it goes on when "
-        "called again. Train on the result with --dataset tokenbin.",
-    )  # fmt: skip
-    add_settings(tokens, field_names(TrainConfig, used_by="prepare"))
+
+    more = (
+        "Reads what `nanokimi train` would read with the same flags and writes its tokens, once. If it is stopped, the "
+        "same command goes on. Train on the result with --dataset tokenbin."
+    )
+    tokens = add_command(sources, "tokens", prepare_tokens, "token files from any source of text", more)
     tokens.add_argument("--output", default="data/tokens", metavar="FOLDER", help="(default: %(default)s)")
-    tokens.add_argument(
-        *spellings("shard_tokens"), type=int, default=100_000_000, metavar="N",
-        help="begin another file after about so many tokens (default: %(default)s)",
-    )  # fmt: skip
-    tokens.set_defaults(run=prepare_tokens)
+    about = "begin another file after about this many tokens (default: %(default)s)"
+    tokens.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help=about)
+    add_settings(tokens, field_names(TrainConfig, used_by="prepare"))
 
 
 def prepare_stdlib(args: argparse.Namespace) -> int:
-    """``nanokimi prepare stdlib``."""
     from nanokimi.data.stdlib import prepare_stdlib as prepare
 
     print(prepare(args.output))
@@ -147,7 +154,6 @@ def prepare_stdlib(args: argparse.Namespace) -> int:
 
 
 def prepare_tokens(args: argparse.Namespace) -> int:
-    """``nanokimi prepare tokens``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.data.prepare import prepare_tokens as prepare
@@ -158,17 +164,14 @@ def prepare_tokens(args: argparse.Namespace) -> int:
 
 def add_tokenizer(commands: Any) -> None:
     """``nanokimi tokenizer train``: a byte-level BPE of one's own."""
-    parser = commands.add_parser("tokenizer", help="train a tokenizer")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
-    action = actions.add_parser("train", help="a byte-level BPE from a text")
-    action.add_argument("text", metavar="FILE", help="UTF-8 text")
-    action.add_argument(*spellings("vocab_size"), type=int, default=4096, help="entries (default: %(default)s)")
-    action.add_argument("--output", default="data/tokenizer.json", metavar="FILE", help="(default: %(default)s)")
-    action.set_defaults(run=train_tokenizer)
+    actions = add_family(commands, "tokenizer", "action", "train a tokenizer")
+    parser = add_command(actions, "train", train_tokenizer, "train a byte-level BPE tokenizer on a text")
+    parser.add_argument("text", metavar="FILE", help="text in UTF-8")
+    parser.add_argument("--vocab_size", type=int, default=4096, metavar="N", help="entries (default: %(default)s)")
+    parser.add_argument("--output", default="data/tokenizer.json", metavar="FILE", help="(default: %(default)s)")
 
 
 def train_tokenizer(args: argparse.Namespace) -> int:
-    """``nanokimi tokenizer train``."""
     from nanokimi.data.sources import train_tokenizer_on
 
     print(train_tokenizer_on(args.text, args.vocab_size, args.output))
@@ -177,26 +180,18 @@ def train_tokenizer(args: argparse.Namespace) -> int:
 
 def add_inspect(commands: Any) -> None:
     """``nanokimi inspect data``: what training will see."""
-    parser = commands.add_parser("inspect", help="look at what there is to learn from")
-    subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", required=True, parser_class=Parser)
-    data = subjects.add_parser(
-        "data", help="what training will see", description="What training will see, read the way training reads it."
-    )
-    add_settings(data, field_names(TrainConfig, used_by="inspect"))
-    data.add_argument(
-        "--sequences", type=int, default=1000, metavar="N",
-        help="how many to look at; of a source that ends, at most one epoch (default: %(default)s)",
-    )  # fmt: skip
-    data.add_argument("--show", type=int, default=2, metavar="N", help="sequences printed (default: %(default)s)")
-    data.add_argument(
-        "--output", default="data_lengths.png", metavar="FILE.png",
-        help="picture of the documents' lengths (default: %(default)s)",
-    )  # fmt: skip
-    data.set_defaults(run=inspect_data)
+    subjects = add_family(commands, "inspect", "subject", "look at the data before you train on it")
+    parser = add_command(subjects, "data", inspect_data, "show what training will see, read the way training reads it")
+    add = parser.add_argument
+    about = "sequences to look at; at most one epoch of a source that ends (default: %(default)s)"
+    add("--sequences", type=int, default=1000, metavar="N", help=about)
+    add("--show", type=int, default=2, metavar="N", help="sequences to print (default: %(default)s)")
+    about = "picture of how long the documents are (default: %(default)s)"
+    add("--output", default="data_lengths.png", metavar="FILE.png", help=about)
+    add_settings(parser, field_names(TrainConfig, used_by="inspect"))
 
 
 def inspect_data(args: argparse.Namespace) -> int:
-    """``nanokimi inspect data``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.insight.inspect_data import run_inspect
@@ -204,74 +199,76 @@ def inspect_data(args: argparse.Namespace) -> int:
     return run_inspect(train_values, model_values, sequences=args.sequences, show=args.show, output=Path(args.output))
 
 
+# ---- eval ---------------------------------------------------------------------------------------
+
+
 def add_eval(commands: Any) -> None:
     """``nanokimi eval``: how good a model is."""
-    parser = commands.add_parser(
-        "eval", help="measure a model: bits per byte, multiple choice, tasks of lm-evaluation-harness",
-        description="Measures a model on a text, on questions of your own and on tasks of lm-evaluation-harness. "
-        "Without a text and without --tasks: on the held-out part of what it was trained on.",
-    )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint, or a folder in Hugging Face format")
-    add_settings(parser, field_names(TrainConfig, used_by="eval"))
-    parser.add_argument(
-        "--batch_size", "--batch-size", default=argparse.SUPPRESS, metavar="N",
-        help="windows per forward pass; no result depends on it (default: 8)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mixed_precision", "--mixed-precision", nargs="?", const="on", default=argparse.SUPPRESS, metavar="STR",
-        help="bf16 autocast {auto,on,off} (default: off)",
-    )  # fmt: skip
+    about = "measure a model: bits per byte, multiple choice, tasks of lm-evaluation-harness"
+    more = "Without a text and without --tasks it is measured on the held-out part of the text it was trained on."
+    parser = add_command(commands, "eval", evaluate, about, more)
     add = parser.add_argument
-    add("--part", default="", metavar="PART", help="score {all,held_out} of the text (default: all of a named one)")
-    add("--stride", type=int, default=0, metavar="N", help="tokens predicted per window (default: the whole context)")
-    add(*spellings("max_tokens"), type=int, default=0, metavar="N", help="score the first N of each text; 0 = all")
-    add("--tasks", default="", metavar="TASK,...", help="files of questions (.jsonl), names of tasks of the harness")
-    add(*spellings("include_path"), default="", metavar="FOLDER", help="YAML files of harness tasks of your own")
-    add(*spellings("num_fewshot"), type=int, metavar="N", help="solved examples before each question of the harness")
-    add("--limit", type=int, default=0, metavar="N", help="the first N questions of each task; 0 = all")
-    add("--output", default="", metavar="FILE.json", help="everything that was found, and how")
-    parser.set_defaults(run=evaluate)
+    add("model", metavar="MODEL", help="a checkpoint, or a folder in Hugging Face format")
+    about = "which part of the text to score {all,held_out} (default: all of a text that is named here, else held_out)"
+    add("--part", default="", metavar="PART", help=about)
+    about = "tokens scored per window; the ones before are their context; 0 = all of it (default: %(default)s)"
+    add("--stride", type=int, default=0, metavar="N", help=about)
+    about = "score only the first N tokens of each text; 0 = all (default: %(default)s)"
+    add("--max_tokens", type=int, default=0, metavar="N", help=about)
+    about = "questions to answer: files (.jsonl) and names of harness tasks, separated by commas"
+    add("--tasks", default="", metavar="TASK,...", help=about)
+    add("--include_path", default="", metavar="FOLDER", help="YAML files with harness tasks of your own")
+    add("--num_fewshot", type=int, metavar="N", help="solved examples in front of each question of a harness task")
+    about = "answer only the first N questions of each task; 0 = all (default: %(default)s)"
+    add("--limit", type=int, default=0, metavar="N", help=about)
+    add("--output", default="", metavar="FILE.json", help="write all results and settings to this file")
+    about = "windows per forward pass; the results are the same (default: 8)"
+    add("--batch_size", default=argparse.SUPPRESS, metavar="N", help=about)
+    about = "bf16 autocast {auto,on,off} (default: off)"
+    add("--mixed_precision", nargs="?", const="on", default=argparse.SUPPRESS, metavar="STR", help=about)
+    add_settings(parser, field_names(TrainConfig, used_by="eval"))
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """``nanokimi eval``."""
     train_values, model_values = gather_settings(args)
 
     from nanokimi.insight.evaluate import EvalOptions, run_eval
 
     options = EvalOptions(
-        args.part.replace("-", "_"), args.stride, args.max_tokens,
-        tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
-        args.include_path, args.num_fewshot, args.limit, args.output,
-    )  # fmt: skip
+        part=args.part.replace("-", "_"),
+        stride=args.stride,
+        max_tokens=args.max_tokens,
+        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        include_path=args.include_path,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        output=args.output,
+    )
     return run_eval(args.model, train_values, model_values, options)
+
+
+# ---- export, import -----------------------------------------------------------------------------
 
 
 def add_export(commands: Any) -> None:
     """``nanokimi export``: a trained model for other programs."""
-    parser = commands.add_parser("export", help="write a model for other programs")
-    formats = parser.add_subparsers(title="formats", metavar="FORMAT", required=True, parser_class=Parser)
-    hf = formats.add_parser("hf", help="a folder for transformers and all that reads its format")
-    gguf = formats.add_parser("gguf", help="a file for llama.cpp")
-    for action, target, dtypes in ((hf, "FOLDER", "f32,f16,bf16"), (gguf, "FILE.gguf", "f32,f16,bf16,q8_0")):
-        action.add_argument("checkpoint", metavar="CHECKPOINT", help="such as checkpoints/final.pt")
-        action.add_argument("target", metavar=target, help="a new one")
-        about = f"type of the weights {{auto,{dtypes}}}; auto: as they are stored (default: %(default)s)"
-        action.add_argument("--dtype", default="auto", help=about)
-        about = "do not reload the result in an independent engine"
-        action.add_argument(*spellings("no_compare"), action="store_true", help=about)
-    hf.add_argument(
-        *spellings("max_shard_gb"), type=float, default=5.0, metavar="GB",
-        help="split weights that take more over several files (default: %(default)s)",
-    )  # fmt: skip
+    formats = add_family(commands, "export", "format", "write a model for other programs")
+    hf = add_command(formats, "hf", export_hf, "a folder for transformers and everything that reads its format")
+    gguf = add_command(formats, "gguf", export_gguf, "a file for llama.cpp")
+    for parser, target, dtypes in ((hf, "FOLDER", "f32,f16,bf16"), (gguf, "FILE.gguf", "f32,f16,bf16,q8_0")):
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as checkpoints/final.pt")
+        parser.add_argument("target", metavar=target, help="what to write; must not exist yet")
+        about = f"number format of the weights {{auto,{dtypes}}}; auto = as they are stored (default: %(default)s)"
+        parser.add_argument("--dtype", default="auto", help=about)
+        about = "do not load the result into another engine to compare what it computes"
+        parser.add_argument("--no_compare", action="store_true", help=about)
+    about = "largest file of weights; more are split over several files (default: %(default)s)"
+    hf.add_argument("--max_shard_gb", type=float, default=5.0, metavar="GB", help=about)
     hf.add_argument("--push", default="", metavar="OWNER/NAME", help="then upload the folder to the Hugging Face hub")
     hf.add_argument("--public", action="store_true", help="with --push: let everyone see a new repository")
-    hf.set_defaults(run=export_hf)
-    gguf.set_defaults(run=export_gguf)
 
 
 def export_hf(args: argparse.Namespace) -> int:
-    """``nanokimi export hf``."""
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb must be positive and finite, got {args.max_shard_gb:g}")
     if args.public and not args.push:
@@ -284,7 +281,6 @@ def export_hf(args: argparse.Namespace) -> int:
 
 
 def export_gguf(args: argparse.Namespace) -> int:
-    """``nanokimi export gguf``."""
     from nanokimi.exchange import Export, export_gguf
 
     return export_gguf(Export(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare))
@@ -292,32 +288,32 @@ def export_gguf(args: argparse.Namespace) -> int:
 
 def add_import(commands: Any) -> None:
     """``nanokimi import``: a checkpoint of a model that others trained."""
-    parser = commands.add_parser("import", help="make a checkpoint of a model from elsewhere")
-    formats = parser.add_subparsers(title="formats", metavar="FORMAT", required=True, parser_class=Parser)
-    hf = formats.add_parser("hf", help="a folder with the architecture of DeepSeek-V3, V2, Kimi K2 or Moonlight")
-    hf.add_argument("folder", metavar="FOLDER", help="with config.json, safetensors and tokenizer.json")
-    hf.add_argument("--output", default="checkpoints/imported.pt", metavar="FILE", help="(default: %(default)s)")
-    hf.add_argument("--tokenizer", default="", metavar="FILE", help="in the place of the folder's own tokenizer.json")
-    hf.set_defaults(run=import_hf)
+    formats = add_family(commands, "import", "format", "make a checkpoint from a model that others trained")
+    about = "a folder in Hugging Face format with a DeepSeek-V3, DeepSeek-V2, Kimi K2 or Moonlight model"
+    parser = add_command(formats, "hf", import_hf, about)
+    parser.add_argument("folder", metavar="FOLDER", help="with config.json, safetensors and tokenizer.json")
+    parser.add_argument("--output", default="checkpoints/imported.pt", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--tokenizer", default="", metavar="FILE", help="instead of the folder's own tokenizer.json")
 
 
 def import_hf(args: argparse.Namespace) -> int:
-    """``nanokimi import hf``."""
     from nanokimi.exchange import import_hf
 
     return import_hf(Path(args.folder), Path(args.output), tokenizer=args.tokenizer)
 
 
+# ---- demo, plan ---------------------------------------------------------------------------------
+
+
 def add_demo(commands: Any) -> None:
     """``nanokimi demo``: from nothing to a trained model in minutes."""
-    parser = commands.add_parser("demo", help="train a small model on this machine's Python library and watch it learn")
+    about = "train a small model on this machine's Python library and watch it learn"
+    parser = add_command(commands, "demo", demo, about)
     parser.add_argument("--seconds", type=float, default=180.0, help="training time (default: %(default)s)")
-    parser.add_argument(*spellings("output_dir"), default="runs/demo", help="(default: %(default)s)")
-    parser.set_defaults(run=demo)
+    parser.add_argument("--output_dir", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)")
 
 
 def demo(args: argparse.Namespace) -> int:
-    """``nanokimi demo``."""
     from nanokimi.demo import run_demo
 
     return run_demo(Path(args.output_dir), args.seconds)
@@ -325,17 +321,16 @@ def demo(args: argparse.Namespace) -> int:
 
 def add_plan(commands: Any) -> None:
     """``nanokimi plan``: what training takes, before a device is rented."""
-    parser = commands.add_parser(
-        "plan", help="memory, traffic and time of training on many devices",
-        description="Memory of a device by component, traffic, FLOPs and time of a step: of the layout that is named, "
-        "or of all that are worth a look. Computed, nothing is run.",
-    )  # fmt: skip
-    add_settings(parser, field_names(TrainConfig, used_by="plan"))
+    about = "compute memory, traffic and time of training on many devices"
+    more = (
+        "Shows memory per device by component, and traffic, FLOPs and time per step, for the layout that you name or "
+        "for all that are worth a look. It is all computed; nothing is run."
+    )
+    parser = add_command(commands, "plan", plan, about, more)
     add_plan_arguments(parser)
-    parser.set_defaults(run=plan)
+    add_settings(parser, field_names(TrainConfig, used_by="plan"))
 
 
 def plan(args: argparse.Namespace) -> int:
-    """``nanokimi plan``."""
     show("\n".join(plan_lines(args, *gather_settings(args))))
     return 0

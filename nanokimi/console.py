@@ -9,37 +9,37 @@ import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-PATIENCE = 5.0  # seconds
+WAIT_SECONDS = 5.0
 
-_speaks = True
+_is_muted = False
 
 
 def mute() -> None:
-    """From now on ``say`` is silent: one process of a run tells what all of them do."""
-    global _speaks
-    _speaks = False
+    """Makes ``log`` silent in this process: the main process of a run speaks for all."""
+    global _is_muted
+    _is_muted = True
 
 
 def log(text: str) -> None:
-    """Tells the user something that is not the command's result."""
-    if _speaks:
+    """Prints a line for the user that is not the command's result."""
+    if not _is_muted:
         print(text, file=sys.stderr, flush=True)
 
 
 def complain(line: str) -> None:
-    """Tells of a mistake; where ``torchrun`` started several processes, which all find it, the first of them does."""
+    """Prints a mistake. Of several processes that ``torchrun`` started, all find it, and the first should print it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         let_others_speak()
     print(line, file=sys.stderr, flush=True)
 
 
 def let_others_speak() -> None:
-    """Does not end before the process that tells the user what is wrong: ``torchrun`` ends all with the first."""
-    time.sleep(PATIENCE)
+    """Waits while another process tells the user what is wrong: ``torchrun`` ends all processes with the first."""
+    time.sleep(WAIT_SECONDS)
 
 
 def show(text: str) -> None:
-    """Prints a result, to a terminal that may lack a character or to a reader who may leave (``| head``)."""
+    """Prints a result; the terminal may lack some of its characters, and the reader may leave early (``| head``)."""
     tolerate_odd_characters()
     try:
         print(printable(text), flush=True)
@@ -48,14 +48,14 @@ def show(text: str) -> None:
 
 
 def tolerate_odd_characters() -> None:
-    """Input that is not UTF-8, or a terminal that lacks a character, shows a replacement and ends nothing."""
+    """Makes input that is not UTF-8, and characters that the terminal lacks, replacements instead of errors."""
     for text_file in (sys.stdin, sys.stdout):
         if isinstance(text_file, io.TextIOWrapper):
             text_file.reconfigure(errors="replace")
 
 
 def discard_stdout() -> None:
-    """The reader has left: what is still buffered must not fail again when Python exits."""
+    """Sends the rest to nowhere after the reader has left, so that Python does not fail again when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -63,8 +63,8 @@ def printable(text: str) -> str:
     """``text`` without control characters, except line break and tab.
 
     A model can write anything, also a sequence that retitles the window or rewrites the screen. Without its
-    ESC (or the C1 form of it) such a sequence is inert and stays visible. Each character is judged alone, so
-    a text cut into pieces gives the same as the whole.
+    ESC (or the C1 form of it) such a sequence does nothing and stays visible. Each character is judged alone, so
+    a text that comes in chunks gives the same as the whole.
     """
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 

@@ -24,7 +24,7 @@ TEXT = Path("data/train.txt")
 PROMPT = "def main("
 SEED = 1337
 
-# The recipe behind the demo's figure in docs/results.md.
+# With these settings the demo's figure in docs/results.md was measured.
 SETTINGS: dict[str, Any] = {
     "preset": "tiny",
     "data_path": str(TEXT),
@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def run_demo(output: Path, seconds: float) -> int:
-    """Text, tokenizer, training for ``seconds``, then what was learned; interrupted, it goes on when called again.
+    """Makes a text and a tokenizer, trains for ``seconds``, shows what was learned; goes on after an interruption.
 
     Returns:
         the exit code: 0, or that of the interrupted training.
@@ -51,21 +51,21 @@ def run_demo(output: Path, seconds: float) -> int:
     if not seconds > 0:
         raise UserError(f"--seconds must be more than 0, got {seconds:g}")
     if not TEXT.exists():
-        log("No text yet: taking the Python standard library of this machine.")
+        log("There is no text yet: taking the Python standard library of this machine.")
         log(prepare_stdlib(TEXT))
     earlier = any((output / "checkpoints").glob("*.pt"))
     settings = {**SETTINGS, "max_seconds": float(seconds), "output_dir": str(output)}
-    log(f"{'Going on with' if earlier else 'Training'} a small model, for {seconds:.0f} seconds of training in all.")
+    log(f"{'Going on to train' if earlier else 'Training'} a small model, for {seconds:.0f} seconds in all.")
     code = run_training(TrainArguments(train=settings, model={}, resume=earlier))
     if code:
-        log("\nInterrupted and saved: the same command goes on from here.")
+        log("\nInterrupted, and saved: the same command goes on from here.")
         return code
     report(output)
     return 0
 
 
 def report(output: Path) -> None:
-    """Before and after, on stdout: the same prompt, the same held-out files."""
+    """Prints what the model did before and after, with the same prompt and on the same held-out files."""
     path = output / "checkpoints" / "final.pt"
     trained, tokenizer = load(path)
     torch.manual_seed(SEED)

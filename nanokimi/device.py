@@ -13,12 +13,12 @@ from nanokimi.errors import RunError, UserError
 
 @cache
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 autocast pays: on CUDA devices that multiply bf16 themselves."""
+    """Whether bf16 autocast makes the device faster: CUDA devices that have bf16 in hardware."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compiles_well(device: torch.device) -> bool:
-    """Whether torch.compile pays by default: its code generator wants CUDA devices of capability 7.0 or more."""
+    """Whether torch.compile can be used: its code generator needs a CUDA device of capability 7.0 or more."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
@@ -39,10 +39,10 @@ def out_of_memory_explained() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the best device there is; any other name must be one that is there.
+    """The device called ``name``; ``auto`` is CUDA, else MPS, else the CPU.
 
     Raises:
-        UserError: no such device here.
+        UserError: there is no such device on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():

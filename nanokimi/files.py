@@ -37,7 +37,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """``atomic_write`` for what opens its file itself: yields the temporary name, at which an empty file lies."""
+    """``atomic_write`` for code that opens the file itself: yields the temporary name of a file that is empty."""
     path = Path(path)
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -56,7 +56,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill, that takes the name ``path`` once the block ends without an error.
+    """A folder to fill, which takes the name ``path`` once the block ends without an error.
 
     Raises:
         FileExistsError: there is something at ``path`` already, other than an empty folder.
@@ -76,9 +76,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def partial_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder ``.NAME.partial`` beside ``path``, to make in it what shall lie there; gone with the block.
+    """An empty folder ``.NAME.partial`` beside ``path``, for work in progress; it is removed when the block ends.
 
-    One that a killed process left is emptied and used.
+    A folder that a killed process left is emptied and used.
 
     Raises:
         BlockingIOError: another process is using it.
@@ -101,7 +101,7 @@ def partial_folder(path: str | Path) -> Iterator[Path]:
 
 
 def move_into(folder: Path, *files: Path) -> None:
-    """Moves ``files``, each complete and flushed, into ``folder`` of the same disk, one after the other."""
+    """Moves ``files``, which are complete and flushed, into ``folder`` on the same disk, one after the other."""
     for file in files:
         os.replace(file, folder / file.name)
     _sync(folder)
@@ -130,9 +130,9 @@ def disk_errors_explained(what: str, path: Path) -> Iterator[None]:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether there is no room, also where safetensors or numpy say so in words and without a number."""
-    told = any(words in str(error) for words in ("No space left", "requested and"))
-    return told or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    """Whether the disk is full; safetensors and numpy say so in words and without an error number."""
+    in_words = any(words in str(error) for words in ("No space left", "requested and"))
+    return in_words or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

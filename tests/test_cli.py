@@ -28,7 +28,7 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "tokenizers", "rich"
 
 
 def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every command and subcommand there is, as typed behind ``nanokimi``."""
+    """Every command and subcommand there is, as typed after ``nanokimi``."""
     yield path
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -126,6 +126,12 @@ def test_underscores_and_dashes_both_work(name: str) -> None:
     underscores = parse(["train", f"--{name}", "7"])
     assert getattr(underscores, name) == "7"
     assert parse(["train", f"--{name.replace('_', '-')}", "7"]) == underscores
+    assert parse(["train", f"--{name.replace('_', '-')}=7"]) == underscores
+
+
+def test_dashes_in_a_value_stay_dashes() -> None:
+    args = build_parser().parse_args(["generate", "m-1.pt", "--stop=--max-tokens", "--prompt", "--top-k is a flag"])
+    assert (args.checkpoint, args.stop, args.prompt) == ("m-1.pt", ["--max-tokens"], "--top-k is a flag")
 
 
 @pytest.mark.parametrize(

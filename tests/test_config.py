@@ -69,9 +69,8 @@ def test_documented_defaults_hold() -> None:
     assert (config.batch_size, config.learning_rate, config.momentum, config.weight_decay) == (2, 0.02, 0.95, 0.01)
     assert (config.qk_clip_tau, config.max_steps, config.eval_interval, config.save_interval) == (100.0, 1000, 25, 500)
     assert (config.warmup_steps, config.gradient_accumulation, config.max_grad_norm) == (100, 2, 1.0)
-    assert (config.dataset, config.data_path, config.device, config.preset) == (
-        "local", "data/train.txt", "auto", "nano-243m",
-    )  # fmt: skip
+    assert (config.dataset, config.data_path, config.device) == ("local", "data/train.txt", "auto")
+    assert config.preset == "nano-243m"
     assert (config.adjust_lr_fn, config.schedule, config.val_fraction) == ("original", "wsd", 0.05)
 
 
@@ -87,15 +86,11 @@ def test_values_of_the_wrong_type_are_refused(name: str, text: str) -> None:
 
 
 def test_what_is_known_about_a_field_names_exactly_these() -> None:
-    source = {
-        "dataset", "data_path", "val_path", "val_fraction", "hf_repo_name", "hf_config", "hf_split", "text_column",
-        "num_samples", "streaming", "encoding_errors",
-    }  # fmt: skip
+    hub = {"hf_repo_name", "hf_config", "hf_split", "num_samples", "streaming"}
+    source = hub | {"dataset", "data_path", "val_path", "val_fraction", "text_column", "encoding_errors"}
     local = {"output_dir", "parallel", "replicate", "expert_parallel", "async_checkpoints", "timeout"}
-    free = {
-        "max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens",
-        "device", "num_workers", "log", "activation_checkpointing",
-    }  # fmt: skip
+    when = {"max_steps", "max_seconds", "eval_interval", "save_interval", "samples", "sample_prompt", "val_tokens"}
+    free = when | {"device", "num_workers", "log", "activation_checkpointing"}
     plan = {"batch_size", "gradient_accumulation", "activation_checkpointing", "mixed_precision", "parallel"}
     inspect = {"preset", "mix", "val_tokens", "shuffle_buffer", "num_workers", "seed"}
 

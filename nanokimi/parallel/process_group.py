@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 import torch.distributed as dist
 
-from nanokimi.console import PATIENCE, mute
+from nanokimi.console import WAIT_SECONDS, mute
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.parallel.ranks import Ranks, current_ranks
@@ -102,7 +102,7 @@ def _fail_together(error: UserError | RunError, rank: int, store: Store | None) 
                 _end(failed[0] if failed else code, error)
         elif store is not None:
             store.set(_failure_keys()[rank], str(code))
-            deadline = time.monotonic() + (PATIENCE if rank else 0)
+            deadline = time.monotonic() + (WAIT_SECONDS if rank else 0)
             while time.monotonic() < deadline:  # whether the main rank fails too, which then is the one to tell
                 if store.check([_failure_keys()[0]]):
                     _end(code, error)

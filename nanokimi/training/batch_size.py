@@ -1,12 +1,10 @@
-"""``--batch_size auto``: as many of a step's sequences in one forward pass as the memory at hand holds.
-
-A step keeps the sequences that it has with the default batch size; only how it is cut into passes changes.
-"""
+"""``--batch_size auto``: the largest batch size that fits into memory, in steps that keep their number of sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from nanokimi.parallel.layout import share_of_step
 from nanokimi.parallel.ranks import current_ranks
 from nanokimi.training.step import TrainingStep
 
-CPU_SHARE, CUDA_SHARE = 0.7, 0.9  # of the free memory: what else runs on a machine needs some, allocators waste some
+CPU_SHARE, CUDA_SHARE = 0.7, 0.9  # of the free memory: other programs need some, and allocators waste some
 GB = 1e9
 
 Need = Callable[[int], float]  # bytes of a training step by its batch size; infinite where it was tried and failed
@@ -35,10 +33,10 @@ def with_fitting_batch(
 ) -> TrainConfig:
     """``config`` with the largest batch size that fits and the gradient accumulation that goes with it.
 
-    Measured is a replica of the model, with the share of a step that each rank has; the smallest result counts.
+    It measures a whole model with the share of a step that each rank has; the smallest result counts.
 
     Raises:
-        UserError: not even one sequence fits, the memory cannot be looked at, or the model is to be in shards.
+        UserError: not even one sequence fits, the memory cannot be measured here, or the model is to be in shards.
     """
     if config.parallel == "fsdp" or config.replicate > 1 or config.expert_parallel:
         raise UserError("--batch_size auto measures whole models: name a number (nanokimi plan says what it takes)")
@@ -52,7 +50,7 @@ def with_fitting_batch(
     elif device.type == "cpu":
         free, need = _free_on_host() * CPU_SHARE, _cpu_need(trial, model_config)
     else:
-        raise UserError(f"--batch_size auto cannot look at the memory of {device.type}: name a number")
+        raise UserError(f"--batch_size auto cannot measure the memory of {device.type}: name a number")
     batch = largest_fitting(divisors, need, free)
     passes = sequences // batch
     log(
@@ -64,10 +62,10 @@ def with_fitting_batch(
 
 
 def largest_fitting(sizes: list[int], need: Need, free: float) -> int:
-    """The last of the ascending ``sizes`` before the first that needs more than ``free`` bytes.
+    """The largest of the ascending ``sizes`` below the first one that needs more than ``free`` bytes.
 
     Raises:
-        UserError: the first one does already.
+        UserError: even the smallest size needs more.
     """
     best = 0
     for size in sizes:
@@ -82,11 +80,11 @@ def largest_fitting(sizes: list[int], need: Need, free: float) -> int:
     return best
 
 
-# ---- on a CPU: measured at one and two sequences, a line through both ---------------------------
+# ---- on a CPU: one and two sequences are measured, and a line through both tells the rest -------
 
 
 def _cpu_need(config: TrainConfig, model_config: ModelConfig) -> Need:
-    before = _resident("VmRSS")
+    before = _known(process_memory("VmRSS"))
     step = _trial_step(config, model_config, torch.device("cpu"))
     groups = step.optimizer.param_groups
     state = sum(len(STATE[group["kind"]]) * p.nbytes for group in groups for p in group["params"])
@@ -95,19 +93,15 @@ def _cpu_need(config: TrainConfig, model_config: ModelConfig) -> Need:
 
 
 def _peak_on_host(step: TrainingStep, batch: int) -> int:
-    """Bytes this process holds at the height of one forward and backward pass."""
+    """Bytes that this process holds at the peak of one forward and backward pass."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (man 5 proc)
     except OSError as error:
         raise UserError("--batch_size auto cannot measure memory on this system: name a number") from error
     _pass(step, batch)
-    peak = _resident("VmHWM")
+    peak = _known(process_memory("VmHWM"))
     step.clear()
     return peak
-
-
-def _resident(name: str) -> int:
-    return _known(process_memory(name))
 
 
 def _free_on_host() -> int:
@@ -120,32 +114,25 @@ def _known(size: int | None) -> int:
     return size
 
 
-# ---- on CUDA: whole steps, tried --------------------------------------------------------------
+# ---- on CUDA: each size is tried with a whole step ----------------------------------------------
 
 
 def _cuda_need(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> Need:
-    """Reserved bytes at the height of a whole step, each size tried once."""
-    seen: dict[int, float] = {}
-
+    @cache
     def need(batch: int) -> float:
-        if batch not in seen:
-            seen[batch] = _peak_on_cuda(config, model_config, device, batch)
-        return seen[batch]
+        """Bytes reserved at the peak of a step."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
+        try:
+            step = _trial_step(config, model_config, device)
+            _pass(step, batch)
+            step.optimizer.step()
+            return float(torch.cuda.max_memory_reserved(device) - before)
+        except torch.OutOfMemoryError:
+            return float("inf")
 
     return need
-
-
-def _peak_on_cuda(config: TrainConfig, model_config: ModelConfig, device: torch.device, batch: int) -> float:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_reserved(device)
-    try:
-        step = _trial_step(config, model_config, device)
-        _pass(step, batch)
-        step.optimizer.step()
-        return float(torch.cuda.max_memory_reserved(device) - before)
-    except torch.OutOfMemoryError:
-        return float("inf")
 
 
 def _free_on_cuda(device: torch.device) -> int:
@@ -154,7 +141,7 @@ def _free_on_cuda(device: torch.device) -> int:
 
 
 def _trial_step(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> TrainingStep:
-    """A step with a model of its own: nothing of the run is touched."""
+    """A step with a model of its own, so that nothing of the run is touched."""
     model = Transformer(model_config).to(device)
     return TrainingStep(model, make_optimizer(model, config), config, device)
 

@@ -1,4 +1,4 @@
-"""Whether the model is compiled, and what happens where the compiler fails."""
+"""Whether a run compiles the model, and how it goes on when the compiler fails."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from nanokimi.errors import RunError
 from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.ranks import ParallelModel
 
-# Compiling takes a CPU a minute or more. A pass is then 1.07 (nano-243m) to 1.4 times (tiny) as fast, which has paid
-# after 1e14 and 2e13 floating-point operations. Runs that are a few times as long compile.
+# On a CPU compiling takes a minute or more. A pass is then 1.07 times (nano-243m) or 1.4 times (tiny) as fast, which
+# has paid off after 1e14 or 2e13 floating-point operations. Runs that are a few times as long are compiled.
 WORTH_FLOPS = 3e14
-# About what two cores reach: turns a run that is limited by time into floating-point operations.
-FLOPS_PER_SECOND = 1e11
+FLOPS_PER_SECOND = 1e11  # about what two cores reach; turns a limit of seconds into floating-point operations
 
 
 def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> bool:
-    """What ``--compile`` means for this run: by its plan alone, so that a resume decides alike."""
+    """Whether this run compiles; it follows from the settings alone, so that a resume decides the same."""
     if config.compile != "auto":
         return config.compile == "on"
     if device.type == "cpu":
@@ -34,19 +33,18 @@ def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> b
 def planned_flops(config: TrainConfig, model: Transformer) -> float:
     """Floating-point operations of the whole run: 6 per token and active weight, the embedding left out."""
     sequences = config.max_steps * config.batch_size * config.gradient_accumulation
-    flops = (
-        6.0 * (model.num_parameters(active=True) - model.embed.weight.numel()) * sequences * model.config.max_seq_length
-    )
+    weights = model.num_parameters(active=True) - model.embed.weight.numel()
+    flops = 6.0 * weights * sequences * model.config.max_seq_length
     return min(flops, config.max_seconds * FLOPS_PER_SECOND) if config.max_seconds else flops
 
 
 def _has_cpp_compiler() -> bool:
-    """Whether torch.compile finds what it calls on a CPU."""
+    """Whether there is the compiler that torch.compile calls on a CPU."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def failed_to_compile(error: Exception) -> bool:
-    """Whether ``error`` is the compiler's and not the model's."""
+    """Whether ``error`` comes from the compiler and not from the model."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
@@ -54,10 +52,10 @@ def failed_to_compile(error: Exception) -> bool:
 
 
 def without_compiler(error: Exception, config: TrainConfig, model: ParallelModel) -> nn.Module:
-    """The model as it is, after a line about it.
+    """The model without the compiler, after a line that says so.
 
     Raises:
-        RunError: the user insisted, by ``--compile on``; or other ranks are in the midst of the same pass.
+        RunError: the user asked for ``--compile on``; or other ranks are in the middle of the same pass.
     """
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
     if config.compile == "on":

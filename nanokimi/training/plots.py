@@ -57,9 +57,10 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
     _draw_busiest_expert(panels[1, 1], steps, load, layers)
     _draw_expert_load(panels[1, 2], load, layers)
     _draw_throughput(panels[1, 3], history)
+    last = max([1, *history["steps"]])
     for panel in panels.flat:
+        _draw_legend(panel)
         if panel.get_xlabel() == "step":
-            last = max([1, *history["steps"]])
             panel.set_xlim(-0.02 * last, 1.02 * last)
     try:
         with atomic_write(path) as file:
@@ -70,7 +71,7 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
 
 def _draw_header(figure: Figure, history: History, title: str) -> None:
     facts = [_count_steps(len(history["steps"]))]
-    if tokens := [count for count in history["tokens"] if count is not None]:
+    if tokens := [count for count in history.get("tokens", []) if count is not None]:
         facts.append(f"{EngFormatter(places=1)(tokens[-1])} tokens")
     style: dict[str, Any] = {"y": 0.965, "va": "center", "parse_math": False}
     figure.text(0.012, s=title or "Training", ha="left", fontsize=14, fontweight="bold", **style)
@@ -80,16 +81,15 @@ def _draw_header(figure: Figure, history: History, title: str) -> None:
 def _draw_loss(ax: Axes, history: History) -> None:
     _dress(ax, "Loss", "nats per token")
     steps, loss = _column(history, "train_loss")
-    _draw_noisy(ax, steps, loss, "train")
     val_steps, val_loss = _column(history, "val_loss", "val_steps")
-    _draw_validation(ax, val_steps, val_loss)
     if not np.isfinite(np.append(loss, val_loss)).any():
         return _say_empty(ax, "no finite loss in this run")
+    _draw_noisy(ax, steps, loss, "train")
+    _draw_validation(ax, val_steps, val_loss)
     skipped = np.isnan(loss)
     if skipped.any():
         _draw_marks(ax, steps[skipped], "x", RED, f"skipped: {skipped.sum():,}")
     _limit_to_bulk(ax, np.concatenate([loss, val_loss]))
-    _legend(ax)
 
 
 def _draw_bits_per_byte(ax: Axes, history: History) -> None:
@@ -102,7 +102,6 @@ def _draw_bits_per_byte(ax: Axes, history: History) -> None:
     label = f"best: {bits[best]:.3f} at step {steps[best]:,.0f}"
     ax.plot(steps[best], bits[best], "o", color=GREEN, markersize=7, label=label, zorder=4)
     _limit_to_bulk(ax, bits)
-    _legend(ax)
 
 
 def _draw_gradient_norm(ax: Axes, history: History) -> None:
@@ -113,7 +112,6 @@ def _draw_gradient_norm(ax: Axes, history: History) -> None:
         return _say_empty(ax, "no finite gradient in this run")
     _draw_noisy(ax, steps, norm, "running mean")
     _use_log_scale(ax, norm)
-    _legend(ax)
 
 
 def _draw_learning_rate(ax: Axes, history: History) -> None:
@@ -128,7 +126,6 @@ def _draw_throughput(ax: Axes, history: History) -> None:
     _draw_noisy(ax, *_column(history, "tokens_per_second"), "running mean")
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(ax)
 
 
 def _draw_max_logit(ax: Axes, history: History, logits: Floats, tau: float) -> None:
@@ -146,7 +143,6 @@ def _draw_max_logit(ax: Axes, history: History, logits: Floats, tau: float) -> N
         _draw_marks(ax, clipped, "^", ORANGE, f"heads clipped: {_count_steps(len(clipped))}")
     if finite.min() > 0 and finite.max() > 10 * finite.min():
         _use_log_scale(ax, finite)
-    _legend(ax)
 
 
 def _draw_busiest_expert(ax: Axes, steps: Floats, load: Floats, layers: int) -> None:
@@ -157,7 +153,6 @@ def _draw_busiest_expert(ax: Axes, steps: Floats, load: Floats, layers: int) -> 
     ax.axhline(1.0, color=GREY, linestyle="--", linewidth=1.3, label="perfect balance")
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 1.0 - 0.04 * (high - 1.0)), high)
-    _legend(ax)
 
 
 def _draw_expert_load(ax: Axes, load: Floats, layers: int) -> None:
@@ -228,10 +223,8 @@ def _draw_color_key(ax: Axes, colors: Any, ends: tuple[str, str], *, x: float, y
 def _draw_marks(ax: Axes, steps: Floats, marker: str, color: str, label: str) -> None:
     """Marks along the lower edge of a panel, wherever its y axis ends."""
     chosen = steps[:: max(1, len(steps) // 100)]
-    ax.plot(
-        chosen, np.full(len(chosen), 0.025), marker, color=color, markersize=4, label=label,
-        transform=ax.get_xaxis_transform(), clip_on=False, zorder=4,
-    )  # fmt: skip
+    style: dict[str, Any] = {"color": color, "markersize": 4, "label": label, "clip_on": False, "zorder": 4}
+    ax.plot(chosen, np.full(len(chosen), 0.025), marker, transform=ax.get_xaxis_transform(), **style)
 
 
 def _dress(ax: Axes, title: str, ylabel: str, *, xlabel: str = "step") -> None:
@@ -248,13 +241,12 @@ def _dress(ax: Axes, title: str, ylabel: str, *, xlabel: str = "step") -> None:
     ax.set_axisbelow(True)
 
 
-def _legend(ax: Axes) -> None:
+def _draw_legend(ax: Axes) -> None:
     """The legend in one row between title and axes, where no curve can be."""
     if names := ax.get_legend_handles_labels()[1]:
-        ax.legend(
-            loc="lower left", bbox_to_anchor=(0.0, 1.005), ncols=len(names), frameon=False, fontsize=FONT_SIZE,
-            borderpad=0.0, borderaxespad=0.3, handlelength=1.2, handletextpad=0.5, columnspacing=1.0,
-        )  # fmt: skip
+        tight: dict[str, Any] = {"borderpad": 0.0, "borderaxespad": 0.3, "handlelength": 1.2, "handletextpad": 0.5}
+        tight |= {"columnspacing": 1.0, "frameon": False, "fontsize": FONT_SIZE}
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.005), ncols=len(names), **tight)
 
 
 def _use_log_scale(ax: Axes, values: Floats) -> None:
@@ -287,11 +279,12 @@ def _limit_to_bulk(ax: Axes, values: Floats) -> None:
 
 
 def _column(history: History, name: str, steps: str = "steps") -> tuple[Floats, Floats]:
-    """Steps [S] and a column as floats [S, ...], null as NaN; rows of nulls take the shape of the others."""
-    rows = [np.asarray(value, dtype=np.float64) for value in history[name]]
+    """Steps [S] and a column as floats [S, ...]; null, or a column that is missing, as NaN of the others' shape."""
+    at = np.asarray(history[steps], dtype=np.float64)
+    rows = [np.asarray(value, dtype=np.float64) for value in history.get(name, [None] * len(at))]
     shape = max((row.shape for row in rows), key=len, default=())
     filled = [row if row.shape == shape else np.full(shape, np.nan) for row in rows]
-    return np.asarray(history[steps], dtype=np.float64), np.asarray(filled, dtype=np.float64).reshape(len(rows), *shape)
+    return at, np.asarray(filled, dtype=np.float64).reshape(len(rows), *shape)
 
 
 def _relative_load(history: History) -> Floats:

@@ -21,11 +21,11 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import ConfigError, UserError
 from nanokimi.loading import read_model
+from nanokimi.memory import keep_freed_memory
 from nanokimi.model.transformer import weight_shapes
 from nanokimi.parallel.build import layout_of_run
 from nanokimi.parallel.process_group import process_group, rank_device
 from nanokimi.parallel.ranks import current_ranks, from_bytes, to_bytes
-from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.log_services import Reported
 from nanokimi.training.loggers import check_loggers, open_loggers

@@ -32,8 +32,7 @@ from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import HangWatch, current_ranks, from_bytes, to_bytes
 from nanokimi.training.evaluation import evaluate
 from nanokimi.training.loggers import Loggers
-from nanokimi.training.metrics import MetricsLog
-from nanokimi.training.progress import ProgressDisplay
+from nanokimi.training.metrics import MetricsLog, ProgressDisplay
 from nanokimi.training.step import TrainingStep
 
 SAMPLE_TOKENS = 60

@@ -38,7 +38,7 @@ def saved_cut(text: Path) -> tuple[int, int]:
     return config["batch_size"], config["gradient_accumulation"]
 
 
-def test_the_largest_size_that_fits_is_taken_and_no_larger_one_is_tried_behind_the_first_failure() -> None:
+def test_the_largest_size_that_fits_is_taken_and_no_larger_one_is_tried_after_the_first_failure() -> None:
     tried = []
 
     def need(size: int) -> float:
@@ -122,5 +122,5 @@ def test_a_settings_file_may_say_auto_and_other_words_are_refused(
 
 
 def test_a_device_whose_memory_cannot_be_seen_is_a_mistake(debug_config: ModelConfig) -> None:
-    with pytest.raises(UserError, match="--batch_size auto cannot look at the memory of mps: name a number"):
+    with pytest.raises(UserError, match="--batch_size auto cannot measure the memory of mps: name a number"):
         with_fitting_batch(TrainConfig(), debug_config, torch.device("mps"), print)

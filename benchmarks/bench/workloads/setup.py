@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
+from nanokimi.memory import keep_freed_memory
 from nanokimi.model.transformer import Transformer
-from nanokimi.training.allocator import keep_freed_memory
 
 SEED = 0
 

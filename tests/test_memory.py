@@ -11,7 +11,7 @@ import pytest
 # rounds find the places where all of them fit.
 SCRIPT = """
 import resource, torch
-from nanokimi.training.allocator import keep_freed_memory
+from nanokimi.memory import keep_freed_memory
 torch.set_num_threads(1)
 def work(rounds):
     for _ in range(rounds):
