@@ -6,7 +6,6 @@ Letters: B batch, T sequence, S cached length, L layers, H heads, N/P/V nope/rop
 from __future__ import annotations
 
 from nanokimi.config import ModelConfig
-from nanokimi.ops.newton_schulz import newton_schulz_flops as newton_schulz_flops  # for the planner
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
 
@@ -51,6 +50,13 @@ def training_flops(config: ModelConfig, active_parameters: int, batch_size: int,
     to save memory does not count.
     """
     return 3 * forward_flops(config, active_parameters, batch_size, length)
+
+
+def newton_schulz_flops(rows: int, cols: int) -> int:
+    """``ops.newton_schulz.newton_schulz_flops``, imported when it is called: ``nanokimi plan --help`` loads no torch."""
+    from nanokimi.ops import newton_schulz
+
+    return newton_schulz.newton_schulz_flops(rows, cols)
 
 
 def cache_bytes(config: ModelConfig, length: int, *, bytes_per_value: float = 4.0) -> float:
