@@ -53,7 +53,7 @@ def training_flops(config: ModelConfig, active_parameters: int, batch_size: int,
 
 
 def newton_schulz_flops(rows: int, cols: int) -> int:
-    """``ops.newton_schulz.newton_schulz_flops``, imported when it is called: ``nanokimi plan --help`` loads no torch."""
+    """That of ``ops.newton_schulz``, imported when it is called, so that ``nanokimi plan --help`` loads no torch."""
     from nanokimi.ops import newton_schulz
 
     return newton_schulz.newton_schulz_flops(rows, cols)
