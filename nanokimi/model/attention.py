@@ -257,10 +257,9 @@ ATTENTIONS: dict[str, type[Attention]] = {"mla": MLA, "mha": GroupedQuery, "gqa"
 
 # ---- rotary positions ---------------------------------------------------------------------------
 #
-# RoPE (Su et al., 2021), and YaRN (Peng et al., 2023), which stretches it to longer contexts. YaRN as DeepSeek-V3 uses
-# it (its report, section 4.3): pairs that turn often within the original context stay as they are, pairs that hardly
-# turn are slowed down by ``rope_factor``, those between are blended; and because longer contexts flatten the attention,
-# its logits grow by a factor that depends on ``rope_factor``.
+# RoPE (Su et al., 2021), and YaRN (Peng et al., 2023), which stretches it to longer contexts as in DeepSeek-V3 (its
+# report, section 4.3): pairs that turn often within the original context stay as they are, pairs that hardly turn are
+# slowed down by ``rope_factor``, those between are blended; and logits grow, as longer contexts flatten the attention.
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

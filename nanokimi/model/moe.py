@@ -98,8 +98,8 @@ class Experts(nn.Module):
         Every expert multiplies one dense block, and nothing is padded.
         """
         ends = counts.cumsum(0, dtype=torch.int32)
-        hidden = gated(grouped_linear(rows, self.w1, ends), grouped_linear(rows, self.w3, ends))
-        return grouped_linear(hidden, self.w2, ends)
+        inner = gated(grouped_linear(rows, self.w1, ends), grouped_linear(rows, self.w3, ends))
+        return grouped_linear(inner, self.w2, ends)
 
 
 class MoE(nn.Module):

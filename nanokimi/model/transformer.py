@@ -328,9 +328,8 @@ class Transformer(PreciseBuffers):
         if not active:
             return total
         routed = sum(p.numel() for moe in self.moe_layers() for p in moe.experts.parameters())
-        return total - routed // self.config.n_routed_experts * (
-            self.config.n_routed_experts - self.config.n_activated_experts
-        )
+        experts, active_experts = self.config.n_routed_experts, self.config.n_activated_experts
+        return total - routed // experts * (experts - active_experts)
 
 
 def _counted(tokens: Tensor, labelled: Tensor | None, documents: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,18 +60,9 @@ def fused_adamw_(lists: TensorLists, by: AdamWStep) -> None:
     """In one kernel, that of ``torch.optim.AdamW(fused=True)``; differs from ``reference_adamw_`` in the last bits."""
     # A tensor, since the kernel reads the step from the device; a number would have to be copied there.
     step = torch.full((), by.step, dtype=torch.float32, device=lists.parameters[0].device)
-    torch._fused_adamw_(
-        *lists,
-        [],
-        [step] * len(lists.parameters),
-        lr=by.lr,
-        beta1=by.betas[0],
-        beta2=by.betas[1],
-        weight_decay=by.weight_decay,
-        eps=by.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+    rates: dict[str, Any] = {"lr": by.lr, "beta1": by.betas[0], "beta2": by.betas[1]}
+    rates |= {"weight_decay": by.weight_decay, "eps": by.eps, "amsgrad": False, "maximize": False}
+    torch._fused_adamw_(*lists, [], [step] * len(lists.parameters), **rates)
 
 
 def _chunks(lists: TensorLists) -> Iterator[TensorLists]:

@@ -1,7 +1,7 @@
-"""Causal attention that also yields the log-sum-exp of its logits, from whichever fused kernel the device has.
+"""Causal attention that also returns the log-sum-exp of its logits, by whichever fused kernel the device has.
 
-The log-sum-exp bounds the largest logit from above: ``max <= lse <= max + ln(visible keys)``.
-QK-Clip reads it for free, where the public attention call of torch would throw it away.
+The log-sum-exp bounds the largest logit from above: ``max <= lse <= max + ln(visible keys)``. QK-Clip reads it for
+free; torch's public attention function computes it too, but does not return it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tup
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``causal_attention`` written out: what the kernels are held against, and the way on devices without one."""
+    """``causal_attention`` written out: what the kernels are compared with, and what runs on devices without one."""
     logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
     logits = torch.where(_attn_mask(0, q.shape[-2], k.shape[-2], q.device, documents), logits, -torch.inf)
     return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
@@ -79,8 +79,7 @@ def _fused_kernel(q: Tensor, v: Tensor) -> tuple[Kernel, int] | None:
     return (_cuda_kernel, 4) if v.device.type == "cuda" and v.dtype == torch.float32 else None
 
 
-# The bias is causal by itself. The kernels are told of causality all the same, so that they skip what is above the
-# diagonal.
+# The bias is causal by itself. The kernels are told ``is_causal`` all the same: they then skip what it masks.
 
 
 def _cpu_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:

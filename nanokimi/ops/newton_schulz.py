@@ -50,11 +50,8 @@ def best_dtype(device: torch.device, stored: torch.dtype = torch.float32) -> tor
     """
     if stored == torch.float64:
         return stored
-    if device.type == "cuda":
-        return torch.bfloat16
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    on_cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and on_cpu) else torch.float32
 
 
 def batched(matrix: Tensor) -> bool:

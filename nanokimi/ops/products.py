@@ -38,7 +38,7 @@ def reference_gated(gate: Tensor, x: Tensor) -> Tensor:
     return F.silu(gate) * x
 
 
-# ---- one weight ---------------------------------------------------------------------------------
+# ---- linear layers, and the gate between them ---------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -110,6 +110,29 @@ def as_multiplied(x: Tensor) -> Tensor:
 def at_least_fp32(x: Tensor) -> Tensor:
     """``x`` in fp32, or in fp64 where it already is: for what must not be computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gated(gate: Tensor, x: Tensor) -> Tensor:
+    """``reference_gated``, but only ``gate`` and ``x`` are kept for the backward pass."""
+    out: Tensor = _Gated.apply(gate, x)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    """Computes sigmoid and silu again in the backward pass: that is cheaper than to keep two tensors of their size."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate) * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, x = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        return grad * x * (sigmoid + silu * (1 - sigmoid)), grad * silu
 
 
 # ---- a weight for each group of rows ------------------------------------------------------------
@@ -229,29 +252,3 @@ class _Permutation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
-
-
-# ---- the gate -----------------------------------------------------------------------------------
-
-
-def gated(gate: Tensor, x: Tensor) -> Tensor:
-    """``reference_gated``, but only ``gate`` and ``x`` are kept for the backward pass."""
-    out: Tensor = _Gated.apply(gate, x)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Gated(torch.autograd.Function):
-    """Computes sigmoid and silu again in the backward pass: that is cheaper than to keep two tensors of their size."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, x)
-        return F.silu(gate) * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, x = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        return grad * x * (sigmoid + silu * (1 - sigmoid)), grad * silu

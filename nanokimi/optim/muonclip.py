@@ -274,17 +274,10 @@ def orthogonalise_gathered(
     from torch.distributed.tensor import DTensor
 
     done = []
-    for parameter, update in zip(parameters, updates, strict=True):
-        if isinstance(parameter, DTensor) and parameter.ndim == 2:
-            whole = DTensor.from_local(
-                update,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            ).full_tensor()
-            done.append(newton_schulz(whole, dtype=dtype)[local_rows(parameter)])
+    for p, update in zip(parameters, updates, strict=True):
+        if isinstance(p, DTensor) and p.ndim == 2:
+            sharded = DTensor.from_local(update, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            done.append(newton_schulz(sharded.full_tensor(), dtype=dtype)[local_rows(p)])
         else:
             done.append(newton_schulz(update, dtype=dtype) if update.numel() else update)
     return done

@@ -8,38 +8,15 @@ changes by one bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-class ScaledRows(Protocol):
-    """Rows of a weight that the logits of each head are linear in; ``model.attention.QKRows`` is one."""
-
-    @property
-    def weight(self) -> Any: ...
-
-    @property
-    def power(self) -> float: ...
-
-    def of(self, tensor: Tensor) -> Tensor: ...
-
-
-class OptimizedModel(Protocol):
-    """What an optimizer needs of a model beside its gradients; ``nanokimi.Transformer`` has it."""
-
-    max_logits: Tensor
-    expert_counts: Tensor
-
-    def param_roles(self) -> Sequence[tuple[str, nn.Parameter]]: ...
-
-    def qk_rows(self) -> Sequence[Sequence[ScaledRows]]: ...
-
-    def update_balance(self) -> None: ...
-
-    def reset_stats(self) -> None: ...
+if TYPE_CHECKING:  # at run time any model will do that has these members of a Transformer
+    from nanokimi.model.attention import QKRows
+    from nanokimi.model.transformer import Transformer
 
 
 def clip_factors(max_logits: Tensor, tau: float) -> Tensor:
@@ -48,7 +25,7 @@ def clip_factors(max_logits: Tensor, tau: float) -> Tensor:
 
 
 @torch.no_grad()
-def qk_clip_(layers: Sequence[Sequence[ScaledRows]], max_logits: Tensor, tau: float) -> None:
+def qk_clip_(layers: Sequence[Sequence[QKRows]], max_logits: Tensor, tau: float) -> None:
     """Scales the query and key weights of every head whose largest logit passed ``tau``, in place.
 
     No host synchronisation: heads within the limit are multiplied by exactly 1. Frozen weights stay as they are.
@@ -80,7 +57,7 @@ def qk_clip_(layers: Sequence[Sequence[ScaledRows]], max_logits: Tensor, tau: fl
 
 
 @torch.no_grad()
-def share_statistics(model: OptimizedModel, group: dist.ProcessGroup | None = None) -> None:
+def share_statistics(model: Transformer, group: dist.ProcessGroup | None = None) -> None:
     """Gives every rank the largest logits and the summed expert counts of all of them; one process keeps its own.
 
     Args:
@@ -112,7 +89,7 @@ def balance_experts(model: nn.Module, group: dist.ProcessGroup | None = None) ->
     return after_step
 
 
-def unwrapped(model: nn.Module) -> OptimizedModel:
+def unwrapped(model: nn.Module) -> Transformer:
     """The model inside of ``torch.compile``'s and DistributedDataParallel's wrappers, and of modules around it.
 
     Raises:
@@ -121,7 +98,7 @@ def unwrapped(model: nn.Module) -> OptimizedModel:
     found = [module for module in model.modules() if hasattr(type(module), "param_roles")]
     if len(found) != 1:
         raise ValueError(f"{len(found)} modules of the model have param_roles(): there must be one Transformer")
-    return cast(OptimizedModel, found[0])
+    return cast("Transformer", found[0])
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
