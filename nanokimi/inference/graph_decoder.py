@@ -25,7 +25,7 @@ GATHER_COST = 3  # a gathered weight is read, written and read again
 
 
 class GraphDecoder(EagerDecoder):
-    """Prefills as its parent does and decodes by replaying graphs; the weights are used in place.
+    """Prefills as ``EagerDecoder`` does and decodes by replaying graphs; the weights are used in place.
 
     Args:
         capture: False runs the same steps without recording them, on any device.
@@ -40,11 +40,11 @@ class GraphDecoder(EagerDecoder):
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """See ``Decoder``; slots in use cost least when they are the lowest."""
+        """As ``Decoder`` says; slots in use cost least when they are the lowest."""
         self.check_room(slots)
         batch = _rounded_up(max(slots) + 1, 1, self.slots)
         span = _rounded_up(max(self.lengths[slot] for slot in slots) + 1, SHORTEST_SPAN, self.max_length)
-        # Slots that take no part write behind what they hold (or over the end of a full one, which nothing reads).
+        # Slots that take no part write after what they hold (or over the end of a full one, which nothing reads).
         positions = [min(length, self.max_length - 1) for length in self.lengths[:batch]]
         inputs = [0] * batch
         for slot, token in zip(slots, tokens, strict=True):
@@ -109,11 +109,11 @@ class FixedStep:
         """The step itself, from ``inputs``: no shape in it depends on their values."""
         tokens, positions = self.inputs.unsqueeze(-1).unbind()  # [B, 1] each
         rows = torch.arange(len(tokens), device=tokens.device)
-        place = ragged_place(self.entries, rows, positions, seen=slice(None), span=self.span)
+        slots = ragged_place(self.entries, rows, positions, seen=slice(None), span=self.span)
         rope = (self.model.cos[positions], self.model.sin[positions])
         x = self.model.embed(tokens)
         for block in self.model.blocks():
-            x = x + block.attention(block.attention_norm(x), rope, place)[0]
+            x = x + block.attention(block.attention_norm(x), rope, slots)[0]
             h = block.mlp_norm(x)
             x = x + (sparse_mlp(block.mlp, h) if isinstance(block.mlp, MoE) else block.mlp(h))
         return at_least_fp32(self.model.head(self.model.norm(x)))[:, 0]

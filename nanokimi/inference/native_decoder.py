@@ -11,9 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nanokimi.config import ModelConfig
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, extended, fitting_length
-from nanokimi.inference.weights import ROW_ALIGNMENT, WEIGHT_FORMATS, pack
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, ROW_ALIGNMENT, Decoder, extended, pack
+from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.attention import MLA
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.layers import LATENT_EPS
@@ -21,12 +20,11 @@ from nanokimi.model.moe import MoE
 from nanokimi.model.rope import softmax_scale
 from nanokimi.model.transformer import Block, Transformer
 from nanokimi.native import build
-from nanokimi.native.huge_pages import prefer_huge_pages
 
 ROWS = 16  # tokens of one prompt that the kernels take at once, however few slots there are
-MUCH = 16 * PRODUCTS_PER_THREAD  # in a step: then threads meet seldom for what they do
+MUCH = 16 * PRODUCTS_PER_THREAD  # in a step: above, waiting at barriers costs little beside the work between them
 CONTEST = 64  # steps between two tries of the other choice
-SHORT_PROMPT = 32  # up to so many they are quicker than the PyTorch model, with which longer prompts are read
+SHORT_PROMPT = 32  # tokens: up to here the kernels are quicker than the PyTorch model, which reads longer prompts
 
 
 def supports(model: Transformer) -> str | None:
@@ -43,8 +41,8 @@ def supports(model: Transformer) -> str | None:
     return None
 
 
-class NativeDecoder:
-    """A ``Decoder`` (see ``decoder``) over packed weights; one call at a time.
+class NativeDecoder(Decoder):
+    """Decodes from packed weights; one call at a time.
 
     Matrices are packed once, in the format ``weights``. In fp32 they stay in the model's own memory where their rows
     are multiples of ``ROW_ALIGNMENT``, and training on would change them. Prompts of more than ``SHORT_PROMPT`` tokens
@@ -59,37 +57,30 @@ class NativeDecoder:
     def __init__(
         self, model: Transformer, *, slots: int = 1, max_length: int | None = None, weights: str = "fp32"
     ) -> None:
+        super().__init__(model, slots, max_length)
         self._library = build.library()
         self._library.nanokimi_scratch_floats.restype = c_int64
         config = self._config = model.config
-        self.model = model
-        self.slots, self.max_length = slots, fitting_length(model, max_length)
-        self.lengths = [0] * slots
         self._kept: list[Any] = []  # memory that the kernels point into
         entry = _padded(config.kv_lora_rank) + _padded(config.qk_rope_head_dim)
         self._cache = torch.zeros(config.n_layers, slots, self.max_length, entry)
         self.slot_bytes = self._cache.nbytes // slots
-        prefer_huge_pages(self._cache, filled=False)
+        build.prefer_huge_pages(self._cache, filled=False)
         self._format = weights
         self._active, self._threads = model.num_parameters(active=True), _Threads()
         self._packed = self._pack_model(model)
         self._scratch = torch.empty(0)
 
-    def reset(self, slot: int) -> None:
-        """See ``Decoder``."""
-        self.lengths[slot] = 0
-
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """See ``Decoder``."""
-        self._check_room(slot, len(tokens))
+        self.check_room([slot], len(tokens))
         read = self._read_short if len(tokens) <= SHORT_PROMPT else self._read_long
         logits = read(slot, tokens)
         self.lengths[slot] += len(tokens)
         return logits
 
     def _read_short(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """By the kernels; to the bit as if each token were a step of its own."""
+        """With the kernels; to the bit as if each token were a step of its own."""
         held = self.lengths[slot]
         for first in range(0, len(tokens), ROWS):
             part = tokens[first : first + ROWS]
@@ -97,38 +88,33 @@ class NativeDecoder:
         return logits[-1]
 
     def _read_long(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """By the PyTorch model."""
+        """With the PyTorch model, whose cache entries are copied into the decoder's."""
         held = self.lengths[slot]
         cache = LatentCache(self._config, 1, held + len(tokens))
         cache.length = held
-        pairs = self._parts_beside(cache, slot)
-        for theirs, ours in pairs:
-            theirs[:, :held] = ours[:, :held]
-        logits: Tensor = self.model(torch.tensor([tokens]), cache=cache, last_only=True)
-        for theirs, ours in pairs:
-            ours[:, held:] = theirs[:, held:]
-        return logits[0, -1]
-
-    def _parts_beside(self, cache: LatentCache, slot: int) -> list[tuple[Tensor, Tensor]]:
-        """Latents and rotated keys ``[L, max_length, R or P]``: those of ``cache`` and, unpadded, ours."""
+        # Latents and rotated keys [L, tokens, R or P]: those of the model's cache and, without padding, ours.
         widths = [self._config.kv_lora_rank, self._config.qk_rope_head_dim]
         ours = self._cache[:, slot, : cache.max_length].split([*map(_padded, widths)], dim=-1)
         theirs = cache.entries[:, 0].split(widths, dim=-1)
-        return [(one, other[..., : one.shape[-1]]) for one, other in zip(theirs, ours, strict=True)]
+        pairs = [(one, other[..., : one.shape[-1]]) for one, other in zip(theirs, ours, strict=True)]
+        for their, our in pairs:
+            their[:, :held] = our[:, :held]
+        logits: Tensor = self.model(torch.tensor([tokens]), cache=cache, last_only=True)
+        for their, our in pairs:
+            our[:, held:] = their[:, held:]
+        return logits[0, -1]
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """See ``Decoder``."""
         assert len(tokens) == len(slots) == len(set(slots)), "one token for each of different slots"
-        for slot in slots:
-            self._check_room(slot, 1)
+        self.check_room(slots)
         logits = self._run(slots, [self.lengths[slot] for slot in slots], tokens)
         for slot in slots:
             self.lengths[slot] += 1
         return logits
 
     def _run(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Each token at its position of its slot; the logits behind them, ``[n, vocab]``."""
+        """Each token at its position of its slot; the logits after them, ``[n, vocab]``."""
         n, vocab_size = len(tokens), self._config.vocab_size
         assert all(0 <= token < vocab_size for token in tokens)
         logits = torch.empty(n, vocab_size)
@@ -136,18 +122,14 @@ class NativeDecoder:
         addresses = [ctypes.addressof(array) for array in numbers]
 
         def compute(threads: int) -> None:
-            call = _Call(n, *addresses, logits.data_ptr(), self._room(threads))
+            call = _Call(n, *addresses, logits.data_ptr(), self._scratch_address(threads))
             self._library.nanokimi_step(byref(self._packed), byref(call), c_int(threads))
 
         self._threads.run(n * self._active, compute)
         return logits
 
-    def _check_room(self, slot: int, tokens: int) -> None:
-        if (end := self.lengths[slot] + tokens) > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
-
-    def _room(self, threads: int) -> int:
-        """Address of working memory for so many threads, zeroed when it was made."""
+    def _scratch_address(self, threads: int) -> int:
+        """Of working memory for so many threads. It starts as zeros: padding must hold finite numbers."""
         size = int(self._library.nanokimi_scratch_floats(byref(self._packed), c_int(threads)))
         if self._scratch.numel() < size:
             self._scratch = torch.zeros(size)
@@ -160,7 +142,7 @@ class NativeDecoder:
         layers = (_Layer * config.n_layers)(*map(self._pack_layer, model.blocks()))
         self._kept.append(layers)
         shared = config.n_shared_experts * config.moe_inter_dim if config.n_moe_layers else 0
-        packed = _Model(
+        return _Model(
             format=WEIGHT_FORMATS.index(self._format),
             slots=self.slots,
             max_length=self.max_length,
@@ -175,22 +157,26 @@ class NativeDecoder:
             dense_width=max(shared, config.inter_dim if config.n_dense_layers else 0),
             expert_width=config.moe_inter_dim,
             layers=config.n_layers,
-            routing=_routing(config),
+            routing=_Routing(
+                experts=config.n_routed_experts,
+                chosen=config.n_activated_experts,
+                groups=config.n_expert_groups,
+                limited_groups=config.n_limited_groups,
+                sigmoid=config.score_func == "sigmoid",
+                normalise=config.norm_topk_prob,
+                route_scale=config.route_scale,
+            ),
             norm_eps=config.norm_eps,
             latent_eps=LATENT_EPS,
             softmax_scale=softmax_scale(config),
+            embed=self._address(model.embed.weight),
+            cos=self._address(model.cos),
+            sin=self._address(model.sin),
+            norm=self._address(model.norm.weight),
             head=self._matrix(model.head.weight),
             layer=layers,
             cache=self._cache.data_ptr(),
         )
-        for name, tensor in (
-            ("embed", model.embed.weight),
-            ("cos", model.cos),
-            ("sin", model.sin),
-            ("norm", model.norm.weight),
-        ):
-            setattr(packed, name, self._address(tensor))
-        return packed
 
     def _pack_layer(self, block: Block) -> _Layer:
         attention, mlp = cast(MLA, block.attention), block.mlp
@@ -218,7 +204,7 @@ class NativeDecoder:
 
     def _matrix(self, weight: nn.Parameter, weight_format: str | None = None) -> _Matrix:
         values, scale = pack(weight, weight_format or self._format)
-        prefer_huge_pages(values)
+        build.prefer_huge_pages(values)
         self._kept += (values, scale)
         return _Matrix(values.data_ptr(), None if scale is None else scale.data_ptr(), *values.shape)
 
@@ -229,10 +215,11 @@ class NativeDecoder:
 
 
 class _Threads:
-    """How many threads a step takes, of those that PyTorch had when the decoder was made. No result depends on it.
+    """Chooses how many threads a step takes, of those that PyTorch had when the decoder was made.
 
-    Where there is much to do, all of them. Where there is little, one is held against all of them now and then, and the
-    quicker choice stays: threads that meet often lose a lot when another program takes one of their cores.
+    A large step takes all of them. For a small one, one thread and all of them are both timed now and then and the
+    quicker choice stays: threads that wait for each other often lose a lot when another program takes one of their
+    cores. No result depends on the choice.
     """
 
     def __init__(self) -> None:
@@ -257,18 +244,6 @@ class _Threads:
         one, all_of_them = (self._seconds.get((size, threads), 0.0) for threads in (1, most))
         one_is_quicker = one <= all_of_them
         return 1 if one_is_quicker != (self._steps % CONTEST == 0) else most
-
-
-def _routing(config: ModelConfig) -> _Routing:
-    return _Routing(
-        experts=config.n_routed_experts,
-        chosen=config.n_activated_experts,
-        groups=config.n_expert_groups,
-        limited_groups=config.n_limited_groups,
-        sigmoid=config.score_func == "sigmoid",
-        normalise=config.norm_topk_prob,
-        route_scale=config.route_scale,
-    )
 
 
 def _padded(width: int) -> int:

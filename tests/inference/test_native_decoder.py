@@ -12,9 +12,8 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, WEIGHT_FORMATS, EagerDecoder, round_weights_
 from nanokimi.inference.native_decoder import CONTEST, MUCH, SHORT_PROMPT, NativeDecoder, _Threads, supports
-from nanokimi.inference.weights import WEIGHT_FORMATS, round_weights_
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
 
@@ -112,15 +111,15 @@ def test_caches_of_several_chunks_are_read_to_their_ends() -> None:
     torch.testing.assert_close(native, eager, rtol=0, atol=TOLERANCE)
 
 
-def test_a_prompt_may_come_in_pieces(debug_model: Transformer) -> None:
+def test_a_prompt_may_come_in_parts(debug_model: Transformer) -> None:
     tokens = tokens_of(debug_model, 20)
-    whole, pieces = NativeDecoder(debug_model), NativeDecoder(debug_model)
+    whole, parts = NativeDecoder(debug_model), NativeDecoder(debug_model)
     expected = whole.prefill(0, tokens)
     for start, end in ((0, 7), (7, 8), (8, 20)):
-        found = pieces.prefill(0, tokens[start:end])
-    assert pieces.lengths == whole.lengths == [20]
+        found = parts.prefill(0, tokens[start:end])
+    assert parts.lengths == whole.lengths == [20]
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(pieces.step([0], [3]), whole.step([0], [3]), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(parts.step([0], [3]), whole.step([0], [3]), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nanokimi.errors import UserError
-from nanokimi.inference.weights import WEIGHT_FORMATS, pack, round_weights_
+from nanokimi.inference.decoder import WEIGHT_FORMATS, pack, round_weights_
 from nanokimi.model.transformer import Transformer
 
 UNITS = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half a unit of the last place of 1.0

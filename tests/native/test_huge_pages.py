@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanokimi.native.huge_pages import prefer_huge_pages
+from nanokimi.native.build import prefer_huge_pages
 
 
 def huge_kilobytes() -> int:
