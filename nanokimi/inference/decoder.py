@@ -2,8 +2,8 @@
 
 There are three: the PyTorch model as it is (``EagerDecoder``, the reference), compiled kernels on a CPU
 (``native_decoder``), and CUDA graphs (``graph_decoder``). ``new_decoder`` chooses one. The second half of the file
-rounds and packs weights for formats of fewer bytes; activations and sums stay fp32 in all of them. The model with
-rounded values is the reference for everything that computes with packed ones.
+rounds weights for formats of fewer bytes; activations and sums stay fp32 in all of them. The model with rounded values
+is the reference for everything that computes with packed ones.
 """
 
 from __future__ import annotations
@@ -14,20 +14,16 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.options import DECODERS, WEIGHT_FORMATS
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.roles import EMBEDDING, NORM
 from nanokimi.model.transformer import Transformer
+from nanokimi.native.packed_model import HALVES, quantised
 
 PRODUCTS_PER_THREAD = 8_000_000  # multiply-adds: with fewer in a step a thread is not worth waking
 WORTH_COMPILING = 2_000_000  # parameters: below, building the kernels once costs more than they will ever save
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROW_ALIGNMENT = 16  # elements: PAD in nanokimi/native/simd.h
-_LARGEST_INT8 = 127
-_CACHE_LINE = 64  # bytes: vectors that straddle two of them load at half the speed
 
 
 class Decoder(ABC):
@@ -215,38 +211,10 @@ def round_weights_(model: Transformer, weight_format: str) -> None:
         if role in (NORM, EMBEDDING) or id(weight) in routers:
             continue
         if weight_format == "int8":
-            values, scale = _quantised(weight)
+            values, scale = quantised(weight)
             weight.copy_(values * scale.unsqueeze(-1))
         else:
             half = weight.to(HALVES[weight_format])
             if not half.isfinite().all():
                 raise UserError(f"--weights {weight_format}: a weight is larger than it can hold; use bf16")
             weight.copy_(half)
-
-
-def _quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127, in floating point, and the scale of each row ``[...]``."""
-    scale = weight.abs().amax(dim=-1) / _LARGEST_INT8
-    return (weight / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round(), scale
-
-
-@torch.no_grad()
-def pack(weight: Tensor, weight_format: str) -> tuple[Tensor, Tensor | None]:
-    """A matrix as the native decoder reads it, from ``weight`` ``[..., out, in]`` in fp32.
-
-    In fp32 with rows of a suitable length the values are the weight's own memory, not a copy.
-
-    Returns:
-        ``values [rows, in]`` in the format, all leading dimensions flattened to rows, and ``in`` padded with zeros to
-        a multiple of ``ROW_ALIGNMENT``; ``scale [rows]`` in fp32, for int8 only.
-    """
-    rows = weight.detach().flatten(0, -2)
-    scale = None
-    if weight_format == "int8":
-        whole, scale = _quantised(rows)
-        rows = whole.to(torch.int8)
-    elif weight_format != "fp32":
-        rows = rows.to(HALVES[weight_format])
-    missing = -rows.shape[1] % ROW_ALIGNMENT
-    rows = (F.pad(rows, (0, missing)) if missing else rows).contiguous()
-    return rows.clone() if rows.data_ptr() % _CACHE_LINE else rows, scale

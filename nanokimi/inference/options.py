@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 
 from nanokimi.config import MAX_SEED, suggest
 from nanokimi.errors import UserError
+from nanokimi.native import WEIGHT_FORMATS as WEIGHT_FORMATS
 
 DECODERS = ("auto", "eager", "native", "graph")  # see new_decoder
-WEIGHT_FORMATS = ("fp32", "bf16", "fp16", "int8")  # see round_weights_; the kernels go by the order
 PREFILL_CHUNK = 1024  # prompt tokens that the engine reads at once by default: see docs/decoding.md
 
 

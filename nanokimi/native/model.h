@@ -1,4 +1,4 @@
-// What Python hands over: the packed model and one call. nanokimi/inference/native_decoder.py mirrors these structures.
+// What Python hands over: the packed model and one call. packed_model.py mirrors these structures.
 #pragma once
 
 #include "matmul.h"

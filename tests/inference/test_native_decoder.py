@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, WEIGHT_FORMATS, EagerDecoder, round_weights_
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder, round_weights_
 from nanokimi.inference.native_decoder import CONTEST, MUCH, SHORT_PROMPT, NativeDecoder, _Threads, supports
 from nanokimi.model.transformer import Transformer
-from nanokimi.native import build
+from nanokimi.native import WEIGHT_FORMATS, build
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="needs a C++ compiler")
 
@@ -207,8 +207,8 @@ def test_the_cache_can_be_filled_to_its_last_place(debug_model: Transformer) -> 
 
 def test_fp32_weights_stay_where_the_model_has_them_and_others_are_copies(debug_model: Transformer) -> None:
     head = debug_model.head.weight
-    assert NativeDecoder(debug_model)._packed.head.data == head.data_ptr()
-    assert NativeDecoder(debug_model, weights="int8")._packed.head.data != head.data_ptr()
+    assert NativeDecoder(debug_model)._packed.structure.head.data == head.data_ptr()
+    assert NativeDecoder(debug_model, weights="int8")._packed.structure.head.data != head.data_ptr()
 
 
 def test_a_model_of_another_precision_is_told_apart(debug_model: Transformer) -> None:
