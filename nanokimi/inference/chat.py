@@ -6,7 +6,6 @@ import dataclasses
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -18,7 +17,7 @@ from nanokimi.errors import UserError
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.conversation import Talk, load_talk, save_talk
 from nanokimi.inference.decoder import Decoder, new_decoder
-from nanokimi.inference.engine import Result
+from nanokimi.inference.engine import Result, figures
 from nanokimi.inference.generate import stream
 from nanokimi.inference.line_reader import Line, read_input, reading
 from nanokimi.inference.options import SamplingOptions
@@ -57,18 +56,15 @@ def interactive(
     output: TextIO | None = None,
     decoder: Decoder | None = None,
 ) -> int:
-    """Talks until Ctrl-D, end of input or ``/quit``.
+    """Talks until Ctrl-D, end of input or ``/quit``; returns the exit code, 0.
 
     Args:
-        opening: what the model gets to read before the first line is.
+        opening: what the model reads before the first line.
         system: the system message of a talk in turns.
         template: talk in turns; None: continue text.
         keep_history: lines typed on a terminal are there again in the next talk.
         source, output: a terminal or a pipe (default: standard input and output).
         decoder: one made for ``model`` (default: a ``new_decoder``).
-
-    Returns:
-        The exit code, 0.
 
     Raises:
         UserError: ``opening`` is longer than the context, or there are no system messages here.
@@ -80,7 +76,7 @@ def interactive(
     welcome = "This is a base model: it continues your text, it does not answer questions."
     if template is not None:
         welcome = f"This model talks in turns, by {template.name}."
-    chat = Chat(model, tokenizer, options, output or sys.stdout, decoder or new_decoder(model), talk)
+    chat = Chat(model, options, output or sys.stdout, decoder or new_decoder(model), talk)
     with reading(source or sys.stdin, COMMANDS, keep_history=keep_history) as read_line:
         chat.log(f"{welcome} /help lists the commands.")
         if opening:
@@ -109,7 +105,6 @@ class Chat:
     """
 
     model: Transformer
-    tokenizer: Tokenizer
     options: SamplingOptions
     output: TextIO
     decoder: Decoder
@@ -152,9 +147,8 @@ class Chat:
         talk = self.fit(self.talk.asked(text))
         options = dataclasses.replace(self.options, stop=self.options.stop + talk.stop)
         written = ""
-        deltas = stream(
-            self.model, self.tokenizer, talk.ids(), options, stop_tokens=talk.stop_tokens, decoder=self.decoder
-        )
+        ids, decoder = talk.ids(), self.decoder
+        deltas = stream(self.model, talk.tokenizer, ids, options, stop_tokens=talk.stop_tokens, decoder=decoder)
         try:
             for delta in deltas:
                 written += delta
@@ -165,7 +159,7 @@ class Chat:
         finally:
             self.talk = talk.answered(written)
         self.results.append(deltas.result)
-        self.log(f"\n[{_figures([deltas.result])}, finish_reason {deltas.result.finish_reason or 'interrupted'}]")
+        self.log(f"\n[{deltas.result.summary()}]")
 
     def fit(self, talk: Talk) -> Talk:
         """``talk`` without the oldest turns that leave too little of the context for a reply.
@@ -219,7 +213,7 @@ class Chat:
         context, used = self.decoder.max_length, len(self.talk.ids())
         for name, results in (("last reply", self.results[-1:]), ("all replies", self.results)):
             read = sum(result.prompt_tokens for result in results)
-            self.log(f"{name}: {read} tokens read, written {_figures(results)}")
+            self.log(f"{name}: {read} tokens read, written {figures(results)}")
         self.log(f"context: {used} of {context} tokens, {used / context:.0%}")
 
     def log(self, line: str) -> None:
@@ -231,11 +225,3 @@ def _path(name: str, command: str) -> Path:
     if not name:
         raise UserError(f"{command} needs the name of a file, such as {command} talk.json")
     return Path(os.path.expanduser(name))
-
-
-def _figures(results: Sequence[Result]) -> str:
-    """Tokens written, their speed after the first ones, and the mean time to the first token."""
-    tokens, seconds = sum(r.tokens for r in results), sum(r.decode_seconds for r in results)
-    later = sum(max(0, r.tokens - 1) for r in results)
-    first = sum(r.prefill_seconds for r in results) / max(1, len(results))
-    return f"{tokens} tokens, {later / seconds if seconds else 0:.1f} tokens/s, first token after {first:.2f} s"

@@ -80,7 +80,7 @@ class ChatTemplate:
             UserError: the template refuses the messages, makes too much of them, or one is not Unicode text.
         """
         stand_ins = self._guard.stand_ins(messages)
-        text = self._render([self._guard.hidden(message, stand_ins) for message in messages])
+        text = self._render([self._guard.guarded(message, stand_ins) for message in messages])
         ids: list[int] = []
         try:
             for part, special in self._guard.parts(text, stand_ins):
@@ -132,18 +132,19 @@ class ChatTemplate:
 
 
 class _StandIns(NamedTuple):
-    """By the characters that they stand for."""
+    """Stand-ins by the characters that they stand for: the first ones of special tokens, and of marks."""
 
     special: dict[str, str]
     marks: dict[str, str]
 
 
 class _Guard:
-    """Keeps what messages hold apart from what the template writes.
+    """Keeps the text of messages apart from the special tokens that the template writes.
 
-    Where a message's text reads like a special token, its first character gives way to a stand-in that no message
-    holds: of one character too, so that a template may trim and split as before. The same goes for tokens that are
-    not special, but that the template writes as marks (DeepSeek-V3 has such), unless the assistant wrote them.
+    Where a message's text reads like a special token, a stand-in takes the place of its first character while the
+    template runs: one character that no message holds, so that a template may trim and split as before. The same goes
+    for tokens that are not special but that the template writes as marks of a turn (DeepSeek-V3 has such), unless the
+    assistant wrote them.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
@@ -161,8 +162,8 @@ class _Guard:
         unused = (chr(code) for code in range(sys.maxunicode, 0, -1) if chr(code) not in taken)
         return _StandIns(*({first: next(unused) for first in _firsts(texts)} for texts in (self._special, self._marks)))
 
-    def hidden(self, message: Message, stand_ins: _StandIns) -> Message:
-        """``message`` with stand-ins."""
+    def guarded(self, message: Message, stand_ins: _StandIns) -> Message:
+        """``message`` with stand-ins where its text reads like a token."""
         content = self._special_start.sub(lambda start: stand_ins.special[start[0]], message["content"])
         if message["role"] != "assistant":
             content = self._mark_start.sub(lambda start: stand_ins.marks[start[0]], content)
@@ -175,7 +176,7 @@ class _Guard:
         return known[found[0]] if found else None
 
     def parts(self, text: str, stand_ins: _StandIns) -> Iterator[tuple[str, int | None]]:
-        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins give way to the text."""
+        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins become the text again."""
         restored = {ord(new): first for firsts in stand_ins for first, new in firsts.items()}
         # The tokenizer finds marks in any text: only a cut after the first character keeps it from that.
         cut = re.compile(f"(?<=[{''.join(stand_ins.marks.values())}])" if stand_ins.marks else NEVER)

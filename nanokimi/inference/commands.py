@@ -72,14 +72,13 @@ def run_generate(args: argparse.Namespace) -> int:
             from nanokimi.inference.chat import interactive
             from nanokimi.inference.chat_template import chat_template_of
 
-            template = chat_template_of(tokenizer, args.chat_template)
             return interactive(
                 model,
                 tokenizer,
                 options,
                 opening=args.prompt,
                 system=args.system,
-                template=template,
+                template=chat_template_of(tokenizer, args.chat_template),
                 keep_history=not args.no_history,
                 decoder=decoder,
             )

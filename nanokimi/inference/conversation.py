@@ -112,12 +112,12 @@ class Talk:
     def from_json(self, content: Mapping[str, Any]) -> Talk:
         """The talk of ``content``. ValueError or TypeError: it is none. UserError: the template refuses it."""
         if self.template is None:
-            return replace(self, turns=tuple((_text(turn), None) for turn in _list(content["turns"])))
-        texts = [_text(message["content"]) for message in _list(content["messages"])]
+            return replace(self, turns=tuple((turn, None) for turn in _checked_texts(content["turns"])))
+        texts = _checked_texts([message["content"] for message in content["messages"]])
         roles = [message["role"] for message in content["messages"]]
-        if roles != ["user", "assistant"] * (len(texts) // 2):
-            raise ValueError("messages and answers do not alternate")
-        loaded = replace(self, turns=(), system=_text(content["system"]))
+        if not isinstance(content["messages"], list) or roles != ["user", "assistant"] * (len(texts) // 2):
+            raise ValueError("no list of messages and answers in turn")
+        loaded = replace(self, turns=(), system=_checked_texts([content["system"]])[0])
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             loaded = loaded.asked(question).answered(answer)
         loaded.ids()
@@ -178,14 +178,8 @@ def _read(path: Path, otherwise: str) -> dict[str, Any]:
     return content
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError("not a list")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    value.encode()  # a ValueError if it is not Unicode
-    return value
+def _checked_texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("not a list of texts")
+    "".join(values).encode()  # a ValueError if they are not Unicode
+    return values

@@ -62,18 +62,17 @@ class Result:
     decode_seconds: float = 0.0
     finish_reason: Literal["stop", "length"] | None = None
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed; 0 before there is a second token."""
-        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 else 0.0
-
     def summary(self) -> str:
         """One line for people."""
-        return (
-            f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, "
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s, "
-            f"finish_reason {self.finish_reason or 'interrupted'}"
-        )
+        return f"{figures([self])}, finish_reason {self.finish_reason or 'interrupted'}"
+
+
+def figures(results: Sequence[Result]) -> str:
+    """Tokens generated, their speed after the first ones, and the mean time to the first token."""
+    tokens, seconds = sum(r.tokens for r in results), sum(r.decode_seconds for r in results)
+    later = sum(max(0, r.tokens - 1) for r in results)
+    first = sum(r.prefill_seconds for r in results) / max(1, len(results))
+    return f"{tokens} tokens, {later / seconds if seconds else 0:.1f} tokens/s, first token after {first:.2f} s"
 
 
 class Token(NamedTuple):
@@ -142,7 +141,7 @@ class TextAssembly:
         self.ended = True
 
     def take(self) -> TextChunk | None:
-        """Everything that has become settled since the last call, or None. Once ``ended``, nothing is held back."""
+        """Everything that has become settled since the last call, or None; once ``ended``, all there is."""
         ready = len(self._held)
         if not self.ended:  # the longest end with which some stop string begins may still become one
             lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
@@ -184,7 +183,7 @@ class Continuation:
         return self._text.take()
 
     def add(self, token: int, report: Report | None) -> None:
-        """Takes the next token, which may be the last."""
+        """Appends the next token, which may be the last."""
         if token in self.arguments.stop_tokens:
             return self.finish("stop")
         self.last = token
@@ -245,11 +244,6 @@ class Engine:
     def running(self) -> int:
         """Sequences that have a slot."""
         return len(self._in_slots)
-
-    @property
-    def waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self._waiting)
 
     @property
     def idle(self) -> bool:

@@ -49,18 +49,15 @@ class GraphDecoder(EagerDecoder):
         inputs = [0] * batch
         for slot, token in zip(slots, tokens, strict=True):
             inputs[slot] = token
-        logits = self._fixed_step(batch, span, positions)(inputs, positions)
-        for slot in slots:
-            self.lengths[slot] += 1
-        return logits.index_select(0, torch.tensor(slots).to(self.device, non_blocking=True))
-
-    def _fixed_step(self, batch: int, span: int, positions: list[int]) -> FixedStep:
         if (batch, span) not in self.steps:
             step = FixedStep(self.model, self.cache.entries[:, :batch], span)
             if self.pool is not None:
                 step.capture(self.pool, positions)
             self.steps[batch, span] = step
-        return self.steps[batch, span]
+        logits = self.steps[batch, span](inputs, positions)
+        for slot in slots:
+            self.lengths[slot] += 1
+        return logits.index_select(0, torch.tensor(slots).to(self.device, non_blocking=True))
 
 
 def _rounded_up(n: int, least: int, most: int) -> int:
@@ -132,9 +129,10 @@ def sparse_mlp(moe: MoE, x: Tensor) -> Tensor:
 
 
 def gathered_experts(experts: Experts, x: Tensor, chosen: Tensor) -> Tensor:
-    """What the experts ``chosen`` ``[n, K]`` make of ``x`` ``[n, D]``: ``[n, K, D]``; copies out their weights.
+    """For few tokens: what the experts ``chosen`` ``[n, K]`` make of ``x`` ``[n, D]``; copies out their weights.
 
-    For few tokens.
+    Returns:
+        ``[n, K, D]``.
     """
     w1, w2, w3 = (w[chosen] for w in (experts.w1, experts.w2, experts.w3))  # [n, K, F, D], w2 [n, K, D, F]
     hidden = F.silu(torch.einsum("nd,nkfd->nkf", x, w1)) * torch.einsum("nd,nkfd->nkf", x, w3)

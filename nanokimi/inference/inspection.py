@@ -53,7 +53,7 @@ def inspect_tokens(
     with _routings(model) as routings:
         hidden = model.hidden(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
-    reports = _reports(model, tokenizer, hidden[0], ids, max(start, 1), top)
+    reports = _reports(model, tokenizer.vocab_size, hidden[0], ids, max(start, 1), top)
     views = []
     for position in range(start, len(ids)):
         logprob, likeliest = next(reports) if position else (None, ())
@@ -64,12 +64,12 @@ def inspect_tokens(
 
 
 def _reports(
-    model: Transformer, tokenizer: Tokenizer, hidden: Tensor, ids: Sequence[int], start: int, top: int
+    model: Transformer, vocab_size: int, hidden: Tensor, ids: Sequence[int], start: int, top: int
 ) -> Iterator[Report]:
     """Log-probabilities at each of ``ids[start:]``, from the output ``[T, D]`` of the last block."""
     for first in range(start, len(ids), ROWS):
         last = min(first + ROWS, len(ids))
-        logits = model.head(hidden[first - 1 : last - 1])[:, : tokenizer.vocab_size]
+        logits = model.head(hidden[first - 1 : last - 1])[:, :vocab_size]
         for report in log_probabilities(logits, ids[first:last], [top] * (last - first)):
             assert report is not None
             yield report

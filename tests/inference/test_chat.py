@@ -140,7 +140,7 @@ def test_a_saved_text_goes_on_in_another_talk(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["my talk.json"]
 
 
-def test_a_line_behind_a_space_is_text_even_with_a_slash() -> None:
+def test_a_line_after_a_space_is_text_even_with_a_slash() -> None:
     model = ScriptedModel(b"abc")
     talk(model, " /quit")
     assert prompts(model) == [" /quit"]
@@ -214,7 +214,7 @@ def test_control_characters_are_stripped_and_text_is_not(text: str, shown: str) 
 
 def new_chat(model: ScriptedModel) -> Chat:
     tokenizer = load_tokenizer("byte")
-    return Chat(model, tokenizer, settings(3), io.StringIO(), new_decoder(model), Talk(tokenizer))
+    return Chat(model, settings(3), io.StringIO(), new_decoder(model), Talk(tokenizer))
 
 
 def test_the_text_kept_for_the_model_is_not_stripped() -> None:

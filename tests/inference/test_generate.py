@@ -86,7 +86,7 @@ def test_a_full_context_ends_with_reason_length_and_keeps_the_output(
     assert deltas.result.finish_reason == "length"
 
 
-def test_an_empty_prompt_starts_behind_an_end_of_text(tokenizer: Tokenizer) -> None:
+def test_an_empty_prompt_starts_after_an_end_of_text(tokenizer: Tokenizer) -> None:
     """Fault 75."""
     scripted = ScriptedModel(b"hello")
     assert generate(scripted, tokenizer, "", max_tokens=5, temperature=0.0) == "hello"

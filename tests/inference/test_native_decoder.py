@@ -54,7 +54,7 @@ def tokens_of(model: Transformer, count: int, seed: int = 1) -> list[int]:
 
 
 def compared(model: Transformer, weights: str = "fp32", length: int = 28, prompt: int = 8) -> tuple[Tensor, Tensor]:
-    """Logits of both decoders behind the prompt and behind each token after it."""
+    """Logits of both decoders after the prompt and after each token after it."""
     tokens = tokens_of(model, length)
     found = []
     for decoder in (EagerDecoder(model), NativeDecoder(model, weights=weights)):
