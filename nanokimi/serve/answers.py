@@ -13,7 +13,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nanokimi.inference.text import Piece, Token
+from nanokimi.inference.engine import TextChunk, Token
 from nanokimi.serve.errors import ApiError
 from nanokimi.serve.plans import Plan
 from nanokimi.serve.shapes import Shape
@@ -102,7 +102,7 @@ class Answer:
             chunks.append(self._chunk(index, self.shape.opening or self.shape.last, (), "null", ids))
         return "".join(chunks)
 
-    def _event(self, index: int, piece: Piece | None, end: End | None) -> str:
+    def _event(self, index: int, piece: TextChunk | None, end: End | None) -> str:
         text = ""
         if piece is not None:
             text = self._chunk(index, self.shape.delta(piece.text), piece.tokens)

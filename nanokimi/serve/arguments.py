@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanokimi.cli_settings import spellings
 from nanokimi.errors import UserError
-from nanokimi.inference.settings import DECODERS, PREFILL_CHUNK, WEIGHT_FORMATS
+from nanokimi.inference.options import DECODERS, PREFILL_CHUNK, WEIGHT_FORMATS
 from nanokimi.serve.rules import Rules, is_address, is_loopback
 
 KEY_VARIABLE = "NANOKIMI_API_KEY"

@@ -13,8 +13,8 @@ from nanokimi.config import MAX_SEED
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat_template import ChatTemplate, Message, Role
-from nanokimi.inference.engine import Request, check_prompt
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.engine import GenerationArguments, check_prompt
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.errors import ApiError, refused
 from nanokimi.serve.schemas import ChatBody, CompletionBody, MessageBody, Sampling
@@ -63,7 +63,7 @@ class Plan:
         token_ids: whether choices tell their tokens' ids.
     """
 
-    requests: tuple[Request, ...]
+    requests: tuple[GenerationArguments, ...]
     prompt_tokens: int
     stream: bool
     include_usage: bool
@@ -127,14 +127,14 @@ def _limited(wanted: int | None, default: int, served: Served, name: str) -> int
     return min(default, served.max_tokens) if wanted is None else wanted
 
 
-def _settings(body: Sampling, served: Served, max_tokens: int) -> Settings:
+def _settings(body: Sampling, served: Served, max_tokens: int) -> SamplingOptions:
     """How tokens are drawn. The defaults are OpenAI's."""
     if (body.n or 1) > served.max_n:
         raise ApiError(400, f"n {body.n} is over this server's limit of {served.max_n}", param="n")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream true", param="stream_options")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return Settings(
+    return SamplingOptions(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k or 0,
@@ -164,7 +164,7 @@ def _plan(
     body: Sampling,
     served: Served,
     prompts: Sequence[Sequence[int]],
-    settings: Settings,
+    settings: SamplingOptions,
     stop_tokens: tuple[int, ...],
     logprobs: int | None,
     field: str,
@@ -172,7 +172,7 @@ def _plan(
     n = body.n or 1
     if body.seed is not None and body.seed + n * len(prompts) - 1 > MAX_SEED:
         raise ApiError(400, f"seed: choice i draws with seed + i, which must not be over {MAX_SEED}", param="seed")
-    requests: list[Request] = []
+    requests: list[GenerationArguments] = []
     for prompt in prompts:
         try:
             check_prompt(prompt, served.context, served.tokenizer.vocab_size)
@@ -181,7 +181,7 @@ def _plan(
         for _ in range(n):
             seed = None if body.seed is None else body.seed + len(requests)
             choice = dataclasses.replace(settings, seed=seed)
-            requests.append(Request(tuple(prompt), choice, stop_tokens, logprobs))
+            requests.append(GenerationArguments(tuple(prompt), choice, stop_tokens, logprobs))
     return Plan(
         tuple(requests), sum(map(len, prompts)), bool(body.stream),
         bool(body.stream_options and body.stream_options.include_usage), logprobs is not None,

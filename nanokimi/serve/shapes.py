@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.inference.text import Token
+from nanokimi.inference.engine import Token
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in
 

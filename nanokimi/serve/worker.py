@@ -13,8 +13,7 @@ from itertools import chain
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from nanokimi.inference.engine import Continuation, Engine, Request
-from nanokimi.inference.text import Piece
+from nanokimi.inference.engine import Continuation, Engine, GenerationArguments, TextChunk
 from nanokimi.serve.errors import FAILED, ApiError
 from nanokimi.serve.metrics import Metrics
 
@@ -66,7 +65,7 @@ class Update(NamedTuple):
     """What is new of one choice of a job: text, its end, or both."""
 
     choice: int
-    piece: Piece | None
+    piece: TextChunk | None
     end: End | None
 
 
@@ -87,7 +86,7 @@ class Job:
         error: why there will be no (further) answer.
     """
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[GenerationArguments]) -> None:
         self.requests = tuple(requests)
         self.running = len(self.requests)
         self.error: ApiError | None = None
@@ -199,7 +198,7 @@ class Worker:
         """Sequences behind them."""
         return max(0, self.outstanding - self.running)
 
-    def submit(self, requests: Sequence[Request]) -> Job:
+    def submit(self, requests: Sequence[GenerationArguments]) -> Job:
         """Queues all of ``requests`` or none of them; whoever submits calls ``close``.
 
         Raises:
@@ -384,11 +383,11 @@ def _merged(updates: Sequence[Update]) -> list[Update]:
     return [Update(index, _joined(group), group[-1].end) for index, group in by_choice.items()]
 
 
-def _joined(updates: Sequence[Update]) -> Piece | None:
+def _joined(updates: Sequence[Update]) -> TextChunk | None:
     pieces = [update.piece for update in updates if update.piece is not None]
     if len(pieces) < 2:
         return pieces[0] if pieces else None
-    return Piece("".join(piece.text for piece in pieces), tuple(chain(*(piece.tokens for piece in pieces))))
+    return TextChunk("".join(piece.text for piece in pieces), tuple(chain(*(piece.tokens for piece in pieces))))
 
 
 def _settle(settle: Callable[[V], None], value: V) -> None:

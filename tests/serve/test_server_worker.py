@@ -6,32 +6,31 @@ import asyncio
 
 import pytest
 
-from nanokimi.inference.engine import Request
-from nanokimi.inference.settings import Settings
-from nanokimi.inference.text import Piece, Token
+from nanokimi.inference.engine import GenerationArguments, TextChunk, Token
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.serve.errors import ApiError
 from nanokimi.serve.metrics import Histogram, Metrics
 from nanokimi.serve.worker import End, Job, Update
 
 
 def job_of(choices: int) -> Job:
-    return Job([Request((1,), Settings())] * choices)
+    return Job([GenerationArguments((1,), SamplingOptions())] * choices)
 
 
 def test_a_reader_who_has_fallen_behind_gets_everything_at_once() -> None:
     job = job_of(2)
     for i, letter in enumerate("abc"):
-        job.add(Update(0, Piece(letter, (Token(i, i),)), None))
+        job.add(Update(0, TextChunk(letter, (Token(i, i),)), None))
     job.add(Update(1, None, None))
     job.add(Update(0, None, End("stop", 3)))
     updates = asyncio.run(job.news())
-    assert updates == [Update(0, Piece("abc", (Token(0, 0), Token(1, 1), Token(2, 2))), End("stop", 3)),
+    assert updates == [Update(0, TextChunk("abc", (Token(0, 0), Token(1, 1), Token(2, 2))), End("stop", 3)),
                        Update(1, None, None)]  # fmt: skip
 
 
 def test_news_are_empty_once_all_is_taken() -> None:
     job = job_of(1)
-    job.add(Update(0, Piece("a", ()), End("stop", 1)))
+    job.add(Update(0, TextChunk("a", ()), End("stop", 1)))
     job.running = 0
     assert len(asyncio.run(job.news())) == 1
     assert asyncio.run(job.news()) == []
@@ -39,11 +38,11 @@ def test_news_are_empty_once_all_is_taken() -> None:
 
 def test_the_first_error_follows_what_was_written_before_it_and_nothing_follows_the_error() -> None:
     job = job_of(1)
-    job.add(Update(0, Piece("a", ()), None))
+    job.add(Update(0, TextChunk("a", ()), None))
     job.fail(ApiError(500, "first"))
     job.fail(ApiError(500, "second"))
-    job.add(Update(0, Piece("b", ()), None))
-    assert asyncio.run(job.news()) == [Update(0, Piece("a", ()), None)]
+    job.add(Update(0, TextChunk("b", ()), None))
+    assert asyncio.run(job.news()) == [Update(0, TextChunk("a", ()), None)]
     with pytest.raises(ApiError, match="first"):
         asyncio.run(job.news())
 
