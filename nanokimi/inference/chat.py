@@ -19,7 +19,7 @@ from nanokimi.inference.conversation import Talk, load_talk, save_talk
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.engine import Result, figures
 from nanokimi.inference.generate import stream
-from nanokimi.inference.line_reader import Line, read_input, reading
+from nanokimi.inference.line_reader import Line, line_reader, read_input
 from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 
@@ -77,7 +77,7 @@ def interactive(
     if template is not None:
         welcome = f"This model talks in turns, by {template.name}."
     chat = Chat(model, options, output or sys.stdout, decoder or new_decoder(model), talk)
-    with reading(source or sys.stdin, COMMANDS, keep_history=keep_history) as read_line:
+    with line_reader(source or sys.stdin, COMMANDS, keep_history=keep_history) as read_line:
         chat.log(f"{welcome} /help lists the commands.")
         if opening:
             chat.reply(opening)

@@ -30,7 +30,7 @@ from nanokimi.errors import UserError
 NO_TEMPLATE = "none"
 NEVER = "(?!)"  # a regular expression that matches nothing
 MAX_TEXT = 1_000_000  # characters, or items of a list
-MAX_STEPS = 200_000  # turns of all loops and calls of all functions
+MAX_STEPS = 200_000  # iterations of all loops and calls of all functions
 MAX_POWER = 10_000  # bits of a power's result
 _BUDGET = "steps left"  # a template cannot say a name with a space
 

@@ -207,8 +207,8 @@ def round_weights_(model: Transformer, weight_format: str) -> None:
     if weight_format == "fp32":
         return
     routers = {id(router.weight) for router in model.routers()}
-    for role, weight in model.param_roles():
-        if role in (NORM, EMBEDDING) or id(weight) in routers:
+    for param_role, weight in model.param_roles():
+        if param_role in (NORM, EMBEDDING) or id(weight) in routers:
             continue
         if weight_format == "int8":
             values, scale = quantised(weight)

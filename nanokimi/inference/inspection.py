@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.inference.engine import check_prompt
@@ -53,26 +53,18 @@ def inspect_tokens(
     with _routings(model) as routings:
         hidden = model.hidden(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
-    reports = _reports(model, tokenizer.vocab_size, hidden[0], ids, max(start, 1), top)
+    reports: list[Report | None] = [None] if start == 0 else []
+    for first in range(max(start, 1), len(ids), ROWS):
+        asked = ids[first : first + ROWS]
+        logits = model.head(hidden[0, first - 1 : first - 1 + len(asked)])[:, : tokenizer.vocab_size]
+        reports += log_probabilities(logits, asked, [top] * len(asked))
     views = []
-    for position in range(start, len(ids)):
-        logprob, likeliest = next(reports) if position else (None, ())
+    for position, report in enumerate(reports, start):
+        logprob, likeliest = report or (None, ())
         shown = tuple((token, tokenizer.decode([token]), value) for token, value in likeliest)
         experts = tuple(tuple(layer[position]) for layer in chosen)
         views.append(TokenView(ids[position], tokenizer.decode([ids[position]]), logprob, shown, experts))
     return views
-
-
-def _reports(
-    model: Transformer, vocab_size: int, hidden: Tensor, ids: Sequence[int], start: int, top: int
-) -> Iterator[Report]:
-    """Log-probabilities at each of ``ids[start:]``, from the output ``[T, D]`` of the last block."""
-    for first in range(start, len(ids), ROWS):
-        last = min(first + ROWS, len(ids))
-        logits = model.head(hidden[first - 1 : last - 1])[:, :vocab_size]
-        for report in log_probabilities(logits, ids[first:last], [top] * (last - first)):
-            assert report is not None
-            yield report
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def read_input(read_line: ReadLine) -> Line:
 
 
 @contextmanager
-def reading(source: TextIO, commands: Sequence[str] = (), *, keep_history: bool = False) -> Iterator[ReadLine]:
-    """How to read from ``source``: on a terminal with editing, the history of earlier talks and completion.
+def line_reader(source: TextIO, commands: Sequence[str] = (), *, keep_history: bool = False) -> Iterator[ReadLine]:
+    """A function that reads from ``source``: on a terminal with editing, the history of earlier talks and completion.
 
     Args:
         commands: what the tabulator completes.

@@ -34,19 +34,13 @@ def draw(logits: Tensor, options: Sequence[SamplingOptions], uniforms: Sequence[
         part = logits if len(rows) == len(ids) else logits[rows]
         if greedy:
             found = part.argmax(dim=-1)
-        else:
-            found = _drawn(part, [options[row] for row in rows], [uniforms[row] for row in rows])
-        for row, token in zip(rows, found.tolist(), strict=True):
+        else:  # the first id at which the cumulative distribution passes the uniform number
+            sums = _weights(part, [options[row] for row in rows]).cumsum(dim=-1)
+            uniform = torch.tensor([uniforms[row] for row in rows], dtype=torch.float64, device=logits.device)
+            found = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).squeeze(-1)
+        for row, token in zip(rows, found.clamp(max=logits.shape[-1] - 1).tolist(), strict=True):
             ids[row] = token
     return ids
-
-
-def _drawn(logits: Tensor, options: Sequence[SamplingOptions], uniforms: Sequence[float]) -> Tensor:
-    """The first id at which the cumulative distribution of each row passes its uniform number, ``[n]``."""
-    sums = _weights(logits, options).cumsum(dim=-1)
-    uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
-    ids = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-    return ids.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def log_probabilities(logits: Tensor, ids: Sequence[int], counts: Sequence[int | None]) -> list[Report | None]:

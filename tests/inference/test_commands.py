@@ -127,7 +127,7 @@ def test_what_is_typed_is_kept_unless_the_user_says_no(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "nanokimi.inference.chat.reading", lambda *_, keep_history: asked.append(keep_history) or nullcontext(input)
+        "nanokimi.inference.chat.line_reader", lambda *_, keep_history: asked.append(keep_history) or nullcontext(input)
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert run(monkeypatch, ScriptedModel(b"abc"), "--interactive", *flags) == 0

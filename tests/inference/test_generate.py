@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate, generate_tokens, stream, stream_tokens
-from nanokimi.inference.options import SamplingOptions
+from nanokimi.inference.options import SamplingKeywords, SamplingOptions
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 
@@ -205,6 +206,18 @@ def test_the_cut_at_a_stop_string_does_not_depend_on_the_tokens(monkeypatch: pyt
 
 def test_one_stop_string_may_be_given_bare(tokenizer: Tokenizer) -> None:
     assert generate(ScriptedModel(b"one two"), tokenizer, "x", temperature=0.0, max_tokens=7, stop="tw") == "one "
+
+
+def test_the_keywords_of_generate_are_the_options_of_sampling() -> None:
+    names = {field.name for field in dataclasses.fields(SamplingOptions)}
+    assert set(SamplingKeywords.__annotations__) == names - {"stop"}
+    with pytest.raises(TypeError, match="temprature"):
+        generate_tokens(ScriptedModel([1]), [1], temprature=0.5)
+
+
+def test_ids_end_at_stop_tokens_and_not_at_stop_strings() -> None:
+    with pytest.raises(UserError, match="give stop_tokens, or use generate"):
+        generate_tokens(ScriptedModel([1]), [1], stop=("x",))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
