@@ -1,24 +1,38 @@
-"""Messages as the tokens of a talk: a chat template, kept in a sandbox and away from what users write.
+"""Turns messages into tokens with a chat template.
 
-Templates are those of transformers' ``apply_chat_template``, and render as they do there. One thing differs: what a
-message holds stays text, also where it is written like a special token.
+Templates are those of transformers' ``apply_chat_template``, and render as they do there. One thing differs: the text
+of a message stays text, also where it is written like a special token (``_Guard``). Templates are programs that come
+with a model, so they run in a sandbox, in which they reach no files and no Python and cannot run for ever.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanokimi.console import printable
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference.template_sandbox import Template
 
 NO_TEMPLATE = "none"
 NEVER = "(?!)"  # a regular expression that matches nothing
+MAX_TEXT = 1_000_000  # characters, or items of a list
+MAX_STEPS = 200_000  # iterations of all loops and calls of all functions
+MAX_POWER = 10_000  # bits of a power's result
+_BUDGET = "steps left"  # a template cannot say a name with a space
 
 Role = Literal["system", "user", "assistant"]
 
@@ -49,8 +63,8 @@ class ChatTemplate:
         self.name, self._tokenizer = name, tokenizer
         self._guard = _Guard(tokenizer, source)
         try:
-            self._template = Template(source)
-        except ValueError as error:
+            self._template = _Environment().from_string(source)
+        except Exception as error:  # Jinja's own, and those of Python, to which it compiles
             raise UserError(f"{name} is no Jinja template: {_one_line(error)}") from error
         if "Hello?" not in self._render([{"role": "user", "content": "Hello?"}]):
             raise UserError(f"{name} leaves out what the user writes: is it a chat template?")
@@ -66,7 +80,7 @@ class ChatTemplate:
             UserError: the template refuses the messages, makes too much of them, or one is not Unicode text.
         """
         stand_ins = self._guard.stand_ins(messages)
-        text = self._render([self._guard.hidden(message, stand_ins) for message in messages])
+        text = self._render([self._guard.guarded(message, stand_ins) for message in messages])
         ids: list[int] = []
         try:
             for part, special in self._guard.parts(text, stand_ins):
@@ -82,46 +96,55 @@ class ChatTemplate:
             "add_generation_prompt": prompt,
             "bos_token": self._tokenizer.bos,
             "eos_token": self._tokenizer.eot,
+            _BUDGET: SimpleNamespace(steps=MAX_STEPS),
         }
+        left = MAX_TEXT + 4 * sum(len(message["content"]) for message in messages)
+        parts = []
         try:
-            return self._template.render(values, room=4 * sum(len(message["content"]) for message in messages))
-        except ValueError as error:
+            for part in self._template.generate(values):
+                parts.append(part)
+                left -= len(part)
+                if left < 0:
+                    raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
+        except Exception as error:  # a template can raise anything, as any program can
             raise UserError(f"{self.name} cannot be applied to these messages: {_one_line(error)}") from error
+        return "".join(parts)
 
     def _end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What ends a reply, found in a talk: what stands between the assistant's text and the user's next one."""
         question, answer, thanks = "Who is there?", "Nobody at all.", "So be it."
-        talk: list[Message] = [
+        messages: list[Message] = [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
             {"role": "user", "content": thanks},
         ]
         try:
-            text = self._render(talk, prompt=False)
+            text = self._render(messages, prompt=False)
         except UserError:  # a template for one question alone
             text = ""
         between = text.partition(answer)[2].partition(thanks)[0]
         token = self._guard.first_token(between)
         if token is not None:
             return tuple(dict.fromkeys((self._tokenizer.eot_id, token))), ()
-        # A model may join the last space with the word behind it.
+        # A model may join the last space with the word after it.
         end = between.rstrip() or between
         return (self._tokenizer.eot_id,), (end,) if end else ()
 
 
 class _StandIns(NamedTuple):
-    """By the characters that they stand for."""
+    """Stand-ins by the characters that they stand for: the first ones of special tokens, and of marks."""
 
     special: dict[str, str]
     marks: dict[str, str]
 
 
 class _Guard:
-    """Keeps what messages hold apart from what the template writes.
+    """Keeps the text of messages apart from the special tokens that the template writes.
 
-    Where a message's text reads like a special token, its first character gives way to a stand-in that no message
-    holds: of one character too, so that a template may trim and split as before. The same goes for tokens that are
-    not special, but that the template writes as marks (DeepSeek-V3 has such), unless the assistant wrote them.
+    Where a message's text reads like a special token, a stand-in takes the place of its first character while the
+    template runs: one character that no message holds, so that a template may trim and split as before. The same goes
+    for tokens that are not special but that the template writes as marks of a turn (DeepSeek-V3 has such), unless the
+    assistant wrote them.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
@@ -139,8 +162,8 @@ class _Guard:
         unused = (chr(code) for code in range(sys.maxunicode, 0, -1) if chr(code) not in taken)
         return _StandIns(*({first: next(unused) for first in _firsts(texts)} for texts in (self._special, self._marks)))
 
-    def hidden(self, message: Message, stand_ins: _StandIns) -> Message:
-        """``message`` with stand-ins."""
+    def guarded(self, message: Message, stand_ins: _StandIns) -> Message:
+        """``message`` with stand-ins where its text reads like a token."""
         content = self._special_start.sub(lambda start: stand_ins.special[start[0]], message["content"])
         if message["role"] != "assistant":
             content = self._mark_start.sub(lambda start: stand_ins.marks[start[0]], content)
@@ -153,9 +176,9 @@ class _Guard:
         return known[found[0]] if found else None
 
     def parts(self, text: str, stand_ins: _StandIns) -> Iterator[tuple[str, int | None]]:
-        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins give way to the text."""
+        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins become the text again."""
         restored = {ord(new): first for firsts in stand_ins for first, new in firsts.items()}
-        # The tokenizer finds marks in any text: only a cut behind the first character keeps it from that.
+        # The tokenizer finds marks in any text: only a cut after the first character keeps it from that.
         cut = re.compile(f"(?<=[{''.join(stand_ins.marks.values())}])" if stand_ins.marks else NEVER)
         for part in self._special_text.split(text):
             if part in self._special:
@@ -196,3 +219,83 @@ def _any_of(texts: Iterable[str]) -> str:
 
 def _one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+# ---- the sandbox ------------------------------------------------------------------------------------
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja as transformers sets it up; it counts the steps of loops and calls, and refuses products out of bounds."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.filters |= {"tojson": _to_json, "counted": _counted}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "range": _range}
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _spend(__context, 1)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and numbers and left.bit_length() * right > MAX_POWER:
+            raise SecurityError("it computes too large a power")
+        for times, value in ((left, right), (right, left)):
+            if isinstance(times, int) and hasattr(value, "__len__") and times * len(value) > MAX_TEXT:
+                raise SecurityError(f"it repeats something to more than {MAX_TEXT:,} parts")
+        return super().call_binop(context, operator, left, right)
+
+    def _generate(self, source: nodes.Template, *args: Any, **named: Any) -> str:
+        for loop in source.find_all(nodes.For):
+            if loop.recursive:
+                raise TemplateSyntaxError("loops marked as recursive are not supported", loop.lineno)
+            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        return super()._generate(source, *args, **named)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what a model is trained on; here its contents are all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _spend(context: Context, steps: int) -> None:
+    budget: Any = context.resolve(_BUDGET)
+    budget.steps -= steps
+    if budget.steps < 0:
+        raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+
+
+@pass_context
+def _counted(context: Context, values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        _spend(context, 1)
+        yield value
+
+
+@pass_context
+def _range(context: Context, *bounds: int) -> range:
+    numbers = range(*bounds)
+    _spend(context, min(len(numbers), MAX_STEPS + 1))
+    return numbers
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON without HTML's escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
 from nanokimi.console import discard_stdout, printable, tolerate_odd_characters
 from nanokimi.errors import UserError
-from nanokimi.inference.settings import DECODERS, WEIGHT_FORMATS, Settings
+from nanokimi.inference.options import DECODERS, WEIGHT_FORMATS, SamplingOptions
 
 if TYPE_CHECKING:
-    from nanokimi.data.tokenizer import Tokenizer
-    from nanokimi.inference.decoder import Decoder
-    from nanokimi.model.transformer import Transformer
+    from nanokimi.inference.generate import Generation
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``run_generate``; their defaults are those of ``Settings``."""
-    default = Settings()
+    """The flags of ``run_generate``; their defaults are those of ``SamplingOptions``."""
+    parser.set_defaults(**dataclasses.asdict(SamplingOptions()))
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as checkpoints/latest.pt")
     add("--prompt", default="", help="text to continue (default: none, a new document)")
-    add("--max_tokens", "--max-tokens", type=int, default=default.max_tokens, help="most tokens to write (%(default)s)")
-    add("--temperature", type=float, default=default.temperature, help="0 is greedy (%(default)s)")
-    add("--top_p", "--top-p", type=float, default=default.top_p, help="nucleus; 1 is off, 0 is greedy (%(default)s)")
-    add("--top_k", "--top-k", type=int, default=default.top_k, help="most likely tokens kept; 0 is off (%(default)s)")
-    add("--min_p", "--min-p", type=float, default=default.min_p, help="share of the best kept; 0 is off (%(default)s)")
-    add("--seed", type=int, default=default.seed, help="repeatable draws (default: new ones each time)")
+    add("--max_tokens", "--max-tokens", type=int, help="most tokens to write (%(default)s)")
+    add("--temperature", type=float, help="0 is greedy (%(default)s)")
+    add("--top_p", "--top-p", type=float, help="nucleus; 1 is off, 0 is greedy (%(default)s)")
+    add("--top_k", "--top-k", type=int, help="most likely tokens kept; 0 is off (%(default)s)")
+    add("--min_p", "--min-p", type=float, help="share of the best kept; 0 is off (%(default)s)")
+    add("--seed", type=int, help="repeatable draws (default: new ones each time)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
-    add(
-        "--weights",
-        choices=WEIGHT_FORMATS,
-        default="fp32",
-        help="what weights are rounded to and kept in (%(default)s)",
-    )
+    about = "what weights are rounded to and kept in (%(default)s)"
+    add("--weights", choices=WEIGHT_FORMATS, default="fp32", help=about)
     add("--decoder", choices=DECODERS, default="auto", help="PyTorch, compiled kernels or CUDA graphs (%(default)s)")
     add("--stream", action="store_true", help="show the text while it is written")
     add("--interactive", action="store_true", help="talk: history, /set, /reset, /help; Ctrl-C stops a reply")
@@ -57,20 +52,14 @@ def run_generate(args: argparse.Namespace) -> int:
         UserError: a flag out of range, a model that cannot be loaded, a prompt longer than the context.
         RunError: ``--decoder native`` and its kernels cannot be built.
     """
-    settings = Settings(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        stop=tuple(args.stop),
-    )
+    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions)}
+    options = SamplingOptions(**chosen | {"stop": tuple(args.stop)})
     if not args.interactive and (args.chat_template or args.system):
         flag = "--chat_template" if args.chat_template else "--system"
         raise UserError(f"{flag} is for talks: use nanokimi chat, or --interactive")
     from nanokimi.device import resolve_device
     from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
+    from nanokimi.inference.generate import stream
     from nanokimi.loading import load
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
@@ -80,52 +69,37 @@ def run_generate(args: argparse.Namespace) -> int:
     tolerate_odd_characters()
     try:
         if args.interactive:
-            return _talk(args, model, tokenizer, settings, decoder)
-        return _write_continuation(model, tokenizer, args.prompt, settings, decoder, live=args.stream)
+            from nanokimi.inference.chat import interactive
+            from nanokimi.inference.chat_template import chat_template_of
+
+            return interactive(
+                model,
+                tokenizer,
+                options,
+                opening=args.prompt,
+                system=args.system,
+                template=chat_template_of(tokenizer, args.chat_template),
+                keep_history=not args.no_history,
+                decoder=decoder,
+            )
+        return _write(args.prompt, stream(model, tokenizer, args.prompt, options, decoder=decoder), live=args.stream)
     except BrokenPipeError:
         discard_stdout()
         return 0
 
 
-def _talk(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, settings: Settings, decoder: Decoder
-) -> int:
-    from nanokimi.inference.chat import interactive
-    from nanokimi.inference.chat_template import chat_template_of
-
-    return interactive(
-        model,
-        tokenizer,
-        settings,
-        opening=args.prompt,
-        system=args.system,
-        template=chat_template_of(tokenizer, args.chat_template),
-        keep_history=not args.no_history,
-        decoder=decoder,
-    )
-
-
-def _write_continuation(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, decoder: Decoder, *, live: bool
-) -> int:
-    from nanokimi.inference.generate import stream
-
-    pieces = stream(model, tokenizer, prompt, settings, decoder=decoder)
-    written = ""
-    _write(prompt, flush=live)
+def _write(prompt: str, deltas: Generation[str], *, live: bool) -> int:
+    """Prompt and continuation, as the text comes or when it is complete."""
+    written = prompt
+    if live:
+        print(printable(prompt), end="", flush=True)
     try:
-        for piece in pieces:
-            written += piece
+        for delta in deltas:
+            written += delta
             if live:
-                _write(piece, flush=True)
+                print(printable(delta), end="", flush=True)
     except KeyboardInterrupt:
-        pieces.close()
-    _write("\n" if live else written + "\n", flush=True)
-    print(f"[{pieces.result.summary()}]", file=sys.stderr)
-    return 0 if pieces.result.finish_reason else INTERRUPTED
-
-
-def _write(text: str, *, flush: bool) -> None:
-    sys.stdout.write(printable(text))
-    if flush:
-        sys.stdout.flush()
+        deltas.close()
+    print("" if live else printable(written), flush=True)
+    print(f"[{deltas.result.summary()}]", file=sys.stderr)
+    return 0 if deltas.result.finish_reason else INTERRUPTED

@@ -1,4 +1,4 @@
-"""What has been said so far: one growing text, or messages in turns. Each step gives a new one, the old one stays."""
+"""What has been said so far: one growing text, or messages in turns. Each change gives a new talk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
@@ -22,24 +22,34 @@ NO_SYSTEM = "none"
 
 
 @dataclass(frozen=True)
-class TextTalk:
-    """For a base model: a text that you and the model write by turns.
+class Talk:
+    """A talk so far: messages and answers for a model with a chat template, one growing text for a base model.
 
     Attributes:
-        turns: each your text with the model's continuation of it; a turn begins a line.
+        template: None for a base model, which continues the text.
+        turns: your text and what the model wrote after it, None before it has. In a growing text a turn begins a line.
+        system: the system message, which needs a template; empty if there is none.
     """
 
     tokenizer: Tokenizer
-    turns: tuple[str, ...] = ()
+    template: ChatTemplate | None = None
+    turns: tuple[tuple[str, str | None], ...] = ()
+    system: str = ""
 
-    mode: ClassVar[str] = "text"
-    welcome: ClassVar[str] = "This is a base model: it continues your text, it does not answer questions."
-    stop: ClassVar[tuple[str, ...]] = ()
+    @property
+    def mode(self) -> Literal["text", "turns"]:
+        """How one talks: a base model continues a text, a chat template makes turns."""
+        return "text" if self.template is None else "turns"
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a reply."""
+        return () if self.template is None else self.template.stop
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """What ends a reply: the end of text."""
-        return (self.tokenizer.eot_id,)
+        """Tokens that end a reply."""
+        return (self.tokenizer.eot_id,) if self.template is None else self.template.stop_tokens
 
     @property
     def spare(self) -> int:
@@ -47,124 +57,75 @@ class TextTalk:
         return max(0, len(self.turns) - 1)
 
     def ids(self) -> list[int]:
-        """What the model reads. UserError: it is not Unicode text."""
-        return encode_prompt(self.tokenizer, "\n".join(self.turns))
+        """What the model reads. UserError: it is not Unicode text, or the template refuses it."""
+        if self.template is None:
+            return encode_prompt(self.tokenizer, "\n".join(self._texts()))
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return self.template.encode([*system, *self._messages()]) if self.turns else []
 
-    def asked(self, text: str) -> TextTalk:
-        """With ``text`` behind it; without one the model goes on where it stopped."""
-        return replace(self, turns=(*self.turns, text)) if text or not self.turns else self
+    def _texts(self) -> list[str]:
+        return [asked + (answer or "") for asked, answer in self.turns]
 
-    def answered(self, text: str) -> TextTalk:
-        """With the model's ``text`` behind yours."""
-        return replace(self, turns=(*self.turns[:-1], self.turns[-1] + text))
+    def _messages(self) -> list[Message]:
+        messages: list[Message] = []
+        for asked, answer in self.turns:
+            messages.append({"role": "user", "content": asked})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        return messages
 
-    def without(self, oldest: int) -> TextTalk:
-        """Without the ``oldest`` turns."""
+    def asked(self, text: str) -> Talk:
+        """With your ``text`` added. An empty one lets a base model go on where it stopped.
+
+        Raises:
+            UserError: there is a template, and the text is an empty message.
+        """
+        if self.template is not None and not text.strip():
+            raise UserError("an empty line is no message: write one, or /help")
+        if self.template is None and self.turns and not text:
+            return self
+        return replace(self, turns=(*self.turns, (text, None)))
+
+    def answered(self, text: str) -> Talk:
+        """With the model's ``text`` after yours."""
+        asked, answer = self.turns[-1]
+        return replace(self, turns=(*self.turns[:-1], (asked, (answer or "") + text)))
+
+    def without(self, oldest: int) -> Talk:
+        """Without the ``oldest`` turns; the system message stays."""
         return replace(self, turns=self.turns[oldest:])
 
-    def emptied(self) -> TextTalk:
-        """A new text."""
-        return replace(self, turns=())
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``from_json`` takes."""
-        return {"turns": list(self.turns)}
-
-    def from_json(self, content: Mapping[str, Any]) -> TextTalk:
-        """The talk of ``content``. ValueError or TypeError: it is none."""
-        return replace(self, turns=tuple(_text(turn) for turn in _list(content["turns"])))
-
-
-@dataclass(frozen=True)
-class TurnTalk:
-    """For a model with a chat template: your messages and its answers.
-
-    Attributes:
-        messages: yours and the model's in turn, without the system message.
-        system: the system message; empty if there is none.
-    """
-
-    template: ChatTemplate
-    messages: tuple[Message, ...] = ()
-    system: str = ""
-
-    mode: ClassVar[str] = "turns"
-
-    @property
-    def welcome(self) -> str:
-        """What the user is told first."""
-        return f"This model talks in turns, by {self.template.name}."
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end a reply."""
-        return self.template.stop
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a reply."""
-        return self.template.stop_tokens
-
-    @property
-    def spare(self) -> int:
-        """How many pairs of a message and its answer may be forgotten: all but the newest message."""
-        return max(0, (len(self.messages) - 1) // 2)
-
-    def ids(self) -> list[int]:
-        """What the model reads; nothing before there is a message. UserError: the template refuses it."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return self.template.encode([*system, *self.messages]) if self.messages else []
-
-    def asked(self, text: str) -> TurnTalk:
-        """With your message ``text``. UserError: there is none."""
-        if not text.strip():
-            raise UserError("an empty line is no message: write one, or /help")
-        return replace(self, messages=(*self.messages, Message(role="user", content=text)))
-
-    def answered(self, text: str) -> TurnTalk:
-        """With the model's answer."""
-        return replace(self, messages=(*self.messages, Message(role="assistant", content=text)))
-
-    def without(self, oldest: int) -> TurnTalk:
-        """Without the ``oldest`` pairs of a message and its answer; the system message stays."""
-        return replace(self, messages=self.messages[2 * oldest :])
-
-    def emptied(self) -> TurnTalk:
-        """Without messages; the system message stays."""
-        return replace(self, messages=())
-
-    def with_system(self, text: str) -> TurnTalk:
-        """With another system message, or with none. UserError: the template takes none."""
+    def with_system(self, text: str, *, flag: str) -> Talk:
+        """With another system message, or with none. UserError: there is no template, or it takes none."""
+        if self.template is None:
+            raise UserError(f"{flag} is for talks in turns, and this model continues text: see --chat_template")
         changed = replace(self, system="" if text == NO_SYSTEM else text)
         changed.asked("Hello?").ids()
         return changed
 
     def to_json(self) -> dict[str, Any]:
-        """What ``from_json`` takes."""
-        return {"system": self.system, "messages": list(self.messages)}
+        """What a file keeps."""
+        if self.template is None:
+            return {"turns": self._texts()}
+        return {"system": self.system, "messages": self._messages()}
 
-    def from_json(self, content: Mapping[str, Any]) -> TurnTalk:
+    def from_json(self, content: Mapping[str, Any]) -> Talk:
         """The talk of ``content``. ValueError or TypeError: it is none. UserError: the template refuses it."""
-        texts = [_text(message["content"]) for message in _list(content["messages"])]
+        if self.template is None:
+            return replace(self, turns=tuple((turn, None) for turn in _checked_texts(content["turns"])))
+        texts = _checked_texts([message["content"] for message in content["messages"]])
         roles = [message["role"] for message in content["messages"]]
-        if roles != ["user", "assistant"] * (len(texts) // 2):
-            raise ValueError("messages and answers do not alternate")
-        loaded = replace(self, messages=(), system=_text(content["system"]))
+        if not isinstance(content["messages"], list) or roles != ["user", "assistant"] * (len(texts) // 2):
+            raise ValueError("no list of messages and answers in turn")
+        loaded = replace(self, turns=(), system=_checked_texts([content["system"]])[0])
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             loaded = loaded.asked(question).answered(answer)
         loaded.ids()
         return loaded
 
 
-Talk = TextTalk | TurnTalk
-_WHAT = {"text": "a text that a base model continues", "turns": "a talk in turns"}
-
-
-# ---- files -----------------------------------------------------------------------------------------------
-
-
 def save_talk(path: Path, talk: Talk) -> None:
-    """Writes ``talk``, over an earlier saved one at most.
+    """Writes ``talk``; the only file that it overwrites is an earlier saved talk.
 
     Raises:
         UserError: there is something else at ``path``, or it cannot be written.
@@ -187,12 +148,13 @@ def load_talk(path: Path, current: Talk) -> Talk:
         UserError: it cannot be read, is no saved talk, is damaged, or belongs to the other mode.
     """
     content = _read(path, "no saved talk: name a file that /save wrote")
+    modes = {"text": "a text that a base model continues", "turns": "a talk in turns"}
     mode = content.get("mode")
-    if content.get("version") != VERSION or mode not in _WHAT:
+    if content.get("version") != VERSION or mode not in modes:
         raise UserError(f"{path}: saved by another version of nanokimi: it cannot be read here")
     if mode != current.mode:
         raise UserError(
-            f"{path}: {_WHAT[mode]}, but with this model one has {_WHAT[current.mode]}: see --chat_template"
+            f"{path}: {modes[mode]}, but with this model one has {modes[current.mode]}: see --chat_template"
         )
     try:
         return current.from_json(content)
@@ -201,7 +163,7 @@ def load_talk(path: Path, current: Talk) -> Talk:
 
 
 def _read(path: Path, otherwise: str) -> dict[str, Any]:
-    """The JSON of a saved talk; UserError, which ends in ``otherwise``, if there is none."""
+    """The JSON of a saved talk; a UserError that ends in ``otherwise`` if the file is something else."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_FILE:
@@ -216,14 +178,8 @@ def _read(path: Path, otherwise: str) -> dict[str, Any]:
     return content
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError("not a list")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    value.encode()  # a ValueError if it is not Unicode
-    return value
+def _checked_texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("not a list of texts")
+    "".join(values).encode()  # a ValueError if they are not Unicode
+    return values

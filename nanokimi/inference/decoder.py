@@ -1,30 +1,35 @@
-"""Decoders: the next-token logits of several sequences, each of its own length, over latent caches of fixed size.
+"""Decoders compute the next-token logits of several sequences, each of its own length, over caches of fixed size.
 
-One interface, three ways: the PyTorch model as it is (``EagerDecoder``, the reference), compiled kernels on a CPU
-(``native_decoder``), and CUDA graphs (``graph_decoder``). Which one is taken, and from what size on, ``new_decoder``
-says.
+There are three: the PyTorch model as it is (``EagerDecoder``, the reference), compiled kernels on a CPU
+(``native_decoder``), and CUDA graphs (``graph_decoder``). ``new_decoder`` chooses one. The second half of the file
+rounds weights for formats of fewer bytes; activations and sums stay fp32 in all of them. The model with rounded values
+is the reference for everything that computes with packed ones.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.settings import DECODERS
+from nanokimi.inference.options import DECODERS, WEIGHT_FORMATS
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
+from nanokimi.native.packed_model import HALVES, quantised
 
 PRODUCTS_PER_THREAD = 8_000_000  # multiply-adds: with fewer in a step a thread is not worth waking
 WORTH_COMPILING = 2_000_000  # parameters: below, building the kernels once costs more than they will ever save
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """Next-token logits of up to ``slots`` sequences. A slot's logits do not depend on what else is decoded.
+
+    Args:
+        max_length: no more than the model's context, which is the default.
 
     Attributes:
         slots: sequences that can be held.
@@ -33,22 +38,33 @@ class Decoder(Protocol):
         slot_bytes: memory of one slot.
     """
 
-    slots: int
-    max_length: int
-    lengths: list[int]
     slot_bytes: int
+
+    def __init__(self, model: Transformer, slots: int, max_length: int | None) -> None:
+        context = model.config.max_seq_length
+        self.model, self.slots = model, slots
+        self.max_length = context if max_length is None else min(max_length, context)
+        self.lengths = [0] * slots
 
     def reset(self, slot: int) -> None:
         """Forgets a slot's tokens."""
+        self.lengths[slot] = 0
 
+    @abstractmethod
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """Adds one or more tokens to a slot, behind those it holds; the logits behind the last, fp32 ``[vocab]``."""
+        """Adds one or more tokens to a slot, after those it holds; the logits after the last, fp32 ``[vocab]``."""
 
+    @abstractmethod
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Adds one token to each of n different slots; the logits behind them, fp32 ``[n, vocab]``."""
+        """Adds one token to each of n different slots; the logits after them, fp32 ``[n, vocab]``."""
+
+    def check_room(self, slots: Sequence[int], tokens: int = 1) -> None:
+        """ValueError if one of ``slots`` cannot take so many tokens more: before any of them has changed."""
+        if (end := max(self.lengths[slot] for slot in slots) + tokens) > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed")
 
 
-class EagerDecoder:
+class EagerDecoder(Decoder):
     """The PyTorch model as it is, on any device and in any precision: what every other decoder is compared with.
 
     It always uses the model's present weights. On a CPU it takes one slot after another: sums inside a matrix
@@ -56,33 +72,22 @@ class EagerDecoder:
     """
 
     def __init__(self, model: Transformer, *, slots: int = 1, max_length: int | None = None) -> None:
+        super().__init__(model, slots, max_length)
         weight = next(model.parameters())
-        self.model, self.device = model, weight.device
-        self.slots, self.max_length = slots, fitting_length(model, max_length)
+        self.device = weight.device
         self.cache = LatentCache(model.config, slots, self.max_length, device=weight.device, dtype=weight.dtype)
         self.lengths = self.cache.lengths
         self.slot_bytes = self.cache.entries.nbytes // slots
         self.one_by_one = weight.device.type == "cpu"
 
-    def reset(self, slot: int) -> None:
-        """See ``Decoder``."""
-        self.lengths[slot] = 0
-
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """See ``Decoder``."""
         return self._forward([slot], [list(tokens)])[0]
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """See ``Decoder``."""
         self.check_room(slots)
         if self.one_by_one:
             return torch.cat([self._forward([slot], [[token]]) for slot, token in zip(slots, tokens, strict=True)])
         return self._forward(slots, [[token] for token in tokens])
-
-    def check_room(self, slots: Sequence[int]) -> None:
-        """ValueError if one of ``slots`` is full: before any of them has changed."""
-        if max(self.lengths[slot] for slot in slots) >= self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens, {self.max_length + 1} are needed")
 
     @torch.inference_mode()
     def _forward(self, slots: Sequence[int], tokens: list[list[int]]) -> Tensor:
@@ -125,19 +130,11 @@ def new_decoder(
         from nanokimi.inference.graph_decoder import GraphDecoder
 
         return GraphDecoder(model, slots=slots, max_length=max_length)
-    if kind == "auto" and device == "cpu" and not model.training and _size(model) >= WORTH_COMPILING:
+    large = sum(parameter.numel() for parameter in model.parameters()) >= WORTH_COMPILING
+    if kind == "auto" and device == "cpu" and not model.training and large:
         with suppress(UserError, RunError):
             return _native(model, slots, max_length, weights)
     return EagerDecoder(model, slots=slots, max_length=max_length)
-
-
-def extended(model: Transformer) -> str | None:
-    """Why ``model`` has to be called module by module, or None where its own weights say all that it does."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "the model has hooks, which --decoder eager alone calls"
-    if len(model.param_roles()) < sum(1 for _ in model.parameters()):
-        return "the model carries adapters, which --decoder eager alone calls: use that, or merge them"
-    return None
 
 
 def _native(model: Transformer, slots: int, max_length: int | None, weights: str) -> Decoder:
@@ -148,8 +145,13 @@ def _native(model: Transformer, slots: int, max_length: int | None, weights: str
     return NativeDecoder(model, slots=slots, max_length=max_length, weights=weights)
 
 
-def _size(model: Transformer) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def extended(model: Transformer) -> str | None:
+    """Why ``model`` has to be called module by module, or None if its own weights say all that it does."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "the model has hooks, which --decoder eager alone calls"
+    if len(model.param_roles()) < sum(1 for _ in model.parameters()):
+        return "the model carries adapters, which --decoder eager alone calls: use that, or merge them"
+    return None
 
 
 def limit_threads(model: Transformer) -> None:
@@ -161,36 +163,57 @@ def limit_threads(model: Transformer) -> None:
         torch.set_num_threads(1)
 
 
-def fitting_length(model: Transformer, max_length: int | None) -> int:
-    """``max_length``, or the model's context where that is shorter or nothing is asked."""
-    context = model.config.max_seq_length
-    return context if max_length is None else min(max_length, context)
+# ---- weights in fewer bytes -------------------------------------------------------------------------
 
 
 def use_weights_(model: Transformer, weights: str) -> None:
     """Rounds the matrices of an fp32 ``model`` in place to what ``weights`` can hold; on CUDA it then computes so.
 
     Raises:
-        UserError: int8 on a device other than a CPU.
+        UserError: int8 on a device other than a CPU; see also ``round_weights_``.
     """
-    if weights == "fp32":
-        return
-    from nanokimi.inference.weights import round_weights_
-
     device = next(model.parameters()).device.type
     if weights == "int8" and device != "cpu":
         raise UserError(f"--weights int8 is for a CPU, this is {device}: use --device cpu or --weights bf16")
     round_weights_(model, weights)
-    if device == "cuda":
-        store_parameters_(model, {"bf16": torch.bfloat16, "fp16": torch.float16}[weights])
+    if device == "cuda" and weights in HALVES:
+        store_parameters_(model, HALVES[weights])
 
 
 def store_parameters_(model: Transformer, dtype: torch.dtype) -> None:
     """Turns the parameters of ``model`` into ``dtype``, all but those of the routers; tables and buffers stay fp32.
 
-    What ``model.to(dtype)`` does would cost the rotary tables their precision.
+    ``model.to(dtype)`` would cost the rotary tables their precision.
     """
     routers = {id(router.weight) for router in model.routers()}
     for parameter in model.parameters():
         if id(parameter) not in routers:
             parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def round_weights_(model: Transformer, weight_format: str) -> None:
+    """Rounds, in place, every matrix that decoding reads to values that ``weight_format`` can hold.
+
+    Norms, routers and the embedding table keep theirs: they are small or read one row at a time. int8 is symmetric,
+    one scale per output row: its largest magnitude / 127.
+
+    Raises:
+        UserError: an unknown format, or a weight too large for fp16.
+    """
+    if weight_format not in WEIGHT_FORMATS:
+        raise UserError(f"--weights {weight_format}: choose one of {', '.join(WEIGHT_FORMATS)}")
+    if weight_format == "fp32":
+        return
+    routers = {id(router.weight) for router in model.routers()}
+    for param_role, weight in model.param_roles():
+        if param_role in ("norm", "embedding") or id(weight) in routers:
+            continue
+        if weight_format == "int8":
+            values, scale = quantised(weight)
+            weight.copy_(values * scale.unsqueeze(-1))
+        else:
+            half = weight.to(HALVES[weight_format])
+            if not half.isfinite().all():
+                raise UserError(f"--weights {weight_format}: a weight is larger than it can hold; use bf16")
+            weight.copy_(half)

@@ -1,8 +1,8 @@
-"""The engine: requests join and leave a running batch; every way to generate goes through it.
+"""The engine: sequences join and leave a running batch. Every way to generate goes through it.
 
-A step admits what waits, reads one chunk of prompt and gives every running sequence a token. What a sequence becomes
-depends on its request alone: its prompt is cut at places that depend on nothing else, it draws from a generator of its
-own, and a decoder's rows do not depend on each other.
+A step admits what waits, reads one chunk of prompt and gives every running sequence a token. A sequence's tokens
+depend on its arguments alone: its prompt is cut at places that depend on nothing else, it draws from a generator of
+its own, and a decoder's rows do not depend on each other.
 """
 
 from __future__ import annotations
@@ -12,49 +12,48 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.data.tokenizer import TextStream, Tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.options import PREFILL_CHUNK, SamplingOptions
 from nanokimi.inference.sampling import Report, draw, log_probabilities
-from nanokimi.inference.settings import PREFILL_CHUNK, Settings
-from nanokimi.inference.text import Piece, TextAssembly
 from nanokimi.model.transformer import Transformer
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, try an earlier checkpoint"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one continuation is to be.
+class GenerationArguments:
+    """What the engine is given for one continuation.
 
     Attributes:
         prompt: ids, from one to the context.
-        settings: how tokens are drawn and where the text ends.
+        options: how tokens are drawn and where the text ends.
         stop_tokens: end the continuation and are not part of it.
         logprobs: report each token's log-probability and those of so many likeliest; None reports none.
     """
 
     prompt: tuple[int, ...]
-    settings: Settings
+    options: SamplingOptions
     stop_tokens: tuple[int, ...] = ()
     logprobs: int | None = None
 
 
 @dataclass
 class Result:
-    """What a continuation has come to so far.
+    """Counts and times of a continuation so far.
 
     Attributes:
         prompt_tokens, tokens: ids of the prompt and ids generated, the stop token not counted.
         prefill_seconds: from a free slot to the first token.
-        decode_seconds: time for the tokens behind it.
+        decode_seconds: time for the tokens after it.
         finish_reason: ``stop`` (end of text, stop token or stop string), ``length`` (``max_tokens`` or the
-            context is used up), None while it runs or when it was broken off.
+            context is used up), None while it runs or when it was cancelled.
     """
 
     prompt_tokens: int
@@ -63,51 +62,129 @@ class Result:
     decode_seconds: float = 0.0
     finish_reason: Literal["stop", "length"] | None = None
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed; 0 before there is a second token."""
-        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 else 0.0
-
     def summary(self) -> str:
         """One line for people."""
-        return (
-            f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, "
-            f"{self.prompt_tokens} prompt tokens in {self.prefill_seconds:.2f} s, "
-            f"finish_reason {self.finish_reason or 'interrupted'}"
-        )
+        return f"{figures([self])}, finish_reason {self.finish_reason or 'interrupted'}"
+
+
+def figures(results: Sequence[Result]) -> str:
+    """Tokens generated, their speed after the first ones, and the mean time to the first token."""
+    tokens, seconds = sum(r.tokens for r in results), sum(r.decode_seconds for r in results)
+    later = sum(max(0, r.tokens - 1) for r in results)
+    first = sum(r.prefill_seconds for r in results) / max(1, len(results))
+    return f"{tokens} tokens, {later / seconds if seconds else 0:.1f} tokens/s, first token after {first:.2f} s"
+
+
+class Token(NamedTuple):
+    """One token of a continuation.
+
+    Attributes:
+        id: its number in the vocabulary.
+        text_offset: characters of the continuation before the first byte of this token.
+        logprob: natural logarithm of its probability as the model sees it, before temperature and filters; None
+            unless it was asked for.
+        likeliest: id and log-probability of the likeliest tokens at this position, best first, as many as were
+            asked for.
+    """
+
+    id: int
+    text_offset: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+class TextChunk(NamedTuple):
+    """Text that cannot change any more, and the tokens that became settled with it."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+
+class TextAssembly:
+    """Makes the text of one continuation, token by token: whole characters, and no part of a stop string.
+
+    A token is settled when the text up to its last byte is. Tokens whose text begins at a stop string or after it
+    are dropped.
+
+    Args:
+        tokenizer: None for ids without text; every token is settled at once.
+        stop: strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
+        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._stop = stop
+        self._held = ""  # decoded and not taken yet
+        self._taken = 0  # characters
+        self._tokens: deque[tuple[int, Token]] = deque()  # not taken yet, each with the offset at which its text ends
+        self.ended = False
+
+    def push(self, token: int, report: Report | None = None) -> bool:
+        """Adds a token; True when a stop string is complete, which ends the text."""
+        offset = end = self._taken + len(self._held)
+        if self._stream is not None:
+            text = self._stream.push(token)
+            self._held += text
+            end += len(text) + self._stream.pending
+        self._tokens.append((end, Token(token, offset, *(report or ()))))
+        # Of several stop strings the one that is complete first counts, of several complete at once the longest: the
+        # cut then does not depend on how the text was split into tokens.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self._cut(min(found)[1])
+        return self.ended
+
+    def _cut(self, length: int) -> None:
+        self._held = self._held[:length]
+        while self._tokens and self._tokens[-1][1].text_offset >= self._taken + length:
+            self._tokens.pop()
+        self.ended = True
+
+    def take(self) -> TextChunk | None:
+        """Everything that has become settled since the last call, or None; once ``ended``, all there is."""
+        ready = len(self._held)
+        if not self.ended:  # the longest end with which some stop string begins may still become one
+            lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+            ready -= max(lengths, default=0)
+        text, self._held = self._held[:ready], self._held[ready:]
+        self._taken += ready
+        tokens = []
+        while self._tokens and (self.ended or self._tokens[0][0] <= self._taken):
+            tokens.append(self._tokens.popleft()[1])
+        return TextChunk(text, tuple(tokens)) if text or tokens else None
 
 
 class Continuation:
-    """One request on its way through the engine.
+    """One sequence on its way through the engine.
 
     Attributes:
-        request: as submitted.
+        arguments: as submitted.
         result: grows with every step.
         done: nothing more will come.
-        error: why it was broken off, if it was.
+        error: why it ended early, if it failed.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, context: int) -> None:
-        self.request = request
-        self.result = Result(prompt_tokens=len(request.prompt))
+    def __init__(self, arguments: GenerationArguments, tokenizer: Tokenizer | None, context: int) -> None:
+        self.arguments = arguments
+        self.result = Result(prompt_tokens=len(arguments.prompt))
         self.done = False
         self.error: Exception | None = None
         self.slot: int | None = None
         self.read = 0  # prompt tokens in the cache
         self.last = 0  # the newest token, not in the cache yet
-        self.room = min(request.settings.max_tokens, context - len(request.prompt))
-        self.random = random.Random(request.settings.seed)
-        self._text = TextAssembly(tokenizer, request.settings.stop)
+        self.room = min(arguments.options.max_tokens, context - len(arguments.prompt))
+        self.random = random.Random(arguments.options.seed)
+        self._text = TextAssembly(tokenizer, arguments.options.stop)
         if self.room == 0:
             self.finish("length")
 
-    def take(self) -> Piece | None:
+    def take(self) -> TextChunk | None:
         """Everything new since the last call, or None."""
         return self._text.take()
 
     def add(self, token: int, report: Report | None) -> None:
-        """Takes the next token, which may be the last."""
-        if token in self.request.stop_tokens:
+        """Appends the next token, which may be the last."""
+        if token in self.arguments.stop_tokens:
             return self.finish("stop")
         self.last = token
         self.result.tokens += 1
@@ -116,25 +193,25 @@ class Continuation:
         elif self.result.tokens == self.room:
             self.finish("length")
 
-    def finish(self, reason: Literal["stop", "length"] | None) -> None:
-        """Nothing more comes; None: it was broken off."""
-        self.done = True
+    def finish(self, reason: Literal["stop", "length"] | None, error: Exception | None = None) -> None:
+        """Nothing more comes; the reason is None for a sequence that was cancelled or failed with ``error``."""
+        self.done, self.error = True, error
         self.result.finish_reason = reason
-        self._text.end()
+        self._text.ended = True
 
 
-Rows = tuple[list[Continuation], Tensor]  # n sequences and the logits [n, V] behind their tokens
+Rows = tuple[list[Continuation], Tensor]  # n sequences and the logits [n, V] after their newest tokens
 
 
 class Engine:
-    """Sequences in the slots of a decoder, and those that wait for one. One thread at a time.
+    """Sequences in the slots of a decoder, and those that wait for one. It is used by one thread at a time.
 
     Args:
         model: in evaluation mode whenever ``step`` is called.
-        tokenizer: makes text of ids; None leaves pieces without text.
+        tokenizer: makes text of ids; with None, chunks hold tokens and no text.
         slots, max_length: of the decoder that is made.
-        vocab_size: ids from here on are padding and never drawn (default: what the tokenizer has).
-        decoder: one made for ``model``, used in the place of a new one.
+        vocab_size: ids from here on are padding and never drawn (default: the size of the tokenizer's vocabulary).
+        decoder: one made for ``model``, used instead of a new one.
         prefill_chunk: most prompt tokens read between two tokens of the sequences that are being decoded.
 
     Attributes:
@@ -169,29 +246,24 @@ class Engine:
         return len(self._in_slots)
 
     @property
-    def waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self._waiting)
-
-    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._in_slots and not self._waiting
 
-    def submit(self, request: Request) -> Continuation:
-        """Puts a request behind those that wait.
+    def submit(self, arguments: GenerationArguments) -> Continuation:
+        """Adds a sequence to the end of the queue.
 
         Raises:
             UserError: the prompt is empty, longer than the context or not in the vocabulary.
         """
-        check_prompt(request.prompt, self.max_length, self._vocab_size or self.model.config.vocab_size)
-        sequence = Continuation(request, self.tokenizer, self.max_length)
+        check_prompt(arguments.prompt, self.max_length, self._vocab_size or self.model.config.vocab_size)
+        sequence = Continuation(arguments, self.tokenizer, self.max_length)
         if not sequence.done:
             self._waiting.append(sequence)
         return sequence
 
     def cancel(self, sequence: Continuation) -> None:
-        """Breaks ``sequence`` off; its slot is free at once. Nothing happens to one that is done."""
+        """Ends ``sequence`` early; its slot is free at once. Nothing happens to one that is done."""
         if not sequence.done:
             sequence.finish(None)
             if sequence.slot is None:
@@ -201,14 +273,14 @@ class Engine:
     def step(self) -> list[Continuation]:
         """Moves every running sequence on; returns those that took part, some of them done.
 
-        What goes wrong with a sequence is in its ``error``; the others go on.
+        A sequence that fails has its ``error`` set; the others go on.
         """
         assert not self.model.training, "a model is decoded in evaluation mode"
         started = time.perf_counter()
         self._admit()
         active = list(self._in_slots.values())
         first_tokens = [sequence.result.tokens == 0 for sequence in active]
-        rows = self._prefill([s for s in active if s.read < len(s.request.prompt)])
+        rows = self._prefill([s for s in active if s.read < len(s.arguments.prompt)])
         rows += self._decode([s for s in active if s.result.tokens])
         self._draw(rows)
         elapsed = time.perf_counter() - started
@@ -223,9 +295,7 @@ class Engine:
 
     def _admit(self) -> None:
         for slot in range(self.slots):
-            if not self._waiting:
-                return
-            if slot not in self._in_slots:
+            if self._waiting and slot not in self._in_slots:
                 sequence = self._in_slots[slot] = self._waiting.popleft()
                 sequence.slot = slot
                 self._decoder.reset(slot)
@@ -236,36 +306,37 @@ class Engine:
             sequence.slot = None
 
     def _prefill(self, unread: list[Continuation]) -> list[Rows]:
-        """Reads up to a chunk of prompts, oldest first; the logits behind those that are read to the end.
+        """Reads up to a chunk of prompts, oldest first; the logits after those that are read to the end.
 
         A chunk is never cut to fit what is left: a sequence's logits would then depend on who else is there.
         """
         rows: list[Rows] = []
         budget = self._prefill_chunk
         for sequence in unread:
-            chunk = sequence.request.prompt[sequence.read : sequence.read + self._prefill_chunk]
-            if len(chunk) > budget:
+            part = sequence.arguments.prompt[sequence.read : sequence.read + self._prefill_chunk]
+            if len(part) > budget:
                 break
-            budget -= len(chunk)
+            budget -= len(part)
             try:
-                logits = self._decoder.prefill(_slot(sequence), chunk)
+                logits = self._decoder.prefill(_slot(sequence), part)
             except Exception as error:
-                _fail([sequence], error)
+                sequence.finish(None, error)
                 continue
-            sequence.read += len(chunk)
-            if sequence.read == len(sequence.request.prompt):
+            sequence.read += len(part)
+            if sequence.read == len(sequence.arguments.prompt):
                 rows.append(([sequence], logits[None]))
         return rows
 
     def _decode(self, sequences: list[Continuation]) -> list[Rows]:
-        """The logits behind the newest token of each of ``sequences``."""
+        """The logits after the newest token of each of ``sequences``."""
         if not sequences:
             return []
         sequences = sorted(sequences, key=_slot)
         try:
             logits = self._decoder.step([_slot(s) for s in sequences], [s.last for s in sequences])
         except Exception as error:
-            _fail(sequences, error)
+            for sequence in sequences:
+                sequence.finish(None, error)
             return []
         return [(sequences, logits)]
 
@@ -278,24 +349,18 @@ class Engine:
         logits = rows[0][1] if len(rows) == 1 else torch.cat([part for _, part in rows])
         logits = logits[:, : self._vocab_size]
         finite = (logits.amax(dim=-1) - logits.amin(dim=-1)).isfinite().tolist()
-        tokens = draw(logits, [s.request.settings for s in sequences], [s.random.random() for s in sequences])
-        reports = log_probabilities(logits, tokens, [s.request.logprobs for s in sequences])
+        tokens = draw(logits, [s.arguments.options for s in sequences], [s.random.random() for s in sequences])
+        reports = log_probabilities(logits, tokens, [s.arguments.logprobs for s in sequences])
         for sequence, token, report, usable in zip(sequences, tokens, reports, finite, strict=True):
             if usable:
                 sequence.add(token, report)
             else:
-                _fail([sequence], RunError(NOT_FINITE))
+                sequence.finish(None, RunError(NOT_FINITE))
 
 
 def _slot(sequence: Continuation) -> int:
     assert sequence.slot is not None
     return sequence.slot
-
-
-def _fail(sequences: list[Continuation], error: Exception) -> None:
-    for sequence in sequences:
-        sequence.error = error
-        sequence.finish(None)
 
 
 def check_prompt(prompt: Sequence[int], context: int, vocab_size: int) -> None:

@@ -1,38 +1,25 @@
-"""Generation for a caller of one's own: ids, pieces of text as they come, the whole continuation, or many at once."""
+"""Generation in Python: the whole continuation, its ids, many prompts at once, or text as it comes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import TypeVar
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.decoder import Decoder
-from nanokimi.inference.engine import Continuation, Engine, Request, Result
-from nanokimi.inference.settings import Settings
-from nanokimi.inference.text import Piece
+from nanokimi.inference.engine import Continuation, Engine, GenerationArguments, TextChunk
+from nanokimi.inference.options import SamplingKeywords, SamplingOptions
 from nanokimi.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MOST_SLOTS = 32  # decoded together unless the caller says more: each holds a cache of the longest sequence
 
 Part = TypeVar("Part")
-
-
-class Generation(Iterator[Part]):
-    """The parts of a continuation, made as they are asked for, and the ``result`` that grows with them."""
-
-    def __init__(self, parts: Generator[Part, None, None], result: Result) -> None:
-        self._parts = parts
-        self.result = result
-
-    def __next__(self) -> Part:
-        return next(self._parts)
-
-    def close(self) -> None:
-        """Ends the generation before its time."""
-        self._parts.close()
 
 
 def generate(
@@ -40,157 +27,183 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
     stop: str | Sequence[str] = (),
     decoder: Decoder | None = None,
+    **options: Unpack[SamplingKeywords],
 ) -> str:
     """The continuation of ``prompt``, without it; an empty prompt starts a new document.
 
-    See ``Settings`` for the choices, ``stream_tokens`` for ``decoder``. Ends at end of text, at a stop string
-    (which is left out), after ``max_tokens``, or where the context is full.
+    It ends at an end of text, at a stop string (which is left out), after ``max_tokens``, or where the context is full.
+
+    Args:
+        stop: one or more strings that end the text.
+        decoder: as for ``stream_tokens``.
+        options: ``max_tokens`` (100), ``temperature`` (1.0), ``top_p`` (0.9), ``top_k`` (0), ``min_p`` (0.0) and
+            ``seed`` (None), see ``SamplingOptions``.
 
     Raises:
-        UserError: a choice is out of range, or the prompt is longer than the context.
+        UserError: an option is out of range, or the prompt is longer than the context.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    settings = Settings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens, stop=stops
-    )
-    return "".join(stream(model, tokenizer, prompt, settings, decoder=decoder))
+    return "".join(stream(model, tokenizer, prompt, SamplingOptions(**options, stop=stops), decoder=decoder))
 
 
 def generate_tokens(
     model: Transformer,
     prompt_ids: Sequence[int],
     *,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
     stop_tokens: Collection[int] = (),
     decoder: Decoder | None = None,
+    **options: Unpack[SamplingKeywords],
 ) -> list[int]:
-    """The ids that follow ``prompt_ids``; a stop token ends them and is left out. See ``stream_tokens``.
+    """The ids that follow ``prompt_ids``; a stop token ends them and is left out.
+
+    The options are those of ``generate``.
 
     Raises:
-        UserError: a choice is out of range, or the prompt is empty, longer than the context or not in the vocabulary.
+        UserError: an option is out of range, or the prompt is empty, longer than the context or not in the vocabulary.
     """
-    settings = Settings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
-    )
-    return list(stream_tokens(model, prompt_ids, settings, stop_tokens=stop_tokens, decoder=decoder))
+    return generate_batch(model, [prompt_ids], stop_tokens=stop_tokens, decoder=decoder, **options)[0]
 
 
 def generate_batch(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    max_tokens: int = 100,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
     seeds: Sequence[int | None] | None = None,
     stop_tokens: Collection[int] = (),
     decoder: Decoder | None = None,
+    **options: Unpack[SamplingKeywords],
 ) -> list[list[int]]:
     """The ids that follow each of ``prompts``, decoded together; the prompts may be of any lengths.
 
     Every sequence becomes what ``generate_tokens`` makes of it alone, with its seed and the same kind of decoder.
-    See ``Settings`` for the choices.
+    The options are those of ``generate``.
 
     Args:
-        seeds: one for each prompt (default: new draws each time).
+        seeds: one for each prompt (default: ``seed`` for all of them).
         decoder: one made for ``model``, all of whose slots are used anew (default: ``new_decoder`` of up to
             ``MOST_SLOTS`` slots).
 
     Raises:
-        UserError: a choice is out of range, or a prompt is empty, longer than the context or not in the vocabulary.
+        UserError: an option is out of range, or a prompt is empty, longer than the context or not in the vocabulary.
     """
-    settings = Settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens)
-    seeds = [None] * len(prompts) if seeds is None else seeds
+    shared = SamplingOptions(**options)
+    if shared.stop:
+        raise UserError("stop ends a text and these are ids: give stop_tokens, or use generate")
+    seeds = [shared.seed] * len(prompts) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one for each prompt, or none")
     if not prompts:
         return []
-    longest = max(map(len, prompts)) + max_tokens
-    batch = Engine(model, None, slots=min(len(prompts), MOST_SLOTS), max_length=longest, decoder=decoder)
-    sequences = [
-        batch.submit(Request(tuple(prompt), dataclasses.replace(settings, seed=seed), tuple(stop_tokens)))
+    jobs = [
+        GenerationArguments(tuple(prompt), dataclasses.replace(shared, seed=seed), tuple(stop_tokens))
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
+    slots = min(len(jobs), MOST_SLOTS)
+    engine = Engine(model, None, slots=slots, max_length=max(map(_length, jobs)), decoder=decoder)
+    sequences = [engine.submit(job) for job in jobs]
     with evaluating(model):
-        while not batch.idle:
-            batch.step()
+        while not engine.idle:
+            engine.step()
     for sequence in sequences:
         if sequence.error is not None:
             raise sequence.error
     written = [sequence.take() for sequence in sequences]
-    return [[token.id for token in piece.tokens] if piece else [] for piece in written]
+    return [[token.id for token in chunk.tokens] if chunk else [] for chunk in written]
+
+
+class Generation(Iterator[Part]):
+    """The parts of a continuation, made as they are asked for, and the ``result`` that grows with them.
+
+    Args:
+        engine: works for ``sequence`` alone.
+        parts: takes from a chunk of text the parts that the caller wants.
+    """
+
+    def __init__(self, engine: Engine, sequence: Continuation, parts: Callable[[TextChunk], Iterable[Part]]) -> None:
+        self._parts = _run(engine, sequence, parts)
+        self.result = sequence.result
+
+    def __next__(self) -> Part:
+        return next(self._parts)
+
+    def close(self) -> None:
+        """Ends the generation early."""
+        self._parts.close()
+
+
+def _run(
+    engine: Engine, sequence: Continuation, parts: Callable[[TextChunk], Iterable[Part]]
+) -> Generator[Part, None, None]:
+    """Steps the engine; a reader who leaves cancels the sequence."""
+    with evaluating(engine.model):
+        try:
+            while True:
+                if (chunk := sequence.take()) is not None:
+                    yield from parts(chunk)
+                elif sequence.done:
+                    break
+                else:
+                    engine.step()
+        finally:
+            engine.cancel(sequence)
+    if sequence.error is not None:
+        raise sequence.error
 
 
 def stream(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, settings: Settings, *, decoder: Decoder | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    options: SamplingOptions,
+    *,
+    stop_tokens: Collection[int] | None = None,
+    decoder: Decoder | None = None,
 ) -> Generation[str]:
-    """The continuation in pieces: whole characters, and never a part of a stop string.
+    """The continuation as it comes: whole characters, and never a part of a stop string.
+
+    Args:
+        prompt: a text or ids.
+        stop_tokens: end the continuation and are left out (default: the end of text).
+        decoder: as for ``stream_tokens``.
 
     Raises:
         UserError: the prompt is longer than the context, or not Unicode text.
     """
-    ids = encode_prompt(tokenizer, prompt)
-    return stream_ids(model, tokenizer, ids, settings, stop_tokens=(tokenizer.eot_id,), decoder=decoder)
-
-
-def stream_ids(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt_ids: Sequence[int],
-    settings: Settings,
-    *,
-    stop_tokens: Collection[int] = (),
-    decoder: Decoder | None = None,
-) -> Generation[str]:
-    """``stream`` behind a prompt of ids; see ``stream_tokens`` for the rest."""
-    request = Request(tuple(prompt_ids), settings, tuple(stop_tokens))
-    own = Engine(model, tokenizer, max_length=_length(request), decoder=decoder)
-    sequence = own.submit(request)
-    return Generation(_texts(_pieces(own, sequence)), sequence.result)
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    stops = (tokenizer.eot_id,) if stop_tokens is None else tuple(stop_tokens)
+    arguments = GenerationArguments(tuple(ids), options, stops)
+    engine = Engine(model, tokenizer, max_length=_length(arguments), decoder=decoder)
+    return Generation(engine, engine.submit(arguments), lambda chunk: [chunk.text] if chunk.text else [])
 
 
 def stream_tokens(
     model: Transformer,
     prompt_ids: Sequence[int],
-    settings: Settings,
+    options: SamplingOptions,
     *,
     stop_tokens: Collection[int] = (),
     vocab_size: int | None = None,
     decoder: Decoder | None = None,
 ) -> Generation[int]:
-    """The ids that follow ``prompt_ids``, one at a time; ``settings.stop`` is text and belongs to ``stream``.
+    """The ids that follow ``prompt_ids``, one at a time; ``options.stop`` is for text and has no effect here.
 
     Args:
         vocab_size: ids from here on are padding and never drawn (default: the model's vocabulary).
-        decoder: one made for ``model``, whose first slot is used anew. Whoever generates more than once saves by
-            this what ``new_decoder`` does, which is called otherwise.
+        decoder: one made for ``model``, whose first slot is used anew. The default is a ``new_decoder`` for each
+            call, so pass one on if you generate more than once.
 
     Raises:
         UserError: the prompt is empty, longer than the context or not in the vocabulary.
     """
-    request = Request(tuple(prompt_ids), settings, tuple(stop_tokens))
-    own = Engine(model, None, max_length=_length(request), vocab_size=vocab_size, decoder=decoder)
-    sequence = own.submit(request)
-    return Generation(_ids(_pieces(own, sequence)), sequence.result)
+    arguments = GenerationArguments(tuple(prompt_ids), options, tuple(stop_tokens))
+    engine = Engine(model, None, max_length=_length(arguments), vocab_size=vocab_size, decoder=decoder)
+    return Generation(engine, engine.submit(arguments), lambda chunk: [token.id for token in chunk.tokens])
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids to start from; an empty prompt starts where a document does, behind an end of text.
+    """Ids to start from; an empty prompt starts where a document does, after an end of text.
 
     Raises:
         UserError: the prompt holds bytes that are not UTF-8 (Python shows them as lone surrogates).
@@ -203,7 +216,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 @contextmanager
 def evaluating(model: Transformer) -> Iterator[None]:
-    """Evaluation mode for a while."""
+    """Evaluation mode inside the block, the mode from before after it."""
     was_training = model.training
     model.eval()
     try:
@@ -212,36 +225,6 @@ def evaluating(model: Transformer) -> Iterator[None]:
         model.train(was_training)
 
 
-def _length(request: Request) -> int:
+def _length(arguments: GenerationArguments) -> int:
     """Most tokens that the sequence can come to; one for a prompt without tokens, which is refused later."""
-    return max(1, len(request.prompt) + request.settings.max_tokens)
-
-
-def _pieces(own: Engine, sequence: Continuation) -> Generator[Piece, None, None]:
-    """Steps an engine that works for one sequence alone; a reader who leaves breaks the sequence off."""
-    with evaluating(own.model):
-        try:
-            while True:
-                if (piece := sequence.take()) is not None:
-                    yield piece
-                elif sequence.done:
-                    break
-                else:
-                    own.step()
-        finally:
-            own.cancel(sequence)
-    if sequence.error is not None:
-        raise sequence.error
-
-
-def _texts(pieces: Generator[Piece, None, None]) -> Generator[str, None, None]:
-    with closing(pieces):
-        for piece in pieces:
-            if piece.text:
-                yield piece.text
-
-
-def _ids(pieces: Generator[Piece, None, None]) -> Generator[int, None, None]:
-    with closing(pieces):
-        for piece in pieces:
-            yield from (token.id for token in piece.tokens)
+    return max(1, len(arguments.prompt) + arguments.options.max_tokens)

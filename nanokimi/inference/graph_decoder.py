@@ -25,7 +25,7 @@ GATHER_COST = 3  # a gathered weight is read, written and read again
 
 
 class GraphDecoder(EagerDecoder):
-    """Prefills as its parent does and decodes by replaying graphs; the weights are used in place.
+    """Prefills as ``EagerDecoder`` does and decodes by replaying graphs; the weights are used in place.
 
     Args:
         capture: False runs the same steps without recording them, on any device.
@@ -40,27 +40,24 @@ class GraphDecoder(EagerDecoder):
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """See ``Decoder``; slots in use cost least when they are the lowest."""
+        """As ``Decoder`` says; slots in use cost least when they are the lowest."""
         self.check_room(slots)
         batch = _rounded_up(max(slots) + 1, 1, self.slots)
         span = _rounded_up(max(self.lengths[slot] for slot in slots) + 1, SHORTEST_SPAN, self.max_length)
-        # Slots that take no part write behind what they hold (or over the end of a full one, which nothing reads).
+        # Slots that take no part write after what they hold (or over the end of a full one, which nothing reads).
         positions = [min(length, self.max_length - 1) for length in self.lengths[:batch]]
         inputs = [0] * batch
         for slot, token in zip(slots, tokens, strict=True):
             inputs[slot] = token
-        logits = self._fixed_step(batch, span, positions)(inputs, positions)
-        for slot in slots:
-            self.lengths[slot] += 1
-        return logits.index_select(0, torch.tensor(slots).to(self.device, non_blocking=True))
-
-    def _fixed_step(self, batch: int, span: int, positions: list[int]) -> FixedStep:
         if (batch, span) not in self.steps:
             step = FixedStep(self.model, self.cache.entries[:, :batch], span)
             if self.pool is not None:
                 step.capture(self.pool, positions)
             self.steps[batch, span] = step
-        return self.steps[batch, span]
+        logits = self.steps[batch, span](inputs, positions)
+        for slot in slots:
+            self.lengths[slot] += 1
+        return logits.index_select(0, torch.tensor(slots).to(self.device, non_blocking=True))
 
 
 def _rounded_up(n: int, least: int, most: int) -> int:
@@ -132,9 +129,10 @@ def sparse_mlp(moe: MoE, x: Tensor) -> Tensor:
 
 
 def gathered_experts(experts: Experts, x: Tensor, chosen: Tensor) -> Tensor:
-    """What the experts ``chosen`` ``[n, K]`` make of ``x`` ``[n, D]``: ``[n, K, D]``; copies out their weights.
+    """For few tokens: what the experts ``chosen`` ``[n, K]`` make of ``x`` ``[n, D]``; copies out their weights.
 
-    For few tokens.
+    Returns:
+        ``[n, K, D]``.
     """
     w1, w2, w3 = (w[chosen] for w in (experts.w1, experts.w2, experts.w3))  # [n, K, F, D], w2 [n, K, D, F]
     hidden = F.silu(torch.einsum("nd,nkfd->nkf", x, w1)) * torch.einsum("nd,nkfd->nkf", x, w3)

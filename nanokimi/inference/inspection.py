@@ -1,4 +1,4 @@
-"""What the model thinks of every token of a text: what it expected in its place, and which experts took care of it."""
+"""Looks at every token of a text: what the model expected at its position, and which experts it visited."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.inference.engine import check_prompt
@@ -23,8 +23,8 @@ class TokenView(NamedTuple):
 
     Attributes:
         id, text: the token; bytes that are no whole characters show as U+FFFD.
-        logprob: of the token behind those before it, natural logarithm; None for the first.
-        likeliest: id, text and log-probability of what the model expected in its place, best first.
+        logprob: of the token given those before it, natural logarithm; None for the first.
+        likeliest: id, text and log-probability of what the model expected at its position, best first.
         experts: for each MoE layer the routed experts that the token visited.
     """
 
@@ -39,7 +39,7 @@ class TokenView(NamedTuple):
 def inspect_tokens(
     model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], *, start: int = 0, top: int = 5
 ) -> list[TokenView]:
-    """Looks at ``ids[start:]``, each behind all before it, in one forward pass without a cache.
+    """Looks at ``ids[start:]``, each given all before it, in one forward pass without a cache.
 
     Args:
         model: in evaluation mode.
@@ -53,26 +53,18 @@ def inspect_tokens(
     with _routings(model) as routings:
         hidden = model.hidden_states(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
-    reports = _reports(model, tokenizer, hidden[0], ids, max(start, 1), top)
+    reports: list[Report | None] = [None] if start == 0 else []
+    for first in range(max(start, 1), len(ids), ROWS):
+        asked = ids[first : first + ROWS]
+        logits = model.head(hidden[0, first - 1 : first - 1 + len(asked)])[:, : tokenizer.vocab_size]
+        reports += log_probabilities(logits, asked, [top] * len(asked))
     views = []
-    for place in range(start, len(ids)):
-        logprob, likeliest = next(reports) if place else (None, ())
+    for position, report in enumerate(reports, start):
+        logprob, likeliest = report or (None, ())
         shown = tuple((token, tokenizer.decode([token]), value) for token, value in likeliest)
-        experts = tuple(tuple(layer[place]) for layer in chosen)
-        views.append(TokenView(ids[place], tokenizer.decode([ids[place]]), logprob, shown, experts))
+        experts = tuple(tuple(layer[position]) for layer in chosen)
+        views.append(TokenView(ids[position], tokenizer.decode([ids[position]]), logprob, shown, experts))
     return views
-
-
-def _reports(
-    model: Transformer, tokenizer: Tokenizer, hidden: Tensor, ids: Sequence[int], start: int, top: int
-) -> Iterator[Report]:
-    """For each of ``ids[start:]`` what the model thinks of it, from the output ``[T, D]`` of the last block."""
-    for first in range(start, len(ids), ROWS):
-        last = min(first + ROWS, len(ids))
-        logits = model.head(hidden[first - 1 : last - 1])[:, : tokenizer.vocab_size]
-        for report in log_probabilities(logits, ids[first:last], [top] * (last - first)):
-            assert report is not None
-            yield report
 
 
 @contextmanager

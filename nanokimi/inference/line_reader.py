@@ -1,4 +1,4 @@
-"""What the user types: lines with editing and history on a terminal, plain lines from a pipe, texts of many lines."""
+"""Reads what the user types: lines with editing and history on a terminal, plain lines from a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 QUOTES = '"""'
 HISTORY_LINES = 1000
 
-ReadLine = Callable[[str], str]  # shows a prompt, gives a line without its end, raises EOFError behind the last
+ReadLine = Callable[[str], str]  # shows a prompt, gives a line without its end, raises EOFError after the last
 
 
 class Line(NamedTuple):
@@ -40,37 +40,28 @@ def read_input(read_line: ReadLine) -> Line:
 
 
 @contextmanager
-def reading(source: TextIO, commands: Sequence[str] = (), *, keep_history: bool = False) -> Iterator[ReadLine]:
-    """How to read from ``source``: on a terminal with editing, the history of earlier talks and completion.
+def line_reader(source: TextIO, commands: Sequence[str] = (), *, keep_history: bool = False) -> Iterator[ReadLine]:
+    """A function that reads from ``source``: on a terminal with editing, the history of earlier talks and completion.
 
     Args:
         commands: what the tabulator completes.
         keep_history: read the history of earlier talks, and leave this one's for later ones.
     """
+
+    def plain_line(prompt: str) -> str:
+        if not (line := source.readline()):
+            raise EOFError
+        return line.removesuffix("\n")
+
     if not (source is sys.stdin and source.isatty()):
-        yield lambda prompt: _plain_line(source)
+        yield plain_line
         return
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError):  # without the module, input() has no editing and no history
+        with contextlib.suppress(ImportError):  # without the readline module, input() has no editing and no history
             _complete(commands)
             if keep_history and (path := history_file()):
                 stack.enter_context(_history(path))
         yield input
-
-
-def history_file() -> Path | None:
-    """Where the lines of earlier talks are kept; None if there is no home folder."""
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    with contextlib.suppress(RuntimeError):
-        return (state if state.is_absolute() else Path.home() / ".local/state") / "nanokimi" / "chat_history"
-    return None
-
-
-def _plain_line(source: TextIO) -> str:
-    line = source.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
 
 
 def _complete(commands: Sequence[str]) -> None:
@@ -84,6 +75,14 @@ def _complete(commands: Sequence[str]) -> None:
     readline.set_completer_delims(" ")
     readline.set_completer(completed)
     readline.parse_and_bind("tab: complete")
+
+
+def history_file() -> Path | None:
+    """Where the lines of earlier talks are kept; None if there is no home folder."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    with contextlib.suppress(RuntimeError):
+        return (state if state.is_absolute() else Path.home() / ".local/state") / "nanokimi" / "chat_history"
+    return None
 
 
 @contextmanager
@@ -100,5 +99,5 @@ def _history(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-            path.chmod(0o600)  # before anything is written: one that was there may be open to others
+            path.chmod(0o600)  # before anything is written: an older file may be open to others
             readline.write_history_file(path)

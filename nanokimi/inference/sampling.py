@@ -1,7 +1,7 @@
 """From logits to token ids: temperature, then top-k, then top-p, then min-p. V is the vocabulary.
 
 Each filter works on what the one before it left: top-k; top-p, the nucleus of Holtzman et al. (2020, section 3.1);
-min-p (Nguyen et al. 2024, section 3). Among equals the lowest id counts as likelier.
+min-p (Nguyen et al. 2024, section 3). Among tokens of equal probability the lowest id counts as likelier.
 """
 
 from __future__ import annotations
@@ -12,47 +12,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanokimi.inference.settings import SamplingParams
+from nanokimi.inference.options import SamplingOptions
 
 # Log-probability of the token drawn; id and log-probability of the likeliest ones, best first.
 Report = tuple[float, tuple[tuple[int, float], ...]]
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+def draw(logits: Tensor, options: Sequence[SamplingOptions], uniforms: Sequence[float]) -> list[int]:
     """One id for each of the n rows of ``logits`` ``[n, V]``. No row depends on the others, to the bit.
 
     Args:
-        params: how each row is drawn; a greedy row takes the likeliest.
-        uniforms: for each row a random number, 0 or more and below 1: it inverts the cumulative distribution.
+        options: how each row is drawn; a greedy row takes the likeliest token.
+        uniforms: for each row a random number, 0 or more and below 1, at which the cumulative distribution is
+            inverted.
     """
     ids = [0] * len(logits)
     for greedy in (True, False):
-        rows = [row for row, choice in enumerate(params) if choice.greedy == greedy]
+        rows = [row for row, choice in enumerate(options) if choice.greedy == greedy]
         if not rows:
             continue
         part = logits if len(rows) == len(ids) else logits[rows]
         if greedy:
             found = part.argmax(dim=-1)
-        else:
-            found = _drawn(part, [params[row] for row in rows], [uniforms[row] for row in rows])
-        for row, token in zip(rows, found.tolist(), strict=True):
+        else:  # the first id at which the cumulative distribution passes the uniform number
+            sums = _weights(part, [options[row] for row in rows]).cumsum(dim=-1)
+            uniform = torch.tensor([uniforms[row] for row in rows], dtype=torch.float64, device=logits.device)
+            found = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).squeeze(-1)
+        for row, token in zip(rows, found.clamp(max=logits.shape[-1] - 1).tolist(), strict=True):
             ids[row] = token
     return ids
 
 
-def _drawn(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-    """The first id at which the cumulative distribution of each row passes its uniform number, ``[n]``."""
-    sums = _weights(logits, params).cumsum(dim=-1)
-    uniform = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
-    places = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-    return places.squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
 def log_probabilities(logits: Tensor, ids: Sequence[int], counts: Sequence[int | None]) -> list[Report | None]:
-    """What the model itself, before temperature and filters, thinks of ``ids``, one for each row of ``[n, V]``.
+    """The model's own log-probabilities, before temperature and filters, of ``ids``, one for each row of ``[n, V]``.
 
     Args:
-        counts: how many of the likeliest tokens each row reports; None: nothing at all.
+        counts: how many of the likeliest tokens each row reports; None: the row reports nothing.
     """
     reports: list[Report | None] = [None] * len(ids)
     rows = [row for row, count in enumerate(counts) if count is not None]
@@ -66,17 +61,17 @@ def log_probabilities(logits: Tensor, ids: Sequence[int], counts: Sequence[int |
     return reports
 
 
-def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities up to a factor, zero for what the filters take away, fp64 ``[n, V]``."""
-    # A temperature of next to nothing must not become 0 in fp32; with the maximum gone it gives -inf, never NaN.
+def _weights(logits: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
+    """Probabilities up to a factor, zero for the tokens that are filtered out, fp64 ``[n, V]``."""
+    # A tiny temperature must not become 0 in fp32. The maximum is subtracted first, so it gives -inf and never NaN.
     coldest = torch.finfo(torch.float32).tiny
-    table = [(max(p.temperature, coldest), p.top_k or torch.inf, p.top_p, p.min_p) for p in params]
+    table = [(max(o.temperature, coldest), o.top_k or torch.inf, o.top_p, o.min_p) for o in options]
     choices = torch.tensor(table, dtype=torch.float64, device=logits.device).T.unsqueeze(-1)  # [4, n, 1]
     logits = logits.float()
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(choices[0].float())
     weights = scaled.softmax(dim=-1).double()
-    filtered = [row for row, p in enumerate(params) if not p.unfiltered]
-    if len(filtered) == len(params):
+    filtered = [row for row, choice in enumerate(options) if not choice.unfiltered]
+    if len(filtered) == len(options):
         return weights * _kept(scaled, *choices[1:])
     if filtered:
         weights[filtered] *= _kept(scaled[filtered], *choices[1:, filtered])
@@ -86,7 +81,7 @@ def _weights(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Which tokens pass the filters, bool ``[n, V]``; the choices are ``[n, 1]``, ``scaled`` is at most 0.
 
-    The values alone are sorted. Where they are cut, the lowest of equal ids pass.
+    Only the values are sorted, not their ids. The smallest value that passes then says which tokens do.
     """
     values = _sorted(scaled)
     weights = values.exp().double()

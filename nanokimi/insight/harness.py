@@ -26,7 +26,7 @@ from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.generate import stream_tokens
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.insight.scoring import Score, Scoring, score_rows
 from nanokimi.loading import load
 from nanokimi.model.transformer import Transformer
@@ -164,7 +164,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
                     break
         return text[: min((at for stop in settings.stop if (at := text.find(stop)) >= 0), default=len(text))]
 
-    def _settings(self, choices: dict[str, Any]) -> Settings:
+    def _settings(self, choices: dict[str, Any]) -> SamplingOptions:
         """The sampling that a task asks for; more tokens than the context holds become half of it."""
         asked: dict[str, Any] = normalize_gen_kwargs(choices, self.max_gen_toks)
         wanted, stops = asked.pop("max_gen_toks"), tuple(stop for stop in asked.pop("until") if stop)
@@ -174,7 +174,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
             if name not in IGNORED or IGNORED[name] not in (None, value):
                 raise UserError(f"a task asks for {name}={value!r} in generation_kwargs: take it out of the task")
         most = wanted if wanted < self.max_length else self.max_length // 2
-        return Settings(**values, max_tokens=most, stop=stops)
+        return SamplingOptions(**values, max_tokens=most, stop=stops)
 
 
 register_model("nanokimi")(NanokimiLM)

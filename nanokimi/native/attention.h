@@ -1,6 +1,6 @@
 // Absorbed attention over the latent cache, flash-decoding style (Dao et al., 2023): tasks of CHUNK tokens by HEADS
-// heads, each with its own maxima and sums, merged in the order of the tokens. Which thread does which task changes
-// nothing, and the products of a task keep heads x tokens (or heads x columns of the latent) in registers.
+// heads, each with its own maxima and sums, merged in the order of the tokens. So no result depends on which thread
+// does which task. The products of a task keep heads x tokens (or heads x columns of the latent) in registers.
 #pragma once
 
 #include "simd.h"
@@ -32,7 +32,7 @@ void score_block(const float* query, const float* entries, int64_t width, float 
     UNROLL for (int h = 0; h < H; h++) UNROLL for (int t = 0; t < T; t++) scores[h][first + t] = sums[h][t];
 }
 
-// out[h][..C vectors] = sum over tokens of weights[h][t] * entry t.
+// out[h][..C vectors] = sum over tokens of weights[h][t] * entry t. Meanwhile the next chunk is fetched.
 template <int H, int C>
 void mix_block(const float (*weights)[CHUNK], const float* entries, int64_t width, int count, float* out,
                int64_t step) {
@@ -48,7 +48,8 @@ void mix_block(const float (*weights)[CHUNK], const float* entries, int64_t widt
         UNROLL for (int c = 0; c < C; c++) store(out + h * step + c * WIDTH, total[h][c]);
 }
 
-// Replaces count logits by their exponentials, relative to the largest; leaves the largest and the sum in `out`.
+// Replaces count logits by their exponentials, relative to the largest; leaves the largest and the sum in `out`. The
+// rest of the last vector becomes -inf, whose exponential adds 0 to the sum.
 inline void exponentials(float* logits, int count, float* out) {
     int64_t whole = padded(count);
     for (int64_t t = count; t < whole; t++) logits[t] = -__builtin_inff();
@@ -86,7 +87,8 @@ void attend_heads(const float* query, const float* entries, int64_t width, int64
     if constexpr (H > 1) attend_heads<H / 2>(query, entries, width, rank, count, heads, partial);
 }
 
-// The chunks of one head, each `stride` behind the other, merged and normalised to out[rank].
+// The chunks of one head, `stride` apart, merged and normalised to out[rank]. Each chunk's exponentials are relative to
+// its own largest logit; the factors make them relative to the largest of all.
 inline void merge_chunks(const float* partial, int64_t stride, int64_t chunks, int64_t rank, float* out) {
     float largest = partial[rank], total = 0;
     for (int64_t c = 1; c < chunks; c++)

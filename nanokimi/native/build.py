@@ -1,6 +1,7 @@
 """Compiles the decoder's C++ for this machine on first use, keeps it in a cache folder, and loads it.
 
 The library is linked to the OpenMP runtime that PyTorch has already loaded, so that there is one pool of threads.
+``prefer_huge_pages`` is for the memory that the kernels read from end to end.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanokimi.console import log
 from nanokimi.errors import RunError
@@ -26,6 +29,8 @@ COMPILERS = ("c++", "g++", "clang++")
 # Without contraction a product and a sum round the same wherever the compiler places them: results are reproducible.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w")
 _SECONDS = 300
+_PAGE = 2 << 20  # bytes of a large page
+_HUGEPAGE, _COLLAPSE = 14, 25  # numbers from Linux's mman.h; see madvise(2)
 
 
 class Unavailable(Exception):
@@ -38,19 +43,16 @@ def library() -> ctypes.CDLL:
     Raises:
         RunError: it cannot be built here; one line with the reason and the remedy.
     """
-    try:
-        return _load()
-    except Unavailable as reason:
-        raise RunError(f"the native decoder cannot be built: {reason}; or use --decoder eager") from None
+    outcome = _outcome()
+    if isinstance(outcome, str):
+        raise RunError(f"the native decoder cannot be built: {outcome}; or use --decoder eager")
+    return outcome
 
 
 def reason_against() -> str | None:
     """Why ``library`` would fail, or None; builds it if it is not there."""
-    try:
-        _load()
-    except Unavailable as reason:
-        return str(reason)
-    return None
+    outcome = _outcome()
+    return outcome if isinstance(outcome, str) else None
 
 
 def cache_folder() -> Path:
@@ -62,7 +64,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def _outcome() -> ctypes.CDLL | str:
-    """The library, or why there is none: found out once per process."""
+    """The library, or the reason why there is none; tried once per process."""
     try:
         runtime, compiler = _openmp_runtime(), _compiler()
         target = _target(compiler, runtime)
@@ -73,13 +75,6 @@ def _outcome() -> ctypes.CDLL | str:
         return str(reason)
     except OSError as error:
         return f"{cache_folder()}: {error.strerror or error}: set NANOKIMI_CACHE to a folder that can be written"
-
-
-def _load() -> ctypes.CDLL:
-    outcome = _outcome()
-    if isinstance(outcome, str):
-        raise Unavailable(outcome)
-    return outcome
 
 
 def _compiler() -> str:
@@ -111,7 +106,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def _target(compiler: str, runtime: Path) -> Path:
-    """Where the library lies: its name tells apart whatever would make it another one."""
+    """The library's path. Its name depends on everything that would change the library."""
     digest = hashlib.sha256()
     for source in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")):
         digest.update(source.read_bytes())
@@ -140,7 +135,7 @@ def _processor() -> str:
 def _compile(compiler: str, runtime: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     log(f"compiling the decoder for this machine, once, into {target.parent}: about ten seconds")
-    with atomic_path(target) as temporary:  # whoever builds at the same time has a name of his own
+    with atomic_path(target) as temporary:  # another process may build at the same time
         command = [compiler, *_flags(), str(SOURCES / "decode.cpp"), "-o", str(temporary), str(runtime)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
@@ -154,3 +149,25 @@ def _compile(compiler: str, runtime: Path, target: Path) -> None:
             ctypes.CDLL(str(temporary))
         except OSError as error:
             raise Unavailable(f"{compiler} makes no library that loads ({error}): set CXX to another") from None
+
+
+def prefer_huge_pages(tensor: Tensor, *, filled: bool = True) -> bool:
+    """Asks Linux to keep the memory of ``tensor`` in large pages, so that the processor looks up fewer addresses.
+
+    Only pages that lie wholly inside the tensor are asked for.
+
+    Args:
+        filled: move what is there now, which takes as long as a copy the first time. Otherwise a page becomes large
+            when it is first written.
+
+    Returns:
+        Whether Linux agreed.
+    """
+    first = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    size = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
+    if size <= 0 or not sys.platform.startswith("linux"):
+        return False
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    advised = madvise(first, size, _HUGEPAGE) == 0
+    return advised and (not filled or madvise(first, size, _COLLAPSE) == 0)

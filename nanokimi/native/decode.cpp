@@ -2,14 +2,16 @@
 // latent cache are read once. Letters as in nanokimi/model/layers.py; n rows, each a token, mostly of its own sequence.
 //
 // Phases end with team.meet(); within one, threads write disjoint parts of what the next one reads. Vectors lie in
-// scratch with rows padded to PAD. The padding of weights is zero, so that of activations may be any finite number.
+// scratch with rows padded to PAD. The padding of weights is zero, so the padding of activations may hold any finite
+// number.
 
 #include "attention.h"
 #include "model.h"
 
 namespace {
 
-// Activations shared by the threads; `normed` is each thread's own.
+// Where the activations lie in the one block of working memory. The threads share them; only `normed` is each thread's
+// own.
 struct Scratch {
     float *x, *q_latent, *kv, *q, *absorbed, *partial, *mixed, *values, *hidden, *up, *logits, *biased, *gates;
     float *expert_hidden, *normed;
@@ -146,7 +148,7 @@ struct Step {
         }
     }
 
-    // Queries move into the latent space, [n, H, entry_width], and take the softmax scale with them.
+    // Moves the queries into the latent space, [n, H, entry_width], and multiplies them by the softmax scale.
     void absorb_queries(const Layer& layer) const {
         int64_t blocks = rank / PAD, head = m.nope + m.rope;
         auto [task, last] = team.share(m.heads * blocks);
@@ -202,7 +204,7 @@ struct Step {
             multiply<float>(team, layer.router, x, n,
                             [=](int64_t row, int64_t j, float v) { logits[j * stride + row] = v; });
             team.meet();
-            if (team.rank == 0) route(layer);
+            if (team.rank == 0) route(layer);  // too little work to share
             team.meet();
             experts_up(layer.experts);
         }

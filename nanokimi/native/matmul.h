@@ -1,4 +1,4 @@
-// Products of a packed matrix with a few vectors. Weights stream through once; each dot product has one accumulator of
+// Products of a packed matrix with a few vectors. The weights are read once. Each dot product has one accumulator of
 // WIDTH lanes that runs along the row, so a result depends neither on its neighbours, nor on the batch or the threads.
 #pragma once
 
@@ -29,7 +29,8 @@ Matrix part(const Matrix& w, int64_t first, int64_t rows) {
     return {static_cast<const T*>(w.data) + first * w.cols, w.scale ? w.scale + first : nullptr, rows, w.cols};
 }
 
-// The first inputs fetch the weights of the next R rows: hardware follows R short streams badly.
+// Dot products of R rows with N inputs. With FETCH they also prefetch the next R rows, because the hardware's own
+// prefetcher follows several short streams badly.
 template <bool FETCH, int R, int N, class T>
 [[gnu::noinline]] void dot_block(const T* w, int64_t cols, const float* const (&x)[N], float (&out)[R][N]) {
     constexpr int BYTES = R * WIDTH * static_cast<int>(sizeof(T));  // of weights per turn
@@ -57,6 +58,7 @@ inline void multiply_block(const Matrix& w, int64_t row, const Inputs& x, int64_
         for (int i = 0; i < N; i++) sink(row + r, j + i, w.scale ? out[r][i] * w.scale[row + r] : out[r][i]);
 }
 
+// R rows with all n inputs. The first inputs bring the rows from memory; the others find them in the nearest cache.
 template <int R, class T, class Sink>
 void multiply_rows(const Matrix& w, int64_t row, const Inputs& x, int64_t n, Sink sink) {
     int64_t j = n < BATCH ? 1 : BATCH;
@@ -74,7 +76,7 @@ void multiply(const Team& team, const Matrix& w, const Inputs& x, int64_t n, Sin
     for (; row < last; row++) multiply_rows<1, T>(w, row, x, n, sink);
 }
 
-// out[0 .. PAD) of x W for one block of columns: what a transposed matrix would make of x, without one.
+// out[0 .. PAD) of x W for one block of columns: the product with the transposed matrix, without storing that one.
 template <class T>
 void multiply_transposed_block(const Matrix& w, int64_t column, const float* x, float* out) {
     Vec total[PAD / WIDTH];

@@ -1,4 +1,4 @@
-// What Python hands over: the packed model and one call. nanokimi/inference/native_decoder.py mirrors these structures.
+// What Python hands over: the packed model and one call. packed_model.py mirrors these structures.
 #pragma once
 
 #include "matmul.h"
@@ -16,7 +16,7 @@ struct Layer {
 };
 
 struct Model {
-    int64_t format, slots, max_length, rows;  // format: position in WEIGHT_FORMATS; rows: most tokens of a call
+    int64_t format, slots, max_length, rows;  // format: index in WEIGHT_FORMATS of Python; rows: most tokens of a call
     int64_t dim, heads, nope, rope, value, rank, query_rank, dense_width, expert_width, layers;
     Routing routing;
     float norm_eps, latent_eps, softmax_scale;
@@ -26,8 +26,8 @@ struct Model {
     float* cache;  // [L, slots, max_length, entry_width]: normalised latent and rotated key, each padded
 };
 
-// n tokens, each at one of `positions` of its slot. A slot holds all before the first of its tokens, and may be given
-// several in a row: entries are stored before any token looks at them.
+// n tokens, each at one of `positions` of its slot. A slot already holds everything before the first of its tokens. It
+// may be given several tokens at once, since their entries are stored before any token attends to them.
 struct Call {
     int64_t n;
     const int64_t *slots, *positions, *tokens;

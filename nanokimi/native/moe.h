@@ -11,7 +11,7 @@ struct Routing {
     float route_scale;
 };
 
-// Raises `logits` [E] to scores: sigmoid, or softmax.
+// Turns `logits` [E] into scores: sigmoid, or softmax.
 inline void to_scores(const Routing& r, float* logits) {
     float largest = *std::max_element(logits, logits + r.experts), total = 0;
     for (int64_t e = 0; e < r.experts; e++)
@@ -20,7 +20,7 @@ inline void to_scores(const Routing& r, float* logits) {
         for (int64_t e = 0; e < r.experts; e++) logits[e] /= total;
 }
 
-// Group-limited routing: the experts outside the best groups become unreachable.
+// Group-limited routing: the experts outside the best groups get -inf, so none of them is chosen.
 inline void close_groups(const Routing& r, float* biased) {
     if (r.groups == r.limited_groups) return;
     int64_t size = r.experts / r.groups;

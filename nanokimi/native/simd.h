@@ -20,16 +20,19 @@ constexpr bool MANY_REGISTERS = false;
 constexpr int WIDTH = 4;
 constexpr bool MANY_REGISTERS = true;  // NEON has 32
 #endif
+// Short loops over arrays of vectors are unrolled: only then does the compiler keep the arrays in registers.
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
-#endif  // of short loops, so that arrays of vectors become registers
-constexpr int PAD = 16;  // rows of matrices, activations and cache are padded with zeros to a multiple of this
+#endif
+// Rows of matrices, activations and cache are padded with zeros to a multiple of PAD floats. So loops over vectors have
+// no remainder, and every row begins at a cache line of 64 bytes.
+constexpr int PAD = 16;
 static_assert(PAD % WIDTH == 0, "padded rows hold whole vectors");
 
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
-typedef float VecAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));  // at any address
+typedef float VecAt __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));  // need not be aligned to vectors
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
@@ -42,7 +45,7 @@ inline void store(float* p, Vec v) { *reinterpret_cast<VecAt*>(p) = v; }
 
 inline Vec all(float x) { return x - Vec{}; }
 
-// a * b + c, rounded once where the machine can. Nothing else is fused: see FLAGS in build.py.
+// a * b + c, rounded once if the machine can do that. Nothing else is fused: see FLAGS in build.py.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -94,7 +97,7 @@ inline Vec load(const int8_t* p) {
 }
 #endif
 
-// The sum of all lanes, always in the same order.
+// The sum of all lanes, always in the same order, so that a result does not depend on which function asked for it.
 inline float sum(Vec v) {
 #if defined(__AVX__)
 #if defined(__AVX512F__)

@@ -26,7 +26,7 @@ public:
     void meet(int size) {
         int now = round.load();
         if (waiting.fetch_add(1) + 1 == size) {
-            waiting.store(0);
+            waiting.store(0);  // before the round changes: whoever sees the new round may come back at once
             round.store(now + 1);
             if (sleeping.load()) futex(FUTEX_WAKE_PRIVATE, size);
             return;
@@ -44,6 +44,7 @@ public:
 
 private:
     static constexpr int SPINS = 2000;
+    // On cache lines of their own: a thread that arrives must not take away the line that the others read in a loop.
     alignas(64) std::atomic<int> waiting{0};
     alignas(64) std::atomic<int> round{0};
     std::atomic<int> sleeping{0};

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanokimi.inference.engine import Request
-from nanokimi.inference.text import Token
+from nanokimi.inference.engine import GenerationArguments, Token
 from nanokimi.serve.api import ApiError, ChatBody, CompletionBody, Served
 from nanokimi.serve.worker import Update, Worker, merged
 
@@ -40,7 +39,7 @@ class Answer(ABC):
     opening: ClassVar[dict[str, Any]] = {}  # fields of a choice in a chunk before all text, if there must be one
 
     def __init__(
-        self, worker: Worker, served: Served, body: CompletionBody | ChatBody, requests: Sequence[Request]
+        self, worker: Worker, served: Served, body: CompletionBody | ChatBody, requests: Sequence[GenerationArguments]
     ) -> None:
         self.worker, self.job, self._body = worker, worker.submit(requests), body
         self.prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n or 1])

@@ -15,19 +15,20 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
+from starlette.requests import Request
 from starlette.responses import Response
 
 from nanokimi.config import MAX_SEED
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat_template import ChatTemplate, Message
-from nanokimi.inference.engine import Request, check_prompt
-from nanokimi.inference.settings import SamplingParams, Settings
+from nanokimi.inference.engine import GenerationArguments, check_prompt
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a reply in a chat may fill the context
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # OpenAI's
+DRAWN_BY = ("temperature", "top_k", "top_p", "min_p", "seed")  # fields with the names of our options
 
 # ---- errors -------------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ def refused(error: UserError, param: str) -> ApiError:
     return ApiError(400, str(error).removeprefix("--").replace(" --", " "), param=param)
 
 
-async def on_error(request: HttpRequest, error: Exception) -> Response:
+async def on_error(request: Request, error: Exception) -> Response:
     """Makes every error one in OpenAI's shape; Starlette also hands a fault of ours on to the server's log."""
     if isinstance(error, RequestValidationError):
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -309,7 +310,7 @@ class Served:
             raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def completion_requests(body: CompletionBody, served: Served) -> list[Request]:
+async def completion_requests(body: CompletionBody, served: Served) -> list[GenerationArguments]:
     """What the engine is asked for: ``n`` requests for each prompt, in the order of their choices.
 
     Raises:
@@ -319,13 +320,13 @@ async def completion_requests(body: CompletionBody, served: Served) -> list[Requ
     if body.best_of is not None and body.best_of != (body.n or 1):
         message = "best_of is not supported: leave it out, or set it to n"
         raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-    settings = _settings(body, served, "max_tokens", body.max_tokens, COMPLETION_TOKENS)
+    options = _options(body, served, "max_tokens", body.max_tokens, COMPLETION_TOKENS)
     prompts = await asyncio.to_thread(_prompts, body.prompt, served.tokenizer)
     stop_tokens = (served.tokenizer.eot_id,)
-    return _requests(body, served, "prompt", prompts, Request((), settings, stop_tokens, body.logprobs))
+    return _requests(body, served, "prompt", prompts, GenerationArguments((), options, stop_tokens, body.logprobs))
 
 
-async def chat_requests(body: ChatBody, served: Served) -> list[Request]:
+async def chat_requests(body: ChatBody, served: Served) -> list[GenerationArguments]:
     """The same for a chat; without a chat template the error has status 400."""
     served.check_name(body.model)
     template = served.template
@@ -339,17 +340,17 @@ async def chat_requests(body: ChatBody, served: Served) -> list[Request]:
         message = "max_tokens is the old name of max_completion_tokens: give one of them"
         raise ApiError(400, message, param="max_completion_tokens")
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    settings = _settings(body, served, name, getattr(body, name), served.max_tokens)
+    options = _options(body, served, name, getattr(body, name), served.max_tokens)
     try:
         ids = await asyncio.to_thread(template.encode, [message.message() for message in body.messages])
     except UserError as error:
         raise refused(error, "messages") from error
-    settings = dataclasses.replace(settings, stop=settings.stop + template.stop)
+    options = dataclasses.replace(options, stop=options.stop + template.stop)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _requests(body, served, "messages", [ids], Request((), settings, template.stop_tokens, logprobs))
+    return _requests(body, served, "messages", [ids], GenerationArguments((), options, template.stop_tokens, logprobs))
 
 
-def _settings(body: Sampling, served: Served, name: str, max_tokens: int | None, default: int) -> Settings:
+def _options(body: Sampling, served: Served, name: str, max_tokens: int | None, default: int) -> SamplingOptions:
     """How tokens are drawn; ``max_tokens`` comes from the field ``name``."""
     if max_tokens is not None and max_tokens > served.max_tokens:
         raise ApiError(400, f"{name} {max_tokens} is over this server's limit of {served.max_tokens}", param=name)
@@ -360,9 +361,8 @@ def _settings(body: Sampling, served: Served, name: str, max_tokens: int | None,
     if max_tokens is None:
         max_tokens = min(default, served.max_tokens)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    names = [f.name for f in dataclasses.fields(SamplingParams)]
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    return Settings(**{**DEFAULTS, **given}, max_tokens=max_tokens, stop=stop)
+    given = {name: value for name in DRAWN_BY if (value := getattr(body, name)) is not None}
+    return SamplingOptions(**{**DEFAULTS, **given}, max_tokens=max_tokens, stop=stop)
 
 
 def _prompts(prompt: str | Sequence[Any] | None, tokenizer: Tokenizer) -> list[Sequence[int]]:
@@ -375,20 +375,20 @@ def _prompts(prompt: str | Sequence[Any] | None, tokenizer: Tokenizer) -> list[S
 
 
 def _requests(
-    body: Sampling, served: Served, field: str, prompts: Sequence[Sequence[int]], pattern: Request
-) -> list[Request]:
+    body: Sampling, served: Served, field: str, prompts: Sequence[Sequence[int]], pattern: GenerationArguments
+) -> list[GenerationArguments]:
     """``pattern`` for every choice of every prompt, each with a seed of its own; ``field`` holds the prompts."""
     n, seed = body.n or 1, body.seed
     if seed is not None and seed + n * len(prompts) - 1 > MAX_SEED:
         raise ApiError(400, f"seed: choice i draws with seed + i, which must not be over {MAX_SEED}", param="seed")
-    requests: list[Request] = []
+    jobs: list[GenerationArguments] = []
     for prompt in prompts:
         try:
             check_prompt(prompt, served.context, served.tokenizer.vocab_size)
         except UserError as error:
             raise refused(error, field) from error
         for _ in range(n):
-            own_seed = None if seed is None else seed + len(requests)
-            settings = dataclasses.replace(pattern.settings, seed=own_seed)
-            requests.append(dataclasses.replace(pattern, prompt=tuple(prompt), settings=settings))
-    return requests
+            own_seed = None if seed is None else seed + len(jobs)
+            options = dataclasses.replace(pattern.options, seed=own_seed)
+            jobs.append(dataclasses.replace(pattern, prompt=tuple(prompt), options=options))
+    return jobs

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from nanokimi.cli_settings import spellings
 from nanokimi.errors import UserError
-from nanokimi.inference.settings import DECODERS, PREFILL_CHUNK, WEIGHT_FORMATS
+from nanokimi.inference.options import DECODERS, PREFILL_CHUNK, WEIGHT_FORMATS
 
 KEY_VARIABLE = "NANOKIMI_API_KEY"
 _HOST_NAME = re.compile(r"(?!-)[a-z0-9-]+(\.[a-z0-9-]+)*", re.IGNORECASE)

@@ -13,8 +13,7 @@ from itertools import chain
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
 
-from nanokimi.inference.engine import Continuation, Engine, Request
-from nanokimi.inference.text import Token
+from nanokimi.inference.engine import Continuation, Engine, GenerationArguments, Token
 from nanokimi.serve.api import ApiError
 from nanokimi.serve.metrics import Metrics
 
@@ -61,7 +60,7 @@ class Job:
         arrived, last_news: when the HTTP request came, and the latest tokens of each choice that has any.
     """
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[GenerationArguments]) -> None:
         self.requests = requests
         self.running = len(requests)
         self.error: ApiError | None = None
@@ -166,7 +165,7 @@ class Worker:
         """Sequences that wait for a slot."""
         return max(0, self.outstanding - self.running)
 
-    def submit(self, requests: Sequence[Request]) -> Job:
+    def submit(self, requests: Sequence[GenerationArguments]) -> Job:
         """Queues all of ``requests`` or none of them; whoever submits calls ``close``.
 
         Raises:

@@ -17,7 +17,7 @@ HELD_BY_PADDING = 1000.0
 class ScriptedModel(nn.Module):
     """Makes ``script[i]`` by far the likeliest i-th token, whatever the prompt; the last one repeats.
 
-    ``padding`` adds that many ids behind the script's vocabulary, likelier still; ``seconds`` is spent per token.
+    ``padding`` adds that many ids after the script's vocabulary, likelier still; ``seconds`` is spent per token.
     """
 
     def __init__(self, script: bytes | list[int], *, context: int = 128, padding: int = 0, seconds: float = 0.0):

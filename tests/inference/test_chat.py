@@ -12,12 +12,13 @@ from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat import COMMANDS, Chat, interactive
-from nanokimi.inference.conversation import TextTalk
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.conversation import Talk
+from nanokimi.inference.decoder import new_decoder
+from nanokimi.inference.options import SamplingOptions
 
 
-def settings(max_tokens: int) -> Settings:
-    return Settings(temperature=0.0, max_tokens=max_tokens)
+def settings(max_tokens: int) -> SamplingOptions:
+    return SamplingOptions(temperature=0.0, max_tokens=max_tokens)
 
 
 def talk(model: ScriptedModel, *lines: str, max_tokens: int = 3, opening: str = "") -> str:
@@ -139,7 +140,7 @@ def test_a_saved_text_goes_on_in_another_talk(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["my talk.json"]
 
 
-def test_a_line_behind_a_space_is_text_even_with_a_slash() -> None:
+def test_a_line_after_a_space_is_text_even_with_a_slash() -> None:
     model = ScriptedModel(b"abc")
     talk(model, " /quit")
     assert prompts(model) == [" /quit"]
@@ -211,15 +212,19 @@ def test_control_characters_are_stripped_and_text_is_not(text: str, shown: str) 
     assert printable(text) == shown == "".join(printable(c) for c in text)
 
 
+def new_chat(model: ScriptedModel) -> Chat:
+    tokenizer = load_tokenizer("byte")
+    return Chat(model, settings(3), io.StringIO(), new_decoder(model), Talk(tokenizer))
+
+
 def test_the_text_kept_for_the_model_is_not_stripped() -> None:
-    chat = Chat(ScriptedModel(b"a\x1bb"), load_tokenizer("byte"), settings(3), io.StringIO())
+    chat = new_chat(ScriptedModel(b"a\x1bb"))
     chat.reply("x")
-    assert isinstance(chat.talk, TextTalk)
-    assert chat.talk.turns == ("xa\x1bb",)
+    assert chat.talk.turns == (("x", "a\x1bb"),)
 
 
 def test_a_refused_text_raises_for_the_caller() -> None:
-    chat = Chat(ScriptedModel(b"a", context=8), load_tokenizer("byte"), settings(3), io.StringIO())
+    chat = new_chat(ScriptedModel(b"a", context=8))
     with pytest.raises(UserError, match="context holds 8"):
         chat.reply("too long for it")
 
@@ -227,10 +232,10 @@ def test_a_refused_text_raises_for_the_caller() -> None:
 ON_A_TERMINAL = """
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.inference.chat import interactive
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingOptions
 from scripted import ScriptedModel
 model = ScriptedModel(b"abc", context=50_000, seconds=0.005)
-raise SystemExit(interactive(model, load_tokenizer("byte"), Settings(temperature=0.0, max_tokens=50_000)))
+raise SystemExit(interactive(model, load_tokenizer("byte"), SamplingOptions(temperature=0.0, max_tokens=50_000)))
 """
 
 

@@ -193,7 +193,7 @@ def test_marks_that_are_not_special_are_no_marks_where_a_user_writes_them() -> N
 
 
 @pytest.mark.parametrize(("shape", "end"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("kimi", "<|im_end|>")])
-def test_a_special_token_behind_the_assistants_text_ends_its_turn(tokenizer: Tokenizer, shape: str, end: str) -> None:
+def test_a_special_token_after_the_assistants_text_ends_its_turn(tokenizer: Tokenizer, shape: str, end: str) -> None:
     template = ChatTemplate(SHAPES[shape], tokenizer)
     assert template.stop_tokens == (tokenizer.eot_id, tokenizer.special_tokens[end])
     assert template.stop == ()
@@ -225,7 +225,7 @@ def test_in_plain_text_what_comes_before_the_users_text_ends_the_turn(tokenizer:
     assert template.stop_tokens == (tokenizer.eot_id,)
 
 
-def test_end_of_text_behind_each_turn_is_a_stop_token_once(tokenizer: Tokenizer) -> None:
+def test_end_of_text_after_each_turn_is_a_stop_token_once(tokenizer: Tokenizer) -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", tokenizer)
     assert (template.stop_tokens, template.stop) == ((tokenizer.eot_id,), ())
 

@@ -18,7 +18,7 @@ from nanokimi.errors import UserError
 from nanokimi.inference.chat import interactive
 from nanokimi.inference.chat_template import ChatTemplate, Message
 from nanokimi.inference.generate import generate_tokens
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 
@@ -66,7 +66,7 @@ def talk(
     code = interactive(
         model,
         tokenizer,
-        Settings(temperature=0.0, max_tokens=max_tokens),
+        SamplingOptions(temperature=0.0, max_tokens=max_tokens),
         opening=opening,
         system=system,
         template=ChatTemplate(source, tokenizer, name="the chat template of tokenizer marked"),
@@ -146,7 +146,7 @@ def test_the_system_message_can_be_changed_shown_and_taken_back() -> None:
 
 def test_a_system_message_for_a_model_that_continues_text_is_refused() -> None:
     with pytest.raises(UserError, match=r"--system is for talks in turns.*--chat_template"):
-        interactive(ScriptedModel(b"a"), load_tokenizer("byte"), Settings(), system="S", source=io.StringIO())
+        interactive(ScriptedModel(b"a"), load_tokenizer("byte"), SamplingOptions(), system="S", source=io.StringIO())
 
 
 def test_an_empty_line_is_no_message() -> None:
@@ -172,7 +172,7 @@ def test_a_saved_talk_goes_on_and_does_not_fit_a_base_model(tmp_path: Path) -> N
     assert prompts(model) == ["[system]S<|end|>[user]one<|end|>[assistant]Hi<|end|>[user]two<|end|>[assistant]"]
     output = io.StringIO()
     lines = io.StringIO(f"/load {path}\n/stats\n")
-    interactive(ScriptedModel(b"a"), load_tokenizer("byte"), Settings(), source=lines, output=output)
+    interactive(ScriptedModel(b"a"), load_tokenizer("byte"), SamplingOptions(), source=lines, output=output)
     assert "a talk in turns, but with this model one has a text" in output.getvalue().splitlines()[1]
 
 

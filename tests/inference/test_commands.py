@@ -15,12 +15,10 @@ from scripted import InterruptedModel, ScriptedModel
 from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference import weights
 from nanokimi.inference.commands import add_generate_arguments, run_generate
-from nanokimi.inference.decoder import new_decoder
+from nanokimi.inference.decoder import new_decoder, round_weights_
 from nanokimi.inference.generate import generate
-from nanokimi.inference.settings import WEIGHT_FORMATS
-from nanokimi.inference.weights import round_weights_
+from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
 
@@ -129,7 +127,7 @@ def test_what_is_typed_is_kept_unless_the_user_says_no(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "nanokimi.inference.chat.reading", lambda *_, keep_history: asked.append(keep_history) or nullcontext(input)
+        "nanokimi.inference.chat.line_reader", lambda *_, keep_history: asked.append(keep_history) or nullcontext(input)
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert run(monkeypatch, ScriptedModel(b"abc"), "--interactive", *flags) == 0
@@ -173,7 +171,6 @@ def test_a_decoder_that_cannot_be_is_a_mistake_of_the_user(monkeypatch: pytest.M
 
 
 def test_the_choices_named_in_the_help_are_those_that_exist() -> None:
-    assert WEIGHT_FORMATS == weights.WEIGHT_FORMATS
     for flag in ("--weights", "--decoder"):
         with pytest.raises(SystemExit):
             parsed("m.pt", flag, "other")

@@ -11,8 +11,16 @@ from conftest import lively
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference import decoder as decoders
-from nanokimi.inference.decoder import Decoder, EagerDecoder, new_decoder, store_parameters_, use_weights_
+from nanokimi.inference.decoder import (
+    Decoder,
+    EagerDecoder,
+    new_decoder,
+    round_weights_,
+    store_parameters_,
+    use_weights_,
+)
 from nanokimi.inference.graph_decoder import GraphDecoder
+from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
 
 VARIANTS: list[dict[str, Any]] = [
@@ -239,3 +247,45 @@ def test_stored_in_half_precision_a_model_keeps_its_routers_and_its_tables_in_fp
     assert debug_model.cos.dtype == torch.float32
     for name, parameter in debug_model.named_parameters():
         assert parameter.dtype == (torch.float32 if "router" in name else torch.bfloat16), name
+
+
+# ---- weights in fewer bytes -----------------------------------------------------------------------
+
+UNITS = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half a unit of the last place of 1.0
+SMALLEST = 2.0**-25  # half of the smallest number of fp16
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_rounding_twice_is_rounding_once(debug_model: Transformer, weight_format: str) -> None:
+    round_weights_(debug_model, weight_format)
+    once = {name: value.clone() for name, value in debug_model.state_dict().items()}
+    round_weights_(debug_model, weight_format)
+    for name, value in debug_model.state_dict().items():
+        torch.testing.assert_close(value, once[name], rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "fp16", "int8"])
+def test_matrices_are_rounded_and_norms_routers_and_the_embedding_are_not(
+    debug_model: Transformer, weight_format: str
+) -> None:
+    before = {name: value.clone() for name, value in debug_model.named_parameters()}
+    round_weights_(debug_model, weight_format)
+    same = {name for name, value in debug_model.named_parameters() if torch.equal(value, before[name])}
+    assert same == {name for name in before if "norm" in name or "router" in name or name == "embed.weight"}
+    for name, value in debug_model.named_parameters():
+        unit = (before[name].abs() * UNITS.get(weight_format, 0)).clamp(min=SMALLEST)
+        if weight_format == "int8":
+            unit = before[name].abs().amax(dim=-1, keepdim=True) / 127 / 2
+        assert ((value - before[name]).abs() <= unit * 1.0001).all(), name
+
+
+def test_a_weight_too_large_for_fp16_is_a_clear_error(debug_model: Transformer) -> None:
+    with torch.no_grad():
+        debug_model.head.weight[0, 0] = 70000.0
+    with pytest.raises(UserError, match=r"--weights fp16: a weight is larger than it can hold; use bf16"):
+        round_weights_(debug_model, "fp16")
+
+
+def test_an_unknown_format_lists_the_known_ones(debug_model: Transformer) -> None:
+    with pytest.raises(UserError, match="--weights int4: choose one of fp32, bf16, fp16, int8"):
+        round_weights_(debug_model, "int4")

@@ -10,27 +10,24 @@ from conftest import lively
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.data.tokenizer import load_tokenizer
+from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, EagerDecoder, new_decoder
-from nanokimi.inference.engine import Continuation, Engine, Request
+from nanokimi.inference.engine import Continuation, Engine, GenerationArguments, TextAssembly, TextChunk, Token
 from nanokimi.inference.generate import generate_tokens
-from nanokimi.inference.settings import Settings
-from nanokimi.inference.text import Token
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
 
-SAMPLED = Settings(temperature=1.1, top_p=0.95, max_tokens=20)
 
-
-def request(prompt: Sequence[int], *, logprobs: int | None = None, **choices: object) -> Request:
+def job(prompt: Sequence[int], *, logprobs: int | None = None, **choices: object) -> GenerationArguments:
     values: dict[str, object] = {"temperature": 0.0, "max_tokens": 8, **choices}
-    return Request(tuple(prompt), Settings(**values), logprobs=logprobs)  # type: ignore[arg-type]
+    return GenerationArguments(tuple(prompt), SamplingOptions(**values), logprobs=logprobs)  # type: ignore[arg-type]
 
 
 def tokens(sequence: Continuation) -> list[Token]:
-    piece = sequence.take()
-    return list(piece.tokens) if piece else []
+    chunk = sequence.take()
+    return list(chunk.tokens) if chunk else []
 
 
 def run(engine: Engine, *sequences: Continuation) -> list[list[int]]:
@@ -48,7 +45,7 @@ def decoders(model: Transformer, slots: int) -> list[Decoder]:
     return kinds if build.reason_against() else [*kinds, new_decoder(model, slots=slots, kind="native")]
 
 
-def test_a_seeded_request_does_not_depend_on_seven_others_that_come_and_go(debug_model: Transformer) -> None:
+def test_a_seeded_sequence_does_not_depend_on_seven_others_that_come_and_go(debug_model: Transformer) -> None:
     """Eight at once in five slots, joining at different steps, one cancelled in the middle; every decoder."""
     prompts = [[5, 6, 7], [9], list(range(60)), [3] * 11, [200, 1], [8, 8], [250], [1] * 100]
     choices = [
@@ -65,14 +62,14 @@ def test_a_seeded_request_does_not_depend_on_seven_others_that_come_and_go(debug
         expected = []
         for prompt, choice in zip(prompts, choices, strict=True):
             single = Engine(debug_model, None, decoder=alone)
-            expected += run(single, single.submit(request(prompt, **choice)))
+            expected += run(single, single.submit(job(prompt, **choice)))
         engine = Engine(debug_model, None, decoder=together)
         sequences = []
         for prompt, choice in zip(prompts, choices, strict=True):
-            sequences.append(engine.submit(request(prompt, **choice)))
+            sequences.append(engine.submit(job(prompt, **choice)))
             engine.step()
             engine.step()
-        doomed = engine.submit(request([77], temperature=2.0, max_tokens=50))
+        doomed = engine.submit(job([77], temperature=2.0, max_tokens=50))
         engine.step()
         engine.cancel(doomed)
         assert run(engine, *sequences) == expected
@@ -83,11 +80,11 @@ def test_prompts_are_read_in_chunks_beside_decoding(debug_model: Transformer) ->
     """A long prompt does not keep the others waiting, and is cut at places that depend on nothing but itself."""
     long, short = [i % 250 for i in range(100)], [4, 5]
     alone = Engine(debug_model, None, prefill_chunk=16)
-    expected = run(alone, alone.submit(request(long)))
+    expected = run(alone, alone.submit(job(long)))
     engine = Engine(debug_model, None, slots=3, prefill_chunk=16)
-    first = engine.submit(request(short, max_tokens=30))
+    first = engine.submit(job(short, max_tokens=30))
     engine.step()
-    second, third = engine.submit(request(long)), engine.submit(request(short, max_tokens=3))
+    second, third = engine.submit(job(long)), engine.submit(job(short, max_tokens=3))
     steps = 0
     while second.result.tokens == 0:
         engine.step()
@@ -111,7 +108,7 @@ def test_a_chunk_that_does_not_fit_beside_others_waits_whole(debug_model: Transf
     decoder.read = []
     engine = Engine(debug_model, None, decoder=decoder, prefill_chunk=16)
     for length in (10, 20, 5):
-        engine.submit(request([1] * length, max_tokens=1))
+        engine.submit(job([1] * length, max_tokens=1))
     engine.step()
     assert decoder.read == [(0, 10)]
     engine.step()
@@ -122,10 +119,10 @@ def test_a_chunk_that_does_not_fit_beside_others_waits_whole(debug_model: Transf
 
 def test_sequences_wait_for_a_slot_in_the_order_in_which_they_came(debug_model: Transformer) -> None:
     engine = Engine(debug_model, None, slots=2)
-    sequences = [engine.submit(request([i], max_tokens=2)) for i in range(5)]
-    assert (engine.running, engine.waiting) == (0, 5)
+    sequences = [engine.submit(job([i], max_tokens=2)) for i in range(5)]
+    assert (engine.running, engine.idle) == (0, False)
     engine.step()
-    assert (engine.running, engine.waiting) == (2, 3)
+    assert engine.running == 2
     assert [sequence.result.tokens for sequence in sequences] == [1, 1, 0, 0, 0]
     run(engine)
     assert all(sequence.done and sequence.result.finish_reason == "length" for sequence in sequences)
@@ -135,11 +132,11 @@ def test_sequences_wait_for_a_slot_in_the_order_in_which_they_came(debug_model: 
 def test_a_cancelled_sequence_frees_its_slot_at_once_and_keeps_what_it_wrote(debug_model: Transformer) -> None:
     """Fault 93."""
     engine = Engine(debug_model, None)
-    first, second = engine.submit(request([1], max_tokens=50)), engine.submit(request([2], max_tokens=3))
+    first, second = engine.submit(job([1], max_tokens=50)), engine.submit(job([2], max_tokens=3))
     engine.step()
     engine.cancel(first)
     engine.cancel(first)
-    assert (engine.running, engine.waiting) == (0, 1)
+    assert (engine.running, engine.idle) == (0, False)
     assert (first.done, first.result.finish_reason, len(tokens(first))) == (True, None, 1)
     engine.step()
     assert (second.result.tokens, first.result.tokens) == (1, 1)
@@ -147,7 +144,7 @@ def test_a_cancelled_sequence_frees_its_slot_at_once_and_keeps_what_it_wrote(deb
 
 def test_a_sequence_that_waits_can_be_cancelled(debug_model: Transformer) -> None:
     engine = Engine(debug_model, None)
-    running, waiting = engine.submit(request([1], max_tokens=2)), engine.submit(request([2]))
+    running, waiting = engine.submit(job([1], max_tokens=2)), engine.submit(job([2]))
     engine.step()
     engine.cancel(waiting)
     run(engine)
@@ -164,7 +161,7 @@ def test_one_sequence_with_bad_logits_does_not_disturb_the_others(debug_model: T
             return logits
 
     engine = Engine(debug_model, None, decoder=Spoiled(debug_model, slots=2))
-    good, bad = engine.submit(request([1, 2])), engine.submit(request([3]))
+    good, bad = engine.submit(job([1, 2])), engine.submit(job([3]))
     assert run(engine, good, bad)[0] == generate_tokens(debug_model, [1, 2], max_tokens=8, temperature=0.0)
     assert good.error is None
     assert isinstance(bad.error, RunError)
@@ -183,17 +180,17 @@ def test_a_failing_decoder_ends_its_sequences_and_serves_the_next(debug_model: T
 
     decoder = Failing(debug_model)
     engine = Engine(debug_model, None, decoder=decoder)
-    broken = engine.submit(request([1]))
+    broken = engine.submit(job([1]))
     run(engine)
     assert str(broken.error) == "out of memory"
     decoder.broken = False
-    assert run(engine, engine.submit(request([1]))) == [generate_tokens(debug_model, [1], max_tokens=8, temperature=0)]
+    assert run(engine, engine.submit(job([1]))) == [generate_tokens(debug_model, [1], max_tokens=8, temperature=0)]
 
 
 def test_log_probabilities_are_those_of_the_uncached_model(debug_model: Transformer) -> None:
     engine = Engine(debug_model, None, slots=2)
-    plain = engine.submit(request([5, 6, 7], max_tokens=6))
-    asked = engine.submit(request([5, 6, 7], max_tokens=6, logprobs=4))
+    plain = engine.submit(job([5, 6, 7], max_tokens=6))
+    asked = engine.submit(job([5, 6, 7], max_tokens=6, logprobs=4))
     run(engine)
     found = tokens(asked)
     assert [token.id for token in found] == [token.id for token in tokens(plain)]
@@ -206,7 +203,7 @@ def test_log_probabilities_are_those_of_the_uncached_model(debug_model: Transfor
         assert [value for _, value in token.likeliest] == pytest.approx(values.tolist(), abs=2e-5)
 
 
-def test_the_memory_of_a_request_is_known_before_it_is_admitted() -> None:
+def test_the_memory_of_a_sequence_is_known_before_it_is_admitted() -> None:
     model = lively(Transformer(ModelConfig.preset("debug")))
     config = model.config
     for decoder in decoders(model, 3):
@@ -231,12 +228,99 @@ def test_a_prompt_that_cannot_be_is_refused_before_it_waits(
     """Fault 73."""
     engine = Engine(debug_model, load_tokenizer("byte"))
     with pytest.raises(UserError, match=message):
-        engine.submit(request(prompt))
+        engine.submit(job(prompt))
     assert engine.idle
 
 
 def test_a_model_in_training_mode_is_not_decoded(debug_model: Transformer) -> None:
     engine = Engine(debug_model.train(), None)
-    engine.submit(request([1]))
+    engine.submit(job([1]))
     with pytest.raises(AssertionError, match="evaluation mode"):
         engine.step()
+
+
+# ---- text -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("byte")
+
+
+def chunks(tokenizer: Tokenizer | None, text: bytes, *stop: str) -> list[TextChunk | None]:
+    """What can be taken after each byte of ``text``, and at the end."""
+    assembly = TextAssembly(tokenizer, stop)
+    found = []
+    for byte in text:
+        ended = assembly.push(byte)
+        found.append(assembly.take())
+        if ended:
+            break
+    assembly.ended = True
+    return [*found, assembly.take()]
+
+
+def ids(chunk: TextChunk | None) -> list[int]:
+    return [] if chunk is None else [token.id for token in chunk.tokens]
+
+
+def test_tokens_are_settled_with_the_character_that_they_complete(tokenizer: Tokenizer) -> None:
+    """Fault 80."""
+    text = "aé!"
+    found = chunks(tokenizer, text.encode())
+    assert [chunk.text if chunk else None for chunk in found] == ["a", None, "é", "!", None]
+    assert [ids(chunk) for chunk in found] == [[97], [], list("é".encode()), [33], []]
+    assert [token.text_offset for chunk in found if chunk for token in chunk.tokens] == [0, 1, 1, 2]
+
+
+def test_tokens_of_an_incomplete_character_come_at_the_end_without_text(tokenizer: Tokenizer) -> None:
+    found = chunks(tokenizer, "aé".encode()[:-1])
+    assert found[-1] == ("", found[-1].tokens if found[-1] else ())
+    assert ids(found[-1]) == [0xC3]
+
+
+def test_tokens_of_text_that_may_become_a_stop_string_are_held_back_with_it(tokenizer: Tokenizer) -> None:
+    found = chunks(tokenizer, b"xENy", "END")
+    assert [chunk.text if chunk else None for chunk in found] == ["x", None, None, "ENy", None]
+    assert [ids(chunk) for chunk in found] == [[120], [], [], [69, 78, 121], []]
+
+
+def test_tokens_of_a_stop_string_are_dropped_with_it(tokenizer: Tokenizer) -> None:
+    """Fault 102."""
+    found = chunks(tokenizer, b"xEND", "END")
+    assert [chunk.text if chunk else None for chunk in found] == ["x", None, None, None, None]
+    assert [ids(chunk) for chunk in found] == [[120], [], [], [], []]
+
+
+def test_a_token_that_a_stop_string_begins_within_keeps_its_place() -> None:
+    class Words:
+        vocab_size = 3
+
+        @staticmethod
+        def piece(token: int) -> bytes:
+            return (b"one S", b"TOP", b" two")[token]
+
+    assembly = TextAssembly(Words(), ("STOP",))  # type: ignore[arg-type]
+    assert not assembly.push(0)
+    assert assembly.take() == ("one ", ())
+    assert assembly.push(1)
+    chunk = assembly.take()
+    assert chunk is not None
+    assert (chunk.text, ids(chunk)) == ("", [0])
+
+
+def test_chunks_taken_late_make_the_same_text_and_the_same_tokens(tokenizer: Tokenizer) -> None:
+    text = "one é EN two END three".encode()
+    often = [chunk for chunk in chunks(tokenizer, text, "END", "three") if chunk]
+    assembly = TextAssembly(tokenizer, ("END", "three"))
+    for byte in text:
+        if assembly.push(byte):
+            break
+    once = assembly.take()
+    assert once is not None
+    assert once.text == "".join(chunk.text for chunk in often) == "one é EN two "
+    assert once.tokens == tuple(token for chunk in often for token in chunk.tokens)
+
+
+def test_ids_without_a_tokenizer_are_settled_at_once() -> None:
+    assert [(chunk.text, ids(chunk)) for chunk in chunks(None, b"ab") if chunk] == [("", [97]), ("", [98])]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate, generate_tokens, stream, stream_tokens
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingKeywords, SamplingOptions
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 
@@ -33,8 +34,10 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer("byte")
 
 
-def pieces_of(model: ScriptedModel, tokenizer: Tokenizer, *stop: str) -> list[str]:
-    return list(stream(model, tokenizer, "x", Settings(temperature=0.0, max_tokens=len(model.script), stop=stop)))
+def chunks_of(model: ScriptedModel, tokenizer: Tokenizer, *stop: str) -> list[str]:
+    return list(
+        stream(model, tokenizer, "x", SamplingOptions(temperature=0.0, max_tokens=len(model.script), stop=stop))
+    )
 
 
 def test_greedy_equals_the_uncached_forward_pass(debug_model: Transformer) -> None:
@@ -61,9 +64,9 @@ def test_a_generation_does_not_touch_the_global_random_state(debug_model: Transf
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_streamed_pieces_make_the_unstreamed_text(debug_model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
+def test_streamed_chunks_make_the_unstreamed_text(debug_model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
     """Fault 83."""
-    settings = Settings(max_tokens=24, seed=seed, stop=("e", "\n"))
+    settings = SamplingOptions(max_tokens=24, seed=seed, stop=("e", "\n"))
     whole = generate(debug_model, tokenizer, "ab", max_tokens=24, seed=seed, stop=["e", "\n"])
     assert "".join(stream(debug_model, tokenizer, "ab", settings)) == whole
 
@@ -79,12 +82,12 @@ def test_a_full_context_ends_with_reason_length_and_keeps_the_output(
     debug_model: Transformer, prompt_length: int, written: int
 ) -> None:
     """Fault 74."""
-    pieces = stream_tokens(debug_model, [1] * prompt_length, Settings(max_tokens=50, temperature=0.0))
-    assert len(list(pieces)) == pieces.result.tokens == written
-    assert pieces.result.finish_reason == "length"
+    deltas = stream_tokens(debug_model, [1] * prompt_length, SamplingOptions(max_tokens=50, temperature=0.0))
+    assert len(list(deltas)) == deltas.result.tokens == written
+    assert deltas.result.finish_reason == "length"
 
 
-def test_an_empty_prompt_starts_behind_an_end_of_text(tokenizer: Tokenizer) -> None:
+def test_an_empty_prompt_starts_after_an_end_of_text(tokenizer: Tokenizer) -> None:
     """Fault 75."""
     scripted = ScriptedModel(b"hello")
     assert generate(scripted, tokenizer, "", max_tokens=5, temperature=0.0) == "hello"
@@ -121,9 +124,9 @@ def test_zero_max_tokens_writes_nothing(debug_model: Transformer, tokenizer: Tok
 def test_end_of_text_stops_and_is_not_part_of_the_text(tokenizer: Tokenizer) -> None:
     """Fault 79."""
     scripted = ScriptedModel([*b"done", EOT, *b"more"])
-    pieces = stream(scripted, tokenizer, "x", Settings(temperature=0.0))
-    assert "".join(pieces) == "done"
-    assert (pieces.result.finish_reason, pieces.result.tokens, pieces.result.prompt_tokens) == ("stop", 4, 1)
+    deltas = stream(scripted, tokenizer, "x", SamplingOptions(temperature=0.0))
+    assert "".join(deltas) == "done"
+    assert (deltas.result.finish_reason, deltas.result.tokens, deltas.result.prompt_tokens) == ("stop", 4, 1)
 
 
 def test_a_stop_token_ends_the_ids_and_is_left_out() -> None:
@@ -134,9 +137,9 @@ def test_a_stop_token_ends_the_ids_and_is_left_out() -> None:
 @pytest.mark.parametrize("text", ["é", "日本語", "a😀b", "👩‍👩‍👧"])
 def test_a_character_split_over_tokens_is_never_broken(tokenizer: Tokenizer, text: str) -> None:
     """Fault 80."""
-    pieces = pieces_of(ScriptedModel(text.encode()), tokenizer)
-    assert pieces == list(text)
-    cut = pieces_of(ScriptedModel(text.encode()[:-1]), tokenizer)
+    deltas = chunks_of(ScriptedModel(text.encode()), tokenizer)
+    assert deltas == list(text)
+    cut = chunks_of(ScriptedModel(text.encode()[:-1]), tokenizer)
     assert "".join(cut) == text[:-1]
 
 
@@ -159,13 +162,13 @@ def test_a_character_split_over_tokens_is_never_broken(tokenizer: Tokenizer, tex
 def test_a_stop_string_split_over_tokens_is_never_leaked(
     tokenizer: Tokenizer, text: str, stop: list[str], expected: str
 ) -> None:
-    pieces = pieces_of(ScriptedModel(text.encode()), tokenizer, *stop)
-    assert "".join(pieces) == expected
+    deltas = chunks_of(ScriptedModel(text.encode()), tokenizer, *stop)
+    assert "".join(deltas) == expected
 
 
 def test_only_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
-    assert pieces_of(ScriptedModel(b"a END"), tokenizer, "ENDE", " EX") == ["a", " ", "END"]
-    assert pieces_of(ScriptedModel(b"a ENx"), tokenizer, "END") == ["a", " ", "ENx"]
+    assert chunks_of(ScriptedModel(b"a END"), tokenizer, "ENDE", " EX") == ["a", " ", "END"]
+    assert chunks_of(ScriptedModel(b"a ENx"), tokenizer, "END") == ["a", " ", "ENx"]
 
 
 class ChunkTokenizer:
@@ -191,18 +194,30 @@ def test_the_cut_at_a_stop_string_does_not_depend_on_the_tokens(monkeypatch: pyt
         def __init__(self, tokenizer: ChunkTokenizer) -> None:
             self.push = lambda token: tokenizer.chunks[token]
 
-    monkeypatch.setattr("nanokimi.inference.text.TextStream", PlainStream)
+    monkeypatch.setattr("nanokimi.inference.engine.TextStream", PlainStream)
     text, stop = "xabcdy", ("bc", "abcd", "cdy")
     for cuts in itertools.product([False, True], repeat=len(text) - 1):
         marked = "".join(c + "|" * cut for c, cut in zip(text, (*cuts, False), strict=True))
         tokenizer = ChunkTokenizer(marked.split("|"))
         scripted = ScriptedModel(list(range(len(tokenizer.chunks))))
-        pieces = stream(scripted, tokenizer, "", Settings(temperature=0.0, stop=stop))
-        assert ("".join(pieces), pieces.result.finish_reason) == ("xa", "stop"), marked
+        deltas = stream(scripted, tokenizer, "", SamplingOptions(temperature=0.0, stop=stop))
+        assert ("".join(deltas), deltas.result.finish_reason) == ("xa", "stop"), marked
 
 
 def test_one_stop_string_may_be_given_bare(tokenizer: Tokenizer) -> None:
     assert generate(ScriptedModel(b"one two"), tokenizer, "x", temperature=0.0, max_tokens=7, stop="tw") == "one "
+
+
+def test_the_keywords_of_generate_are_the_options_of_sampling() -> None:
+    names = {field.name for field in dataclasses.fields(SamplingOptions)}
+    assert set(SamplingKeywords.__annotations__) == names - {"stop"}
+    with pytest.raises(TypeError, match="temprature"):
+        generate_tokens(ScriptedModel([1]), [1], temprature=0.5)
+
+
+def test_ids_end_at_stop_tokens_and_not_at_stop_strings() -> None:
+    with pytest.raises(UserError, match="give stop_tokens, or use generate"):
+        generate_tokens(ScriptedModel([1]), [1], stop=("x",))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -214,15 +229,15 @@ def test_padding_of_the_model_vocabulary_is_never_written(tokenizer: Tokenizer, 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_comes_back_also_when_the_reader_stops_early(training: bool) -> None:
     scripted = ScriptedModel(b"hello").train(training)
-    pieces = stream_tokens(scripted, [1], Settings(temperature=0.0))
-    next(pieces)
+    deltas = stream_tokens(scripted, [1], SamplingOptions(temperature=0.0))
+    next(deltas)
     assert not scripted.training
-    pieces.close()
+    deltas.close()
     assert scripted.training == training
 
 
 def test_nothing_of_inference_mode_leaks_to_the_reader(debug_model: Transformer) -> None:
-    for _ in stream_tokens(debug_model, [1], Settings(max_tokens=2)):
+    for _ in stream_tokens(debug_model, [1], SamplingOptions(max_tokens=2)):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
 
@@ -251,11 +266,11 @@ def test_logits_that_are_not_finite_are_reported() -> None:
 
 
 def test_the_result_tells_prefill_from_decoding() -> None:
-    pieces = stream_tokens(ScriptedModel([1], seconds=0.001), [1, 2], Settings(max_tokens=5, temperature=0.0))
-    assert pieces.result.finish_reason is None
-    next(pieces)
-    assert (pieces.result.tokens, pieces.result.decode_seconds) == (1, 0.0)
-    assert pieces.result.prefill_seconds > 0
-    assert len(list(pieces)) == 4
-    assert pieces.result.decode_seconds > 0
-    assert pieces.result.summary().endswith("finish_reason length")
+    deltas = stream_tokens(ScriptedModel([1], seconds=0.001), [1, 2], SamplingOptions(max_tokens=5, temperature=0.0))
+    assert deltas.result.finish_reason is None
+    next(deltas)
+    assert (deltas.result.tokens, deltas.result.decode_seconds) == (1, 0.0)
+    assert deltas.result.prefill_seconds > 0
+    assert len(list(deltas)) == 4
+    assert deltas.result.decode_seconds > 0
+    assert deltas.result.summary().endswith("finish_reason length")

@@ -12,9 +12,9 @@ from nanokimi.inference.line_reader import HISTORY_LINES, history_file
 
 TYPING = """
 import sys
-from nanokimi.inference.line_reader import read_input, reading
+from nanokimi.inference.line_reader import line_reader, read_input
 assert "torch" not in sys.modules
-with reading(sys.stdin, ["/help", "/set", "/stats"], keep_history={keep}) as read_line:
+with line_reader(sys.stdin, ["/help", "/set", "/stats"], keep_history={keep}) as read_line:
     while True:
         try:
             print("got", tuple(read_input(read_line)))

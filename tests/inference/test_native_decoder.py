@@ -12,11 +12,10 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder
+from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder, round_weights_
 from nanokimi.inference.native_decoder import CONTEST, MUCH, SHORT_PROMPT, NativeDecoder, _Threads, supports
-from nanokimi.inference.weights import WEIGHT_FORMATS, round_weights_
 from nanokimi.model.transformer import Transformer
-from nanokimi.native import build
+from nanokimi.native import WEIGHT_FORMATS, build
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="needs a C++ compiler")
 
@@ -55,7 +54,7 @@ def tokens_of(model: Transformer, count: int, seed: int = 1) -> list[int]:
 
 
 def compared(model: Transformer, weights: str = "fp32", length: int = 28, prompt: int = 8) -> tuple[Tensor, Tensor]:
-    """Logits of both decoders behind the prompt and behind each token after it."""
+    """Logits of both decoders after the prompt and after each token after it."""
     tokens = tokens_of(model, length)
     found = []
     for decoder in (EagerDecoder(model), NativeDecoder(model, weights=weights)):
@@ -112,15 +111,15 @@ def test_caches_of_several_chunks_are_read_to_their_ends() -> None:
     torch.testing.assert_close(native, eager, rtol=0, atol=TOLERANCE)
 
 
-def test_a_prompt_may_come_in_pieces(debug_model: Transformer) -> None:
+def test_a_prompt_may_come_in_parts(debug_model: Transformer) -> None:
     tokens = tokens_of(debug_model, 20)
-    whole, pieces = NativeDecoder(debug_model), NativeDecoder(debug_model)
+    whole, parts = NativeDecoder(debug_model), NativeDecoder(debug_model)
     expected = whole.prefill(0, tokens)
     for start, end in ((0, 7), (7, 8), (8, 20)):
-        found = pieces.prefill(0, tokens[start:end])
-    assert pieces.lengths == whole.lengths == [20]
+        found = parts.prefill(0, tokens[start:end])
+    assert parts.lengths == whole.lengths == [20]
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(pieces.step([0], [3]), whole.step([0], [3]), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(parts.step([0], [3]), whole.step([0], [3]), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
@@ -208,8 +207,8 @@ def test_the_cache_can_be_filled_to_its_last_place(debug_model: Transformer) -> 
 
 def test_fp32_weights_stay_where_the_model_has_them_and_others_are_copies(debug_model: Transformer) -> None:
     head = debug_model.head.weight
-    assert NativeDecoder(debug_model)._packed.head.data == head.data_ptr()
-    assert NativeDecoder(debug_model, weights="int8")._packed.head.data != head.data_ptr()
+    assert NativeDecoder(debug_model)._packed.structure.head.data == head.data_ptr()
+    assert NativeDecoder(debug_model, weights="int8")._packed.structure.head.data != head.data_ptr()
 
 
 def test_a_model_of_another_precision_is_told_apart(debug_model: Transformer) -> None:

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nanokimi.errors import UserError
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.inference.sampling import _weights, draw, log_probabilities
-from nanokimi.inference.settings import SamplingParams, Settings
 
 LOGITS = torch.tensor([2.0, -1.0, 3.5, 0.5, 3.0, -4.0, 1.0, 2.9])
 
 
-def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def probabilities(logits: torch.Tensor, params: SamplingOptions) -> torch.Tensor:
     """What ``draw`` draws a row from, and what a greedy row is: all on one token."""
     if params.greedy:
         return torch.zeros_like(logits).index_fill(0, torch.tensor(draw(logits[None], [params], [0.0])), 1.0)
@@ -20,7 +20,7 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return (weights / weights.sum()).float()
 
 
-def brute_force(logits: list[float], params: SamplingParams) -> list[float]:
+def brute_force(logits: list[float], params: SamplingOptions) -> list[float]:
     """The definition, one token at a time in plain Python: temperature, top-k, top-p, min-p."""
     weights = {i: math.exp(x / params.temperature) for i, x in enumerate(logits)}
     kept = sorted(weights, key=lambda i: (-weights[i], i))[: params.top_k or None]
@@ -39,25 +39,25 @@ def brute_force(logits: list[float], params: SamplingParams) -> list[float]:
 @pytest.mark.parametrize("top_p", [0.2, 0.7, 1.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 def test_distribution_equals_the_definition(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = torch.tensor(brute_force(LOGITS.tolist(), params))
     torch.testing.assert_close(probabilities(LOGITS, params), expected, atol=1e-6, rtol=1e-5)
 
 
-def draws(logits: torch.Tensor, params: SamplingParams, n: int = 20000) -> torch.Tensor:
+def draws(logits: torch.Tensor, params: SamplingOptions, n: int = 20000) -> torch.Tensor:
     """``n`` draws from one row, with random numbers spread evenly."""
     return torch.tensor(draw(logits.expand(n, -1), [params] * n, [(i + 0.5) / n for i in range(n)]))
 
 
 def test_draws_follow_the_distribution() -> None:
-    params = SamplingParams(temperature=1.3, top_k=6, top_p=0.95)
+    params = SamplingOptions(temperature=1.3, top_k=6, top_p=0.95)
     frequencies = torch.bincount(draws(LOGITS, params), minlength=8) / 20000
     torch.testing.assert_close(frequencies, probabilities(LOGITS, params), atol=1e-4, rtol=0)
     assert (frequencies[probabilities(LOGITS, params) == 0] == 0).all()
 
 
 def test_the_ends_of_the_random_numbers_give_the_first_and_the_last_token_that_is_kept() -> None:
-    params = SamplingParams(top_k=3, top_p=1.0)
+    params = SamplingOptions(top_k=3, top_p=1.0)
     kept = probabilities(LOGITS, params).nonzero().flatten().tolist()
     assert draw(LOGITS.expand(2, -1), [params] * 2, [0.0, math.nextafter(1.0, 0.0)]) == [kept[0], kept[-1]]
 
@@ -70,7 +70,7 @@ def test_a_row_of_many_logits_is_filtered_as_the_definition_says(
     spread: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     """Rounded logits have ties everywhere; no sum of probabilities comes near the edge of a nucleus."""
-    params = SamplingParams(temperature=0.9, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = SamplingOptions(temperature=0.9, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = (torch.randn(3000) * spread).bfloat16()
     expected = torch.tensor(brute_force(logits.tolist(), params))
     found = probabilities(logits, params)
@@ -83,8 +83,8 @@ def test_each_row_is_drawn_by_its_own_choices_as_it_is_alone() -> None:
     for vocab in (600, 40000):
         rows = torch.randn(6, vocab)
         params = [
-            SamplingParams(temperature=0.7), SamplingParams(temperature=0.0), SamplingParams(top_p=1.0),
-            SamplingParams(top_k=5, top_p=1.0), SamplingParams(min_p=0.2), SamplingParams(top_p=0.0),
+            SamplingOptions(temperature=0.7), SamplingOptions(temperature=0.0), SamplingOptions(top_p=1.0),
+            SamplingOptions(top_k=5, top_p=1.0), SamplingOptions(min_p=0.2), SamplingOptions(top_p=0.0),
         ]  # fmt: skip
         for uniforms in ([0.1] * 6, [0.3, 0.9, 0.5, 0.77, 0.2, 0.6]):
             together = draw(rows, params, uniforms)
@@ -106,30 +106,30 @@ def test_log_probabilities_are_the_models_own_and_the_likeliest_come_first() -> 
 
 def test_temperature_zero_is_greedy() -> None:
     """Fault 70."""
-    assert draw(LOGITS[None], [SamplingParams(temperature=0.0)], [0.99]) == [2]
+    assert draw(LOGITS[None], [SamplingOptions(temperature=0.0)], [0.99]) == [2]
 
 
 def test_top_p_zero_is_greedy_and_one_is_off() -> None:
     """Fault 72."""
-    assert draw(LOGITS[None], [SamplingParams(top_p=0.0)], [0.99]) == [2]
-    torch.testing.assert_close(probabilities(LOGITS, SamplingParams(top_p=1.0)), LOGITS.softmax(-1))
+    assert draw(LOGITS[None], [SamplingOptions(top_p=0.0)], [0.99]) == [2]
+    torch.testing.assert_close(probabilities(LOGITS, SamplingOptions(top_p=1.0)), LOGITS.softmax(-1))
 
 
 def test_a_tie_goes_to_the_lowest_id() -> None:
     tied = torch.tensor([0.0] + [5.0] * 999)
-    assert draw(tied[None], [SamplingParams(temperature=0.0)], [0.99]) == [1]
-    kept = probabilities(tied, SamplingParams(top_k=20, top_p=1.0)).nonzero()
+    assert draw(tied[None], [SamplingOptions(temperature=0.0)], [0.99]) == [1]
+    kept = probabilities(tied, SamplingOptions(top_k=20, top_p=1.0)).nonzero()
     assert kept.flatten().tolist() == list(range(1, 21))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-300])
 def test_a_tiny_temperature_approaches_greedy_without_nan(temperature: float) -> None:
-    probs = probabilities(LOGITS * 1e3, SamplingParams(temperature=temperature))
+    probs = probabilities(LOGITS * 1e3, SamplingOptions(temperature=temperature))
     assert probs.tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_half_precision_logits_are_sampled_in_fp32() -> None:
-    assert probabilities(LOGITS.bfloat16(), SamplingParams()).dtype == torch.float32
+    assert probabilities(LOGITS.bfloat16(), SamplingOptions()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_half_precision_logits_are_sampled_in_fp32() -> None:
 def test_a_value_out_of_range_names_its_flag_in_one_line(name: str, value: object) -> None:
     """Faults 71, 72 and 76."""
     with pytest.raises(UserError, match=rf"^--{name} must [^\n]*$"):
-        Settings(**{name: value})  # type: ignore[arg-type]
+        SamplingOptions(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_value_out_of_range_names_its_flag_in_one_line(name: str, value: objec
     ],
 )
 def test_a_setting_is_read_from_text(name: str, text: str, value: object) -> None:
-    settings = Settings(seed=1, stop=("x",)).with_value(name, text)
+    settings = SamplingOptions(seed=1, stop=("x",)).with_value(name, text)
     assert getattr(settings, name) == value
 
 
@@ -184,4 +184,4 @@ def test_a_setting_is_read_from_text(name: str, text: str, value: object) -> Non
 )
 def test_a_setting_that_cannot_be_read_says_why(name: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
-        Settings().with_value(name, text)
+        SamplingOptions().with_value(name, text)

@@ -20,7 +20,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, train_bpe
 from nanokimi.errors import UserError
 from nanokimi.inference.generate import stream_tokens
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.insight import harness
 from nanokimi.insight.choices import encode_pair
 from nanokimi.insight.harness import NanokimiLM, run_tasks
@@ -177,7 +177,7 @@ def test_the_harness_knows_the_model_by_its_name(folder: Path, model: Transforme
 
 def greedy(model: Transformer, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> str:
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    settings = Settings(temperature=0.0, max_tokens=max_tokens)
+    settings = SamplingOptions(temperature=0.0, max_tokens=max_tokens)
     stop, size = (tokenizer.eot_id,), tokenizer.vocab_size
     return tokenizer.decode(stream_tokens(model, ids, settings, stop_tokens=stop, vocab_size=size))
 

@@ -16,7 +16,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.generate import stream
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 
 
@@ -59,7 +59,7 @@ def test_a_chat_continues_what_the_template_makes_of_it(
 ) -> None:
     template = ChatTemplate(TURNS, tokenizer)
     ids = template.encode([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, you."}])
-    settings = Settings(temperature=0.0, max_tokens=20, stop=template.stop)
+    settings = SamplingOptions(temperature=0.0, max_tokens=20, stop=template.stop)
     expected = "".join(stream(model, tokenizer, tokenizer.decode(ids), settings))
     parts = [{"type": "text", "text": "Hi, "}, {"type": "text", "text": "you."}]
     messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]

@@ -17,12 +17,12 @@ from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.inference.chat import interactive
 from nanokimi.inference.chat_template import ChatTemplate
-from nanokimi.inference.settings import Settings
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 
 PROMPTS = ["import os", "é 日本", "a", "def main(argv: list[str]) -> int:"]
 TOKENIZER = load_tokenizer("byte")
-GREEDY = Settings(temperature=0.0, max_tokens=20)
+GREEDY = SamplingOptions(temperature=0.0, max_tokens=20)
 
 
 @pytest.fixture(scope="module")

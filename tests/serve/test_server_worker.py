@@ -6,16 +6,15 @@ import asyncio
 
 import pytest
 
-from nanokimi.inference.engine import Request
-from nanokimi.inference.settings import Settings
-from nanokimi.inference.text import Token
+from nanokimi.inference.engine import GenerationArguments, Token
+from nanokimi.inference.options import SamplingOptions
 from nanokimi.serve.api import ApiError
 from nanokimi.serve.metrics import Histogram, Metrics
 from nanokimi.serve.worker import End, Job, Update
 
 
 def job_of(choices: int) -> Job:
-    return Job([Request((1,), Settings())] * choices)
+    return Job([GenerationArguments((1,), SamplingOptions())] * choices)
 
 
 def test_a_reader_who_has_fallen_behind_gets_everything_at_once() -> None:

@@ -1,4 +1,4 @@
-"""What a caller may choose about a generation. Imports nothing heavy, so that ``--help`` stays fast."""
+"""The options of a generation, for the library and the command line. Imports nothing heavy: ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from nanokimi.config import MAX_SEED, suggest
 from nanokimi.errors import UserError
+from nanokimi.native import WEIGHT_FORMATS as WEIGHT_FORMATS
 
-DECODERS = ("auto", "eager", "native", "graph")  # see inference.decoder
-WEIGHT_FORMATS = ("fp32", "bf16", "fp16", "int8")  # see inference.weights
-PREFILL_CHUNK = 1024  # prompt tokens that the engine reads at once, unless told otherwise: see docs/decoding.md
+DECODERS = ("auto", "eager", "native", "graph")  # see new_decoder
+PREFILL_CHUNK = 1024  # prompt tokens that the engine reads at once by default: see docs/decoding.md
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The keyword arguments of ``generate`` that its relatives take as well: fields of ``SamplingOptions``."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | None
+    max_tokens: int
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How one token is drawn; the filters apply in the order in which they stand here.
+class SamplingOptions:
+    """How tokens are drawn, and where a continuation ends. The filters apply in the order in which they stand here.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -26,6 +37,8 @@ class SamplingParams:
         top_p: keep the smallest set of tokens that holds this probability; 1 is off, 0 is greedy.
         min_p: keep tokens at least this likely relative to the most likely one; 0 is off.
         seed: the same seed draws the same tokens; None draws new ones each time.
+        max_tokens: most tokens to generate; 0 generates none.
+        stop: strings that end the text; they are not part of it.
 
     Raises:
         UserError: a value is out of range; the message names the flag.
@@ -36,6 +49,8 @@ class SamplingParams:
     top_p: float = 0.9
     min_p: float = 0.0
     seed: int | None = None
+    max_tokens: int = 100
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -48,6 +63,10 @@ class SamplingParams:
             raise UserError(f"--min_p must be from 0 (off) to 1, got {self.min_p}")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"--seed must be from 0 to {MAX_SEED}, got {self.seed}")
+        if self.max_tokens < 0:
+            raise UserError(f"--max_tokens must be 0 or more, got {self.max_tokens}")
+        if "" in self.stop:
+            raise UserError("--stop must not be empty: name the text that ends the reply, or leave it out")
 
     @property
     def greedy(self) -> bool:
@@ -59,39 +78,16 @@ class SamplingParams:
         """Whether every token may be drawn."""
         return self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
-
-@dataclass(frozen=True)
-class Settings(SamplingParams):
-    """How tokens are drawn and where a continuation ends.
-
-    Attributes:
-        max_tokens: most tokens to generate; 0 generates none.
-        stop: strings that end the text; they are not part of it.
-
-    Raises:
-        UserError: a value is out of range; the message names the flag.
-    """
-
-    max_tokens: int = 100
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens < 0:
-            raise UserError(f"--max_tokens must be 0 or more, got {self.max_tokens}")
-        if "" in self.stop:
-            raise UserError("--stop must not be empty: name the text that ends the reply, or leave it out")
-
-    def with_value(self, name: str, text: str) -> Settings:
+    def with_value(self, name: str, text: str) -> SamplingOptions:
         """A copy whose field ``name`` is read from ``text``, as the chat's ``/set`` gives it.
 
         Raises:
-            UserError: no such field, or a value it does not take.
+            UserError: there is no such field, or it does not take this value.
         """
-        kinds = {f.name: str(f.type) for f in dataclasses.fields(self)}
-        if name not in kinds:
-            raise UserError(f"unknown setting {name!r}{suggest(name, set(kinds)) or ': choose ' + ', '.join(kinds)}")
-        parse, expected = _PARSERS[kinds[name]]
+        types = {f.name: str(f.type) for f in dataclasses.fields(self)}
+        if name not in types:
+            raise UserError(f"unknown setting {name!r}{suggest(name, set(types)) or ': choose ' + ', '.join(types)}")
+        parse, expected = _PARSERS[types[name]]
         try:
             value = parse(text)
         except ValueError:
@@ -104,7 +100,7 @@ def _seed(text: str) -> int | None:
 
 
 def _stop(text: str) -> tuple[str, ...]:
-    """One stop string; a line break or tab cannot be typed into a line, so ``\\n`` and ``\\t`` stand for them."""
+    """One stop string. A line break or tab cannot be typed into a line, so ``\\n`` and ``\\t`` stand for them."""
     return (text.replace(r"\n", "\n").replace(r"\t", "\t"),) if text else ()
 
 
