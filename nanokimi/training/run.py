@@ -26,8 +26,7 @@ from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, launcher, 
 from nanokimi.training.allocator import keep_freed_memory
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.distributed import about_layout, choose_layout, device_of, replica_fits
-from nanokimi.training.log_services import Reported
-from nanokimi.training.loggers import check_loggers, open_loggers
+from nanokimi.training.loggers import Loggers, Reported, check_loggers
 from nanokimi.training.saving import candidates, has_run, holds_a_run, newest_run, place_weights, read_run
 from nanokimi.training.trainer import Trainer
 
@@ -250,7 +249,7 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
     run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, log)
-    with open_loggers(config.log, run) as loggers:
+    with Loggers(config.log, run) as loggers:
         code = trainer.train(loggers)
     for oddity, count in trainer.batches.warnings.items():
         log(f"note: {count:,} {oddity}")
