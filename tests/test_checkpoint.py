@@ -23,7 +23,8 @@ from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
-from nanokimi.loading import load, load_weights
+from nanokimi.interop.loading import load
+from nanokimi.interop.stored import load_weights
 from nanokimi.model.transformer import Transformer
 
 CONTENT: dict[str, Any] = {"weights": {"a": torch.arange(300.0)}, "step": 7, "name": "x", "list": [1, 2.5, None]}

@@ -71,7 +71,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise UserError(f"{flag} is for talks: use nanokimi chat, or --interactive")
     from nanokimi.device import resolve_device
     from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
-    from nanokimi.loading import load
+    from nanokimi.interop.loading import load
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
     use_weights_(model, args.weights)

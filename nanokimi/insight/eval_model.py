@@ -24,7 +24,7 @@ from nanokimi.insight.choices import Question, answer, read_questions
 from nanokimi.insight.eval_report import Figure, Report
 from nanokimi.insight.eval_text import SETTINGS, ChosenText, choose_text
 from nanokimi.insight.likelihood import Scoring
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.model.transformer import Transformer
 
 DEFAULTS = {"batch_size": 8, "mixed_precision": "off"}

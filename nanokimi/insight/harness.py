@@ -35,7 +35,7 @@ from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.settings import Settings
 from nanokimi.insight.likelihood import Score, Scoring, score_rows
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.model.transformer import Transformer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -46,7 +46,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
     """A model of ours behind the harness's interface.
 
     Args:
-        checkpoint: whatever ``nanokimi.loading.load`` takes.
+        checkpoint: whatever ``nanokimi.interop.loading.load`` takes.
         device: as for ``--device``.
         batch_size: rows of a forward pass.
         loaded: a model in evaluation mode and its tokenizer, instead of ``checkpoint``.

@@ -82,7 +82,8 @@ def _explained(error: Exception, flag: str, by_hand: str) -> UserError | RunErro
     if isinstance(error, HFValidationError):
         return UserError(f"{flag}: not the name of a repository ({told}): write owner/name")
     causes = (error, error.__cause__ or error)
-    response = next((cause.response for cause in causes if getattr(cause, "response", None) is not None), None)
+    responses = [getattr(cause, "response", None) for cause in causes]
+    response = next((found for found in responses if found is not None), None)
     in_words = re.search(r"\((\d{3}) ", " ".join(map(str, causes)))  # as hf_xet tells the status
     status = response.status_code if response is not None else int(in_words[1]) if in_words else 0
     no_room = status in (402, 413) or (status == 403 and re.search(r"quota|storage|limit", told, re.IGNORECASE))

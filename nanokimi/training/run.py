@@ -20,7 +20,7 @@ from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import ConfigError, UserError
-from nanokimi.loading import read_model
+from nanokimi.interop.loading import read_model
 from nanokimi.model.transformer import weight_shapes
 from nanokimi.parallel.ranks import ALONE, Ranks, from_bytes, joined, launcher, restarts, to_bytes
 from nanokimi.training.allocator import keep_freed_memory

@@ -20,7 +20,7 @@ from nanokimi.data.loader import merge_states
 from nanokimi.data.packing import PackedSequences
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
-from nanokimi.loading import build
+from nanokimi.interop.stored import build
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.optimizers import make_optimizer
 from nanokimi.optim.schedule import lr_factor

@@ -14,7 +14,7 @@ from torchrun import ALONE, Job, Launch, free_port, history, launched, real_text
 
 from nanokimi import checkpoint
 from nanokimi.cli import main
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.parallel import sharded_checkpoint
 
 pytestmark = pytest.mark.serial

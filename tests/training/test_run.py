@@ -19,7 +19,7 @@ import torch
 
 from nanokimi import checkpoint
 from nanokimi.cli import main
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 pytestmark = pytest.mark.serial
 

@@ -14,7 +14,7 @@ from nanokimi.inference.decoder import use_weights_
 from nanokimi.insight.bits_per_byte import score_text
 from nanokimi.insight.eval_text import choose_text
 from nanokimi.insight.likelihood import Scoring
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 BATCH_SIZE = 8
 

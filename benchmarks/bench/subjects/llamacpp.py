@@ -11,8 +11,8 @@ import torch
 from benchmarks.bench.subjects.shapes import model_of, random_tokens, use
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
+from nanokimi.interop.engines import LlamaCpp
 from nanokimi.interop.gguf_file import write_gguf
-from nanokimi.interop.llamacpp import LlamaCpp
 
 
 class Files:
