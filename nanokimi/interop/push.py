@@ -89,6 +89,6 @@ def _explained(error: Exception, flag: str, by_hand: str) -> UserError | RunErro
     no_room = status in (402, 413) or (status == 403 and re.search(r"quota|storage|limit", told, re.IGNORECASE))
     if status in MISTAKES and not no_room:
         return UserError(f"{flag}: {MISTAKES[status]} ({told})")
-    problem = f"the hub {'has no room for it' if no_room else 'is out of order or busy'}, status {status}"
-    problem = problem if status else "the hub cannot be reached, or the upload broke off"
+    problem = "the hub has no room for it" if no_room else "the hub is out of order or busy"
+    problem = f"{problem}, status {status}" if status else "the hub cannot be reached, or the upload broke off"
     return RunError(f"{flag}: {problem} ({told}): the exported folder is intact, try again with `{by_hand}`")
