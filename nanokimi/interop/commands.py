@@ -31,19 +31,12 @@ LARGEST_LOSS_DIFFERENCE = 0.05
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Attributes:
-        source: a checkpoint, or a folder in Hugging Face format.
-        target: the file or folder to write.
-        dtype: of the weights; ``auto``: as they are stored.
-        compare: reload the result in an independent engine.
-    """
-
-    source: Path
-    target: Path
-    dtype: str = "auto"
-    compare: bool = True
+    source: Path  # a checkpoint, or a folder in Hugging Face format
+    target: Path  # the file or folder to write
+    dtype: str = "auto"  # of the weights; auto: as they are stored
+    compare: bool = True  # reload the result in an independent engine
 
 
 def export_hf(

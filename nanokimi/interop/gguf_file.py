@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ def require_expressible(config: ModelConfig) -> None:
     lite = config.n_layers in (26, 27) or (config.n_layers == 48 and config.vocab_size == 128256)
     yarn = config.rope_factor > 1
     turns = config.original_seq_len / (2 * math.pi)  # of the fastest pair; the slowest makes theta times fewer
+    theirs = frequencies(replace(config, beta_fast=BETA_FAST, beta_slow=BETA_SLOW))
     grouped = config.n_limited_groups < config.n_expert_groups
     problems = {
         f"qk_nope_head_dim is {config.qk_nope_head_dim}: llama.cpp needs 1 or more": not config.qk_nope_head_dim,
@@ -99,17 +100,13 @@ def require_expressible(config: ModelConfig) -> None:
         ),
         f"n_layers is {config.n_layers}: llama.cpp has room for {MAX_LAYERS}": config.n_layers > MAX_LAYERS,
         f"beta_fast is {config.beta_fast:g} and beta_slow {config.beta_slow:g}: llama.cpp takes {BETA_FAST:g} and "
-        f"{BETA_SLOW:g} whatever the file says": yarn and not _same_frequencies(config),
+        f"{BETA_SLOW:g} whatever the file says": yarn and not torch.equal(frequencies(config), theirs),
         f"original_seq_len is {config.original_seq_len}: llama.cpp stretches contexts otherwise that are so short or "
         "long for rope_theta": yarn and not BETA_SLOW <= turns < BETA_FAST * config.rope_theta**2,
     }
     for problem, found in problems.items():
         if found:
             raise UserError(f"{problem}; GGUF cannot express this model: export it to hf instead")
-
-
-def _same_frequencies(config: ModelConfig) -> bool:
-    return torch.equal(frequencies(config), frequencies(replace(config, beta_fast=BETA_FAST, beta_slow=BETA_SLOW)))
 
 
 # ---- what the file says ----------------------------------------------------------------------------------
@@ -284,21 +281,13 @@ def _encode(name: str, part: Tensor, kind: str) -> np.ndarray[Any, Any]:
 # ---- the tokenizer ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ``tokenizer.ggml`` keys of a GGUF file.
+class Vocabulary(NamedTuple):
+    """The ``tokenizer.ggml`` keys of a GGUF file."""
 
-    Attributes:
-        pre: llama.cpp's name of the rule that splits text into words.
-        tokens: text of every id, as the byte-level alphabet writes it; one per row of the embedding.
-        types: ``NORMAL``, ``CONTROL``, ``USER_DEFINED`` or ``UNUSED``, one per token.
-        merges: ``left right``, the most frequent first; never empty.
-    """
-
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
+    pre: str  # llama.cpp's name of the rule that splits text into words
+    tokens: list[str]  # text of every id, as the byte-level alphabet writes it; one per row of the embedding
+    types: list[int]  # NORMAL, CONTROL, USER_DEFINED or UNUSED, one per token
+    merges: list[str]  # "left right", the most frequent first; never empty
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:

@@ -125,17 +125,11 @@ def training_figures(content: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("dataset") in ("local", "localstreaming", "tokenbin"):
         names = ", ".join(Path(path.strip()).name for path in config["data_path"].split(","))
         kept["data"] = "a mixture" if config.get("mix") else names
-    measured = {name: _last(history, name) for name in ("train_ce_loss", "val_loss", "val_bits_per_byte")}
-    measured = {name: value for name, value in measured.items() if value is not None}
+    measured: dict[str, float] = {}
+    lines = history.splitlines()[::-1]
+    for name in ("train_ce_loss", "val_loss", "val_bits_per_byte"):
+        values = (json.loads(line)[name] for line in lines if f'"{name}":' in line)
+        last = next((value for value in values if value is not None), None)
+        if last is not None:
+            measured[name] = last
     return {"steps": counters.get("step"), "tokens": counters.get("tokens"), **measured, **kept}
-
-
-def _last(history: str, name: str) -> float | None:
-    """The last number called ``name`` in the lines of a history, which may be long: only its end is read."""
-    end = len(history)
-    while (at := history.rfind(f'"{name}":', 0, end)) >= 0:
-        end = history.rfind("\n", 0, at) + 1
-        value: float | None = json.loads(history[end : history.index("\n", at)])[name]
-        if value is not None:
-            return value
-    return None

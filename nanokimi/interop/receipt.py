@@ -17,23 +17,16 @@ RECEIPT = "receipt.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an independent engine computed beside this one, both in fp32 from the exported weights.
-
-    Attributes:
-        measure: ``logits`` or ``log-probabilities``, always over the whole vocabulary.
-        max_difference: largest absolute difference, in nats, at ``positions`` positions of the text.
-        loss, loss_there: mean loss of the text's tokens here and there, in nats per token.
-        tokens: how many tokens of the text were read; their ids were equal.
-    """
+    """What an independent engine computed beside this one, both in fp32 from the exported weights."""
 
     engine: str
     version: str
-    measure: str
-    max_difference: float
-    positions: int
-    loss: float
-    loss_there: float
-    tokens: int
+    measure: str  # "logits" or "log-probabilities", always over the whole vocabulary
+    max_difference: float  # the largest absolute difference, in nats
+    positions: int  # how many positions of the text were compared
+    loss: float  # mean loss of the text's tokens in nats per token, here
+    loss_there: float  # and in the engine
+    tokens: int  # how many tokens of the text were read; their ids were equal
 
     def __str__(self) -> str:
         return (

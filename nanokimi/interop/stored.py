@@ -21,19 +21,13 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a checkpoint or a folder holds of a model.
-
-    Attributes:
-        weights: by the names of ``Transformer.state_dict()``, in the type in which they are stored.
-        training: how it was trained, in plain values for the model card; empty where nothing is known.
-        notes: what of the original was left out or changed, a line each.
-    """
+    """What a checkpoint or a folder holds of a model."""
 
     config: ModelConfig
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]  # by the names of Transformer.state_dict(), in the type in which they are stored
     tokenizer: Tokenizer
-    training: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, for the model card
+    notes: tuple[str, ...] = ()  # what of the original was left out or changed, a line each
 
     @property
     def dtype(self) -> str:

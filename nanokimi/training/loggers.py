@@ -118,13 +118,14 @@ def trackio(run: Reported) -> Service:
     name = f"{run.output.resolve().name}-{run.run_id('trackio')}"
     options: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
     is_remote = "TRACKIO_SPACE_ID" in os.environ or "TRACKIO_SERVER_URL" in os.environ
-    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, not is_remote  # else it asks for the user's name
+    offline = constants.HF_HUB_OFFLINE
     try:
+        constants.HF_HUB_OFFLINE = offline or not is_remote  # otherwise it asks the hub for the user's name
         with redirect_stdout(sys.stderr):
             opened = trackio.init(PROJECT, name=name, config=dict(run.config), resume="allow", **options)
     finally:
         constants.HF_HUB_OFFLINE = offline
-    first_step = opened._next_step  # the database would keep a repeated step twice
+    first_step = getattr(opened, "_next_step", 0)  # the database would keep a repeated step twice
 
     def log(step: int, values: Mapping[str, float]) -> None:
         if step >= first_step:
