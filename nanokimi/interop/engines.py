@@ -7,7 +7,7 @@ import json
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -156,14 +156,14 @@ def compare_llamacpp(path: Path, model: Transformer, tokenizer: Tokenizer) -> Co
     )
 
 
-class LlamaCpp:
-    """A GGUF file opened in llama.cpp, strictly: fp32 cache, no flash attention. A context manager.
+class LlamaCpp(AbstractContextManager["LlamaCpp"]):
+    """A GGUF file opened in llama.cpp, by default strictly: fp32 cache, no flash attention.
 
     Args:
         path: the GGUF file.
         context: tokens of context, for which memory is taken at once; 0 takes the model's own.
         threads: of the CPU; 0 takes as many as PyTorch uses.
-        defaults: cache and attention as llama.cpp has them by itself, for speed.
+        defaults: use llama.cpp's own cache and attention, which are faster.
 
     Raises:
         NotCompared: xllamacpp is not installed.
@@ -195,15 +195,8 @@ class LlamaCpp:
             raise RunError(f"{path}: llama.cpp does not read it: export the model again") from error
         self._letter = self.tokenize("a")[0]
 
-    def __enter__(self) -> LlamaCpp:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the engine and frees its memory."""
-        self._server = None
+        self._server = None  # ends the engine and frees its memory
 
     def tokenize(self, text: str) -> list[int]:
         """llama.cpp's ids of ``text``, nothing added; special tokens written in it are plain text."""

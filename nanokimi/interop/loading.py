@@ -20,10 +20,20 @@ from nanokimi.interop.stored import StoredModel, build
 from nanokimi.model.transformer import Transformer
 
 # Settings of a run that the reader of a model card wants to know, and that hold no path.
-SETTINGS = (
-    "dataset", "hf_repo_name", "hf_config", "batch_size", "gradient_accumulation", "learning_rate", "adam_lr",
-    "momentum", "weight_decay", "schedule", "qk_clip_tau", "seed",
-)  # fmt: skip
+SETTINGS = [
+    "dataset",
+    "hf_repo_name",
+    "hf_config",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "adam_lr",
+    "momentum",
+    "weight_decay",
+    "schedule",
+    "qk_clip_tau",
+    "seed",
+]
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:

@@ -41,7 +41,7 @@ class Reported:
 
 
 class Service(NamedTuple):
-    """A place that a run is reported to; both functions may fail with any exception."""
+    """Where a run is reported to; both functions may fail with any exception."""
 
     log: Callable[[int, Mapping[str, float]], None]
     close: Callable[[], None]
