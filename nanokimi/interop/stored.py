@@ -56,7 +56,7 @@ class StoredModel:
         return cast
 
     def with_shared_expert(self) -> StoredModel:
-        """The same function of its tokens, with a shared expert of zeros where it has none: several engines need one."""
+        """The same function of its tokens, with a shared expert of zeros where it has none, as engines need one."""
         if self.config.n_shared_experts or not self.config.n_moe_layers:
             return self
         config, like = replace(self.config, n_shared_experts=1), self.weights["head.weight"]
