@@ -32,7 +32,7 @@ from nanokimi import ModelConfig, Transformer, checkpoint, generate_tokens, load
 from nanokimi.config import parse_value
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import train_bpe
-from nanokimi.interop.receipt import TEXT, fixed_tokens
+from nanokimi.interop.engines import TEXT
 
 # Words on which every tokenizer of the engines agrees with its own encoding of the whole text.
 PROMPT = TEXT.split(",")[0]
@@ -280,7 +280,7 @@ def compare(model: Path, pythons: Mapping[str, Path], work: Path) -> dict[str, A
 def our_results(path: Path) -> Ours:
     """Logits of the fixed text, greedy tokens behind its beginning, and log-probabilities ``[n, vocab]`` of these."""
     model, tokenizer = load(path)
-    text, prompt = fixed_tokens(tokenizer, model.config.max_seq_length), tokenizer.encode(PROMPT)
+    text, prompt = tokenizer.encode(TEXT)[: model.config.max_seq_length], tokenizer.encode(PROMPT)
     tokens = generate_tokens(model, prompt, max_tokens=NEW_TOKENS, temperature=0.0)
     steps = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].double().log_softmax(dim=-1)
     return Ours(text, prompt, tokens, model(torch.tensor([text]))[0].numpy(), steps.numpy())

@@ -25,8 +25,8 @@ from benchmarks.bench.results import ROOT, about
 from benchmarks.engines import NANOKIMI, PROMPT
 from nanokimi import Transformer, generate_tokens, load
 from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.interop.engines import LlamaCpp
 from nanokimi.interop.gguf_file import DTYPES
-from nanokimi.interop.llamacpp import LlamaCpp
 
 TEXT = textwrap.__file__
 TOKENS, NEW_TOKENS = 2000, 64

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanokimi.config import ModelConfig, TrainConfig
     from nanokimi.inference.generate import generate, generate_batch, generate_tokens
-    from nanokimi.loading import load
+    from nanokimi.interop.loading import load
     from nanokimi.model.transformer import Transformer
     from nanokimi.optim.muonclip import MuonClip
     from nanokimi.optim.qk_clip import balance_experts
@@ -35,7 +35,7 @@ _HOMES = {
     "generate": "nanokimi.inference.generate",
     "generate_batch": "nanokimi.inference.generate",
     "generate_tokens": "nanokimi.inference.generate",
-    "load": "nanokimi.loading",
+    "load": "nanokimi.interop.loading",
 }
 
 

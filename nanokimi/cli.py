@@ -274,16 +274,16 @@ def export_hf(args: argparse.Namespace) -> int:
     if args.public and not args.push:
         raise UserError("--public says who may see an upload: add --push OWNER/NAME, or leave it out")
 
-    from nanokimi.exchange import Export, export_hf
+    from nanokimi.interop.commands import ExportOptions, export_hf
 
-    request = Export(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare)
-    return export_hf(request, shard_bytes=int(args.max_shard_gb * 1e9), push=args.push, public=args.public)
+    options = ExportOptions(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare)
+    return export_hf(options, shard_bytes=int(args.max_shard_gb * 1e9), push=args.push, public=args.public)
 
 
 def export_gguf(args: argparse.Namespace) -> int:
-    from nanokimi.exchange import Export, export_gguf
+    from nanokimi.interop.commands import ExportOptions, export_gguf
 
-    return export_gguf(Export(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare))
+    return export_gguf(ExportOptions(Path(args.checkpoint), Path(args.target), args.dtype, not args.no_compare))
 
 
 def add_import(commands: Any) -> None:
@@ -297,7 +297,7 @@ def add_import(commands: Any) -> None:
 
 
 def import_hf(args: argparse.Namespace) -> int:
-    from nanokimi.exchange import import_hf
+    from nanokimi.interop.commands import import_hf
 
     return import_hf(Path(args.folder), Path(args.output), tokenizer=args.tokenizer)
 

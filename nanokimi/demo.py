@@ -15,7 +15,7 @@ from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.generate import generate
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.model.transformer import Transformer
 from nanokimi.training.evaluation import evaluate
 from nanokimi.training.run import TrainArguments, run_training

@@ -19,7 +19,7 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
-from nanokimi.interop.hf_folder import write_folder
+from nanokimi.interop.hf_writer import write_folder
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 

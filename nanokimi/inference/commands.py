@@ -60,7 +60,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from nanokimi.device import resolve_device
     from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
     from nanokimi.inference.generate import stream
-    from nanokimi.loading import load
+    from nanokimi.interop.loading import load
 
     model, tokenizer = load(args.checkpoint, device=resolve_device(args.device))
     use_weights_(model, args.weights)

@@ -24,7 +24,7 @@ from nanokimi.files import atomic_write, disk_errors_explained, require_writable
 from nanokimi.insight.choices import Question, answer, read_questions
 from nanokimi.insight.scoring import Scoring, score_text
 from nanokimi.insight.text import SETTINGS, ChosenText, choose_text
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 DEFAULTS = {"batch_size": 8, "mixed_precision": "off"}
 NAMES_A_TEXT = {"dataset", "data_path", "mix", "hf_repo_name"}  # settings that mean another text than the trained one

@@ -28,7 +28,7 @@ from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.options import SamplingOptions
 from nanokimi.insight.scoring import Score, Scoring, score_rows
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.model.transformer import Transformer
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
@@ -39,7 +39,7 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
     """A nanokimi model with the interface of the harness.
 
     Args:
-        checkpoint: whatever ``nanokimi.loading.load`` takes.
+        checkpoint: whatever ``nanokimi.interop.loading.load`` takes.
         device: as for ``--device``.
         batch_size: rows of a forward pass.
         loaded: a model in evaluation mode and its tokenizer, instead of ``checkpoint``.

@@ -1,12 +1,13 @@
-"""A model as a GGUF file, architecture ``deepseek2``: what llama.cpp and the programs built on it read."""
+"""Writes a model as a GGUF file of the architecture ``deepseek2``, which llama.cpp and programs built on it read."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_path
-from nanokimi.interop.gguf_tokenizer import Vocabulary, gguf_vocabulary
+from nanokimi.interop.huggingface import their_names
 from nanokimi.model.attention import frequencies, rotary_tables, softmax_scale
 from nanokimi.model.layers import LATENT_EPS
 
@@ -25,48 +26,14 @@ if TYPE_CHECKING:
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_BLOCK = 32  # a row of Q8_0 consists of blocks of so many weights
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # the format's types of tokens
 # What llama.cpp has room for; beyond that it ends the whole process.
 MAX_LAYERS, MAX_EXPERTS, MAX_ACTIVATED = 512, 1024, 24
-BETA_FAST, BETA_SLOW = 32.0, 1.0  # the keys for these are not read for this architecture
-
-# Ours -> theirs, behind "layers.i." and "blk.i."; wkv_b is two tensors there.
-LAYER_NAMES = {
-    "attention_norm.weight": "attn_norm.weight",
-    "mlp_norm.weight": "ffn_norm.weight",
-    "attention.wq.weight": "attn_q.weight",
-    "attention.wq_a.weight": "attn_q_a.weight",
-    "attention.q_norm.weight": "attn_q_a_norm.weight",
-    "attention.wq_b.weight": "attn_q_b.weight",
-    "attention.wkv_a.weight": "attn_kv_a_mqa.weight",
-    "attention.kv_norm.weight": "attn_kv_a_norm.weight",
-    "attention.wo.weight": "attn_output.weight",
-    "mlp.w1.weight": "ffn_gate.weight",
-    "mlp.w2.weight": "ffn_down.weight",
-    "mlp.w3.weight": "ffn_up.weight",
-    "mlp.router.weight": "ffn_gate_inp.weight",
-    "mlp.router.balance_bias": "exp_probs_b.bias",
-    "mlp.experts.w1": "ffn_gate_exps.weight",
-    "mlp.experts.w2": "ffn_down_exps.weight",
-    "mlp.experts.w3": "ffn_up_exps.weight",
-    "mlp.shared.w1.weight": "ffn_gate_shexp.weight",
-    "mlp.shared.w2.weight": "ffn_down_shexp.weight",
-    "mlp.shared.w3.weight": "ffn_up_shexp.weight",
-}
-TOP_NAMES = {
-    "embed.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "head.weight": "output.weight",
-}
+BETA_FAST, BETA_SLOW = 32.0, 1.0  # llama.cpp does not read the keys for these in this architecture
 
 
 def write_gguf(
-    path: Path,
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    tokenizer: Tokenizer,
-    *,
-    dtype: str,
-    name: str,
+    path: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, *, dtype: str, name: str
 ) -> None:
     """Writes the model to ``path``, one tensor after the other; the name appears once the file is complete.
 
@@ -114,6 +81,7 @@ def require_expressible(config: ModelConfig) -> None:
     lite = config.n_layers in (26, 27) or (config.n_layers == 48 and config.vocab_size == 128256)
     yarn = config.rope_factor > 1
     turns = config.original_seq_len / (2 * math.pi)  # of the fastest pair; the slowest makes theta times fewer
+    theirs = frequencies(replace(config, beta_fast=BETA_FAST, beta_slow=BETA_SLOW))
     grouped = config.n_limited_groups < config.n_expert_groups
     problems = {
         f"qk_nope_head_dim is {config.qk_nope_head_dim}: llama.cpp needs 1 or more": not config.qk_nope_head_dim,
@@ -132,17 +100,13 @@ def require_expressible(config: ModelConfig) -> None:
         ),
         f"n_layers is {config.n_layers}: llama.cpp has room for {MAX_LAYERS}": config.n_layers > MAX_LAYERS,
         f"beta_fast is {config.beta_fast:g} and beta_slow {config.beta_slow:g}: llama.cpp takes {BETA_FAST:g} and "
-        f"{BETA_SLOW:g} whatever the file says": yarn and not _same_frequencies(config),
+        f"{BETA_SLOW:g} whatever the file says": yarn and not torch.equal(frequencies(config), theirs),
         f"original_seq_len is {config.original_seq_len}: llama.cpp stretches contexts otherwise that are so short or "
         "long for rope_theta": yarn and not BETA_SLOW <= turns < BETA_FAST * config.rope_theta**2,
     }
     for problem, found in problems.items():
         if found:
             raise UserError(f"{problem}; GGUF cannot express this model: export it to hf instead")
-
-
-def _same_frequencies(config: ModelConfig) -> bool:
-    return torch.equal(frequencies(config), frequencies(replace(config, beta_fast=BETA_FAST, beta_slow=BETA_SLOW)))
 
 
 # ---- what the file says ----------------------------------------------------------------------------------
@@ -226,9 +190,14 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Token
 
 def stored_weights(config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """``weights`` in fp32 as a file of type ``dtype`` holds them: rounded where it rounds them."""
+    from gguf import GGMLQuantizationType, dequantize
+
     stored = {}
     for name, weight in weights.items():
-        parts = [_decode(_encode(name, part, kind), kind) for _, part, kind in _parts(config, name, weight, dtype)]
+        parts = [
+            torch.from_numpy(dequantize(_encode(name, part, kind), GGMLQuantizationType[kind]))
+            for _, part, kind in _parts(config, name, weight, dtype)
+        ]
         if name.endswith("wkv_b.weight"):
             stored[name] = torch.cat((parts[0].transpose(1, 2), parts[1]), dim=1).reshape(weight.shape)
         else:
@@ -237,14 +206,16 @@ def stored_weights(config: ModelConfig, weights: Mapping[str, Tensor], dtype: st
 
 
 def _write_tensors(writer: GGUFWriter, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> None:
-    """All tensors: first what they are, then one after the other what is in them."""
-    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+    """Writes all tensors: first their names, shapes and types, then one after the other what is in them."""
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map, quant_shape_to_byte_shape
 
+    names = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, config.n_layers)  # by those of transformers
     for name, weight in weights.items():
         for theirs, part, kind in _parts(config, name, torch.empty_like(weight, device="meta"), dtype):
             raw = GGMLQuantizationType[kind]
             size = math.prod(quant_shape_to_byte_shape(part.shape, raw))
-            writer.add_tensor_info(theirs, part.shape, np.dtype(np.float32), size, raw_dtype=raw)
+            gguf_name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor_info(gguf_name, part.shape, np.dtype(np.float32), size, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -254,26 +225,21 @@ def _write_tensors(writer: GGUFWriter, config: ModelConfig, weights: Mapping[str
 
 
 def _parts(config: ModelConfig, name: str, weight: Tensor, dtype: str) -> Iterator[tuple[str, Tensor, str]]:
-    """Their name, contents and GGUF type of what becomes of our tensor ``name``."""
-    if name in TOP_NAMES:
-        yield TOP_NAMES[name], weight, _kind(weight, dtype)
-        return
-    _, layer, inner = name.split(".", 2)
-    prefix = f"blk.{layer}."
-    if inner == "attention.wkv_b.weight":
+    """What our tensor ``name`` becomes: transformers' name, contents and GGUF type of one or two tensors."""
+    theirs = their_names(name, 1)[0].replace(".experts.0.", ".experts.").replace("correction_bias", "correction.bias")
+    if name.endswith(".wkv_b.weight"):
         rows = (config.qk_nope_head_dim, config.v_head_dim)
         w_k, w_v = weight.unflatten(0, (config.n_heads, sum(rows))).split(rows, dim=1)
         w_k = w_k.transpose(1, 2)  # absorbed into the query: [H, R, N]
-        yield f"{prefix}attn_k_b.weight", w_k, _kind(w_k, dtype)
-        yield f"{prefix}attn_v_b.weight", w_v, _kind(w_v, dtype)
+        yield theirs.replace("kv_b_proj", "k_b_proj"), w_k, _kind(w_k, dtype)
+        yield theirs.replace("kv_b_proj", "v_b_proj"), w_v, _kind(w_v, dtype)
     elif (scale := _scale(config, name)) != 1:
-        latent, rotary = _rounded(weight, dtype).tensor_split(
-            (config.kv_lora_rank,) if "wkv_a" in inner else (len(weight),)
-        )
-        yield prefix + LAYER_NAMES[inner], torch.cat((latent * scale, rotary)), "F32"
+        rotary = config.qk_rope_head_dim if name.endswith(".wkv_a.weight") else 0
+        rounded = _rounded(weight, dtype)
+        rounded[: len(weight) - rotary] *= scale
+        yield theirs, rounded, "F32"
     else:
-        exact = inner.startswith("mlp.router.")
-        yield prefix + LAYER_NAMES[inner], weight, "F32" if exact else _kind(weight, dtype)
+        yield theirs, weight, "F32" if ".router." in name else _kind(weight, dtype)
 
 
 def _scale(config: ModelConfig, name: str) -> float:
@@ -292,8 +258,9 @@ def _kind(part: Tensor, dtype: str) -> str:
 
 
 def _rounded(weight: Tensor, dtype: str) -> Tensor:
-    half = {"f16": torch.float16, "bf16": torch.bfloat16}.get(dtype)
-    return weight.float() if half is None else weight.to(half).float()
+    """A copy of ``weight`` in fp32, rounded to ``dtype`` first."""
+    half = {"f16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
+    return weight.to(half).to(torch.float32, copy=True)
 
 
 def _encode(name: str, part: Tensor, kind: str) -> np.ndarray[Any, Any]:
@@ -307,15 +274,85 @@ def _encode(name: str, part: Tensor, kind: str) -> np.ndarray[Any, Any]:
         raise UserError(f"{name}: holds values that are not finite: export an earlier checkpoint")
     if max(-low, high) > largest:
         raise UserError(f"{name}: holds values from {low:g} to {high:g}, beyond those of {kind}: choose dtype f32")
-    if kind == "BF16":
-        return part.bfloat16().contiguous().view(torch.uint8).numpy()
-    if kind == "Q8_0":
-        quantized: np.ndarray[Any, Any] = quantize(part.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
-        return quantized
-    return part.to(torch.float16 if kind == "F16" else torch.float32).contiguous().numpy()
+    encoded: np.ndarray[Any, Any] = quantize(part.float().contiguous().numpy(), GGMLQuantizationType[kind])
+    return encoded
 
 
-def _decode(encoded: np.ndarray[Any, Any], kind: str) -> Tensor:
-    from gguf import GGMLQuantizationType, dequantize
+# ---- the tokenizer ---------------------------------------------------------------------------------------
 
-    return torch.from_numpy(dequantize(encoded, GGMLQuantizationType[kind]))
+
+class Vocabulary(NamedTuple):
+    """The ``tokenizer.ggml`` keys of a GGUF file."""
+
+    pre: str  # llama.cpp's name of the rule that splits text into words
+    tokens: list[str]  # text of every id, as the byte-level alphabet writes it; one per row of the embedding
+    types: list[int]  # NORMAL, CONTROL, USER_DEFINED or UNUSED, one per token
+    merges: list[str]  # "left right", the most frequent first; never empty
+
+
+def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """``tokenizer`` for a model whose embedding has ``size`` rows; those without a token are marked as unused.
+
+    llama.cpp splits text into words by rules that it knows by name. So only tokenizers with one of these rules can be
+    exported: their ids are then the same for every text.
+
+    Raises:
+        UserError: llama.cpp would split text otherwise, or the tokenizer has more tokens than the model.
+    """
+    layout = json.loads(tokenizer.to_json())
+    pre = _splitting_rule(tokenizer.name, layout)
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"tokenizer {tokenizer.name}: has {tokenizer.vocab_size} entries, the model only {size} (vocab_size): "
+            "it belongs to another model"
+        )
+    texts = {token_id: text for text, token_id in layout["model"]["vocab"].items()}
+    kinds = dict.fromkeys(texts, NORMAL)
+    for added in layout["added_tokens"]:
+        texts[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        options = [option for option in ("single_word", "lstrip", "rstrip") if added[option] and not added["special"]]
+        if options:
+            problem = f"the option {options[0]} of its token {added['content']!r} is unknown to llama.cpp:"
+            raise _refusal(tokenizer.name, problem)
+    if kinds[tokenizer.eot_id] == USER_DEFINED:
+        raise _refusal(tokenizer.name, f"{tokenizer.eot} ends documents but is not marked as special: mark it, or")
+    kinds[tokenizer.eot_id] = CONTROL
+    taken = set(texts.values())
+    for token_id in range(size):
+        name = f"[PAD{token_id}]"
+        while name in taken:
+            name = f"[{name}]"
+        texts.setdefault(token_id, name)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in layout["model"]["merges"]]
+    # llama.cpp refuses a file without merges. This one never happens: words begin as single characters.
+    merges = merges or [f"{tokenizer.eot} {tokenizer.eot}"]
+    return Vocabulary(pre, [texts[i] for i in range(size)], [kinds.get(i, UNUSED) for i in range(size)], merges)
+
+
+def _splitting_rule(name: str, layout: dict[str, Any]) -> str:
+    """llama.cpp's name of the rule by which a ``tokenizer.json`` splits text; UserError if it has none."""
+    if layout["normalizer"] is not None:
+        raise _refusal(name, f"its normalizer {layout['normalizer']['type']} is unknown to llama.cpp:")
+    model = layout["model"]
+    if model["type"] != "BPE":
+        raise _refusal(name, f"is a {model['type']} model, not a byte-level BPE:")
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    for option in (*options, "ignore_merges"):
+        if model.get(option):
+            raise _refusal(name, f"its option {option} is unknown to llama.cpp:")
+    found = layout["pre_tokenizer"] or {"type": "none"}
+    steps = found["pretokenizers"] if found["type"] == "Sequence" else [found]
+    described = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if described == [gpt2]:
+        return "gpt-2"
+    if described == [{"type": "Digits", "individual_digits": True}, gpt2]:
+        return "smollm"
+    kinds = ", ".join(str(step["type"]) for step in steps)
+    raise _refusal(name, f"llama.cpp has no rule that splits text as it does (pre_tokenizer {kinds}):")
+
+
+def _refusal(name: str, problem: str) -> UserError:
+    remedy = "choose tokenizer_name byte, bpe:N or HuggingFaceTB/SmolLM-135M before training, or export to hf"
+    return UserError(f"tokenizer {name}: {problem} {remedy}")

@@ -149,7 +149,7 @@ class Transformer(PreciseBuffers):
         Raises:
             UserError: missing, damaged or foreign files, another architecture; the message says which and why.
         """
-        from nanokimi.loading import load_pretrained
+        from nanokimi.interop.loading import load_pretrained
 
         return load_pretrained(name, device).to(dtype)
 
@@ -159,7 +159,7 @@ class Transformer(PreciseBuffers):
         Raises:
             UserError: ``folder`` is there already, or transformers has no such model.
         """
-        from nanokimi.interop.hf_folder import save_model
+        from nanokimi.interop.hf_writer import save_model
 
         save_model(Path(folder), self.config, self.state_dict())
 

@@ -16,7 +16,7 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
 from nanokimi.inference.decoder import Decoder, limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.memory import free_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.answers import LAST_WORDS

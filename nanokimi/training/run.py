@@ -20,15 +20,14 @@ from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import ConfigError, UserError
-from nanokimi.loading import read_model
+from nanokimi.interop.loading import read_model
 from nanokimi.memory import keep_freed_memory
 from nanokimi.model.transformer import weight_shapes
 from nanokimi.parallel.build import layout_of_run
 from nanokimi.parallel.process_group import process_group, rank_device
 from nanokimi.parallel.ranks import current_ranks, from_bytes, to_bytes
 from nanokimi.training.batch_size import with_fitting_batch
-from nanokimi.training.log_services import Reported
-from nanokimi.training.loggers import check_loggers, open_loggers
+from nanokimi.training.loggers import Loggers, Reported, check_loggers
 from nanokimi.training.trainer import Trainer
 
 # What belongs to this machine and these processes: never taken from a checkpoint.
@@ -176,7 +175,7 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
     run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, log)
-    with open_loggers(config.log, run) as loggers:
+    with Loggers(config.log, run) as loggers:
         code = trainer.train(loggers)
     for warning, count in trainer.batches.warnings.items():
         log(f"note: {count:,} {warning}")

@@ -252,7 +252,7 @@ class Trainer:
 
     def _show(self, values: dict[str, Any], display: ProgressDisplay, loggers: Loggers | None) -> None:
         display.step(self.counters.step, values)
-        if loggers is not None:
+        if loggers is not None and loggers.open:
             loggers.log(self.counters.step, values)
 
     # ---- helpers --------------------------------------------------------------------------------

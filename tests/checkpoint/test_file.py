@@ -24,7 +24,7 @@ from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.ranks import SingleDevice
 

@@ -24,7 +24,7 @@ from nanokimi.native import build
 
 
 def run(monkeypatch: pytest.MonkeyPatch, model: ScriptedModel | Transformer, *flags: str) -> int:
-    monkeypatch.setattr("nanokimi.loading.load", lambda path, device: (model, load_tokenizer("byte")))
+    monkeypatch.setattr("nanokimi.interop.loading.load", lambda path, device: (model, load_tokenizer("byte")))
     return run_generate(parsed("model.pt", "--device", "cpu", "--temperature", "0", *flags))
 
 
@@ -112,7 +112,7 @@ def test_a_talk_is_in_turns_where_there_is_a_chat_template(
 ) -> None:  # fmt: skip
     tokenizer, model = load_tokenizer("byte"), ScriptedModel(b"abc")
     tokenizer.chat_template = own
-    monkeypatch.setattr("nanokimi.loading.load", lambda path, device: (model, tokenizer))
+    monkeypatch.setattr("nanokimi.interop.loading.load", lambda path, device: (model, tokenizer))
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text(SOURCE)
@@ -143,7 +143,7 @@ def test_flags_of_a_talk_are_refused_for_one_prompt(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--top_p", "2"], ["--max-tokens", "-1"], ["--stop", ""]])
 def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     """Faults 71, 72 and 76."""
-    monkeypatch.setattr("nanokimi.loading.load", lambda path, device: pytest.fail("loaded"))
+    monkeypatch.setattr("nanokimi.interop.loading.load", lambda path, device: pytest.fail("loaded"))
     with pytest.raises(UserError, match=flags[0].replace("-", "[-_]")):
         run_generate(parsed("model.pt", *flags))
 

@@ -25,7 +25,7 @@ from nanokimi.insight import harness
 from nanokimi.insight.choices import encode_pair
 from nanokimi.insight.harness import NanokimiLM, run_tasks
 from nanokimi.insight.scoring import windows
-from nanokimi.interop.hf_folder import write_folder
+from nanokimi.interop.hf_writer import write_folder
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 

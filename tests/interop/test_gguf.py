@@ -21,8 +21,16 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.interop.gguf_file import DTYPES, stored_weights, write_gguf
-from nanokimi.interop.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, gguf_vocabulary
+from nanokimi.interop.gguf_file import (
+    CONTROL,
+    DTYPES,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    gguf_vocabulary,
+    stored_weights,
+    write_gguf,
+)
 from nanokimi.model.transformer import Transformer
 
 # Rows of every matrix are multiples of 32, except those of the transposed nope blocks.

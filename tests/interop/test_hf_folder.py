@@ -19,20 +19,11 @@ from nanokimi.config import PRESETS, ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat_template import Message, chat_template_of
-from nanokimi.interop.hf_config import huggingface_config, model_values
-from nanokimi.interop.hf_folder import (
-    OWN,
-    dtype_of,
-    read_folder,
-    require_finite,
-    tokenizer_files,
-    with_dtype,
-    write_folder,
-)
-from nanokimi.interop.receipt import TEXT
-from nanokimi.interop.shards import INDEX
-from nanokimi.interop.stored import StoredModel
-from nanokimi.loading import build
+from nanokimi.interop.engines import TEXT
+from nanokimi.interop.hf_reader import INDEX, OWN, read_folder
+from nanokimi.interop.hf_writer import tokenizer_files, write_folder
+from nanokimi.interop.huggingface import huggingface_config, model_values
+from nanokimi.interop.stored import StoredModel, build
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
 
@@ -336,10 +327,10 @@ def test_faults_of_shards_are_named(sharded: Path) -> None:
 
 def test_every_type_keeps_its_bits_and_biases_stay_fp32(tmp_path: Path) -> None:
     for name, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16)):
-        stored = with_dtype(stored_model(), name)
+        stored = stored_model().with_dtype(name)
         read = read_folder(in_folder(tmp_path / name, stored))
         assert same_weights(dict(read.weights), dict(stored.weights))
-        assert dtype_of(read) == name
+        assert read.dtype == name
         assert {tensor.dtype for key, tensor in read.weights.items() if not key.endswith("balance_bias")} == {dtype}
         assert read.weights["layers.1.mlp.router.balance_bias"].dtype == torch.float32
 
@@ -348,14 +339,14 @@ def test_values_that_a_type_cannot_hold_are_named() -> None:
     stored = stored_model()
     stored.weights["embed.weight"][3, 4] = 1e5
     with pytest.raises(UserError, match=r"embed\.weight.*f16.*bf16"):
-        with_dtype(stored, "f16")
-    with_dtype(stored, "bf16")
+        stored.with_dtype("f16")
+    stored.with_dtype("bf16")
     with pytest.raises(UserError, match=r"--dtype q8_0.*bf16"):
-        with_dtype(stored, "q8_0")
+        stored.with_dtype("q8_0")
     for value in (float("nan"), float("inf")):
         stored.weights["norm.weight"][0] = value
         with pytest.raises(UserError, match=r"norm\.weight.*not finite"):
-            require_finite(stored)
+            stored.require_finite()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 from nanokimi.config import ModelConfig
 from nanokimi.errors import UserError
 from nanokimi.inference.generate import generate_tokens
-from nanokimi.interop.hf_config import huggingface_config
-from nanokimi.interop.hf_folder import write_folder
-from nanokimi.interop.stored import StoredModel
-from nanokimi.loading import build
+from nanokimi.interop.hf_writer import write_folder
+from nanokimi.interop.huggingface import huggingface_config
+from nanokimi.interop.stored import StoredModel, build
 
 # The context that the model has learned is a quarter of the one it has.
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}

@@ -18,10 +18,10 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError
 from nanokimi.inference.generate import generate_tokens
+from nanokimi.interop.engines import TEXT, LlamaCpp, compare_llamacpp
 from nanokimi.interop.gguf_file import DTYPES, stored_weights, write_gguf
-from nanokimi.interop.llamacpp import LlamaCpp, compare_llamacpp
-from nanokimi.interop.receipt import TEXT, NotCompared
-from nanokimi.interop.stored import StoredModel, with_shared_expert
+from nanokimi.interop.receipt import NotCompared
+from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 
 pytest.importorskip("xllamacpp")
@@ -63,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def exported(folder: Path, model: Transformer, tokenizer: Tokenizer | None = None, *, dtype: str = "f32") -> Path:
     found = tokenizer or load_tokenizer("byte")
-    stored = with_shared_expert(StoredModel(model.config, model.state_dict(), found))
+    stored = StoredModel(model.config, model.state_dict(), found).with_shared_expert()
     write_gguf(folder / "m.gguf", stored.config, stored.weights, found, dtype=dtype, name="debug")
     return folder / "m.gguf"
 

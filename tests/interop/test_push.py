@@ -16,7 +16,7 @@ from hub import hub_environment
 from model_hub import READER, WRITER, ModelHub
 
 from nanokimi.errors import UserError
-from nanokimi.interop.push import files_to_push, push_folder
+from nanokimi.interop.push import push_folder
 from nanokimi.interop.receipt import RECEIPT, NotCompared, write_receipt
 
 # Importing torch takes seconds: one child does so once, and then pushes and fetches what it is told, a line at a time.
@@ -34,7 +34,7 @@ commits.http_backoff = lfs.http_backoff = functools.partial(http_backoff, max_re
 def push(folder, repository, private):
     said = []
     try:
-        result = push_folder(Path(folder), repository, private=private, say=said.append)
+        result = push_folder(Path(folder), repository, private=private, log=said.append)
     except (UserError, RunError) as error:
         result = f"{type(error).__name__}: {error}"
     return {"result": result, "said": said}
@@ -118,7 +118,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder as an export leaves it, and what is none of its business beside."""
     folder = tmp_path / "my model"
     (folder / "runs").mkdir(parents=True)
-    for name in (".env", ".model.safetensors.1234.tmp", "half.part", "notes~", "runs/log.txt"):
+    for name in (".env", ".model.safetensors.1234.tmp", "runs/log.txt"):
         (folder / name).write_text("private")
     texts = {"config.json": "{}", "tokenizer.json": '{"a": "é"}', "README.md": "---\nlibrary_name: x\n---\n# A model\n"}
     for name, text in texts.items():
@@ -161,8 +161,6 @@ def test_a_second_push_is_a_new_commit_that_deletes_nothing(
     (folder / RECEIPT).unlink()
     said = "\n".join(child.push(folder, "someone/model").said)
     assert "is public already" in said
-    assert "holds a model already" in said
-    assert "`hf repos delete-files someone/model old.safetensors`" in said
     files = hub.repositories["someone/model"]
     assert {"old.safetensors", "LICENSE", RECEIPT} <= set(files)
     assert files["config.json"] == b'{"new": 1}'
@@ -270,27 +268,3 @@ def test_names_that_only_the_library_refuses_take_one_line_as_well(
     assert told.startswith("UserError: --push ")
     assert "owner/name" in told
     assert "\n" not in told
-
-
-def test_a_damaged_export_is_not_pushed(hub: ModelHub, child: Child, folder: Path) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[1000] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
-    told = child.push(folder, "someone/model").result
-    assert told.startswith("UserError")
-    assert "model.safetensors" in told
-    assert not hub.requests
-
-
-def test_a_folder_without_a_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        files_to_push(tmp_path / "nowhere")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights"):
-        files_to_push(folder)
-
-
-def test_the_receipt_travels_with_the_files_that_it_lists(folder: Path) -> None:
-    names = {file.name for file in files_to_push(folder)}
-    assert names == FILES
-    assert set(json.loads((folder / RECEIPT).read_text())["files"]) | {RECEIPT} == names

@@ -11,7 +11,7 @@ import torch
 from torchrun import ALONE, Launch, history, real_text, run
 
 from nanokimi import checkpoint
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 pytestmark = pytest.mark.serial
 

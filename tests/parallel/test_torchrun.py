@@ -15,7 +15,7 @@ from torchrun import ALONE, Job, Launch, free_port, history, launched, real_text
 from nanokimi import checkpoint
 from nanokimi.checkpoint import shards
 from nanokimi.cli import main
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 pytestmark = pytest.mark.serial
 

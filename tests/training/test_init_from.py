@@ -20,7 +20,7 @@ from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig, field_names
 from nanokimi.data.corpus import Reading
 from nanokimi.data.sources import open_corpus
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 from nanokimi.model.transformer import weight_shapes
 from nanokimi.training import plots
 from nanokimi.training.metrics import MetricsLog

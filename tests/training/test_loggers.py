@@ -24,8 +24,7 @@ from test_run import arguments, assert_same_run, history, refused, start, wait_f
 from nanokimi.cli import main
 from nanokimi.errors import UserError
 from nanokimi.training import loggers
-from nanokimi.training.log_services import Reported, RunMark
-from nanokimi.training.loggers import Loggers, check_loggers, open_loggers, scalars
+from nanokimi.training.loggers import Loggers, Reported, check_loggers, scalars
 
 needs_tensorboardx = pytest.mark.skipif(find_spec("tensorboardX") is None, reason="needs tensorboardX")
 
@@ -174,7 +173,7 @@ def test_a_logger_that_cannot_be_opened_is_left_out(
     reported: Callable[..., Reported], tmp_path: Path, memories: dict[str, Memory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(loggers.LOGGERS, "wandb", ("json", lambda run: Memory(run, "open")))
-    with open_loggers("wandb,tensorboard", reported()) as opened:
+    with Loggers("wandb,tensorboard", reported()) as opened:
         assert list(opened.open) == ["tensorboard"]
     assert said(tmp_path).count("\n") == 1
     assert "--log wandb" in said(tmp_path)
@@ -238,24 +237,22 @@ def test_a_fresh_run_keeps_the_earlier_runs_events_apart(text: Path, tmp_path: P
 
 
 @needs_tensorboardx
-def test_events_reach_the_disk_while_the_run_goes_on(
-    reported: Callable[..., Reported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nanokimi.training.log_services.FLUSH_SECONDS", -1.0)
-    with open_loggers("tensorboard", reported()) as opened:
+def test_events_reach_the_disk_while_the_run_goes_on(reported: Callable[..., Reported], tmp_path: Path) -> None:
+    with Loggers("tensorboard", reported()) as opened:
         opened.log(1, {"grad_norm": 0.5})
         assert curve(events(tmp_path / "logs" / "tensorboard")[0], "grad_norm") == {1: 0.5}
 
 
-def full_disk(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "disk is full")
-
-
 @needs_tensorboardx
-def test_a_full_disk_switches_tensorboard_off(reported: Callable[..., Reported], tmp_path: Path) -> None:
-    with open_loggers("tensorboard", reported()) as opened:
-        board: Any = opened.open["tensorboard"]
-        board._writer = SimpleNamespace(write_event=full_disk, close=full_disk)
+def test_a_full_disk_switches_tensorboard_off(
+    reported: Callable[..., Reported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "disk is full")
+
+    with Loggers("tensorboard", reported()) as opened:
+        for name in ("write_event", "close"):
+            monkeypatch.setattr(f"tensorboardX.event_file_writer.EventsWriter.{name}", full_disk)
         opened.log(1, {"grad_norm": 0.5})
         opened.log(2, {"grad_norm": 0.5})
         assert opened.open == {}
@@ -265,23 +262,15 @@ def test_a_full_disk_switches_tensorboard_off(reported: Callable[..., Reported],
 # ---- the run of a service -------------------------------------------------------------------------
 
 
-def test_a_resume_goes_on_in_the_same_run_and_repeats_no_step(
-    reported: Callable[..., Reported], tmp_path: Path
-) -> None:
-    first = RunMark("wandb", reported())
-    assert all(first.takes(step) for step in (1, 2, 3, 3))  # no close: the process was killed
-    resumed = RunMark("wandb", reported(step=2, continues=True))
-    assert "steps 3 to 3" in said(tmp_path)
-    assert resumed.id == first.id
-    assert [resumed.takes(step) for step in (3, 4, 4)] == [False, True, True]
-    resumed.close()
-    assert RunMark("wandb", reported(step=4, continues=True)).held == 4
-    assert RunMark("wandb", reported()).id != first.id, "a fresh run is another run"
-
-
-def test_a_damaged_mark_begins_another_run(reported: Callable[..., Reported], tmp_path: Path) -> None:
-    (tmp_path / "logs" / "wandb.run").write_text("nonsense")
-    assert RunMark("wandb", reported(continues=True)).takes(1)
+def test_a_resume_goes_on_in_the_same_run(reported: Callable[..., Reported], tmp_path: Path) -> None:
+    first = reported().run_id("wandb")
+    assert reported(step=2, continues=True).run_id("wandb") == first
+    assert reported(continues=True).run_id("trackio") != first
+    assert reported().run_id("wandb") != first, "a fresh run is another run"
+    (tmp_path / "logs" / "wandb.run").write_text("12ab34cd 000000000007\n")  # as it was before, with the last step
+    assert reported(continues=True).run_id("wandb") == "12ab34cd"
+    (tmp_path / "logs" / "wandb.run").write_text("")  # the machine died while it was written
+    assert len(reported(continues=True).run_id("wandb")) == 8
 
 
 @pytest.fixture
@@ -313,15 +302,14 @@ def online_wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_wandb_is_told_which_run_goes_on(
     reported: Callable[..., Reported], tmp_path: Path, online_wandb: SimpleNamespace
 ) -> None:
-    with open_loggers("wandb", reported()) as opened:
+    with Loggers("wandb", reported()) as opened:
         for step in (1, 2, 3):
             opened.log(step, {"grad_norm": 1.0})
     begun = online_wandb.settings
     assert (begun["project"], begun["name"], begun["resume"]) == ("nanokimi", tmp_path.name, "allow")
     assert begun["config"] == {"dim": 32, "seed": 1}
-    with open_loggers("wandb", reported(step=1, continues=True)) as opened:
-        for step in (2, 3, 4):
-            opened.log(step, {"grad_norm": 1.0})
+    with Loggers("wandb", reported(step=1, continues=True)) as opened:
+        opened.log(4, {"grad_norm": 1.0})
     assert online_wandb.settings["id"] == begun["id"]
     assert online_wandb.steps == [1, 2, 3, 4]
     assert online_wandb.ended == ["finish", "teardown"] * 2
@@ -332,7 +320,7 @@ def test_the_services_own_variables_win(
 ) -> None:
     for name in ("PROJECT", "NAME", "RUN_ID", "DIR"):
         monkeypatch.setenv(f"WANDB_{name}", name.lower())
-    open_loggers("wandb", reported()).close()
+    Loggers("wandb", reported()).close()
     assert [online_wandb.settings[key] for key in ("project", "name", "id", "dir")] == [
         "project",
         "name",
@@ -345,10 +333,10 @@ def test_not_being_logged_in_is_told_before_the_training(
     reported: Callable[..., Reported], memories: dict[str, Memory], online_wandb: SimpleNamespace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(loggers.LOGGERS, "wandb", ("wandb", loggers.Wandb))
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", ("wandb", loggers.wandb))
     online_wandb.logged_in = False
     with pytest.raises(UserError, match=r"--log wandb: No API key configured.* WANDB_MODE=offline"):
-        open_loggers("tensorboard,wandb", reported())
+        Loggers("tensorboard,wandb", reported())
     assert memories["tensorboard"].closed == 1
     assert online_wandb.ended == ["teardown"]
 
@@ -412,6 +400,24 @@ def test_all_three_together_change_nothing_and_hold_every_step_once(
 
 
 @pytest.mark.slow
+def test_trackio_holds_a_repeated_step_once(
+    reported: Callable[..., Reported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill: the checkpoint is of step 1, and the database has steps 2 and 3 already."""
+    storage = pytest.importorskip("trackio.sqlite_storage")
+    for name, value in {"TRACKIO_DIR": tmp_path / "db", "MEDIA_DIR": tmp_path / "db" / "media"}.items():
+        for module in [module for key, module in sys.modules.items() if key.partition(".")[0] == "trackio"]:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    for run, steps in ((reported(), (1, 2, 3)), (reported(step=1, continues=True), (2, 3, 4))):
+        with Loggers("trackio", run) as opened:
+            for step in steps:
+                opened.log(step, {"grad_norm": 1.0 * step})
+    (name,) = storage.SQLiteStorage.get_runs("nanokimi")
+    assert [entry["step"] for entry in storage.SQLiteStorage.get_logs("nanokimi", name)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
 def test_trackio_asks_the_hub_for_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package by itself asks for the user's name where a token is stored."""
     pytest.importorskip("trackio")
@@ -431,9 +437,3 @@ def test_trackio_asks_the_hub_for_nothing(text: Path, tmp_path: Path, monkeypatc
     hub.shutdown()
     assert (tmp_path / "db" / "nanokimi.db").exists()
     assert asked == []
-
-
-def test_no_logger_costs_nothing() -> None:
-    empty = Loggers(lambda line: None)
-    empty.log(1, {"max_logit": object()})
-    empty.close()

@@ -20,7 +20,7 @@ import torch
 from nanokimi import checkpoint
 from nanokimi.checkpoint import file
 from nanokimi.cli import main
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 TIMES = {"tokens_per_second"}
 # A run that is stopped on its way: evaluations, clipped heads and two saves before its end.

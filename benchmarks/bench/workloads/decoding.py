@@ -19,9 +19,9 @@ from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.inference.decoder import new_decoder, use_weights_
 from nanokimi.insight.scoring import Scoring, score_text
 from nanokimi.insight.text import choose_text
+from nanokimi.interop.engines import LlamaCpp
 from nanokimi.interop.gguf_file import write_gguf
-from nanokimi.interop.llamacpp import LlamaCpp
-from nanokimi.loading import load
+from nanokimi.interop.loading import load
 
 # A continuation goes on where the one before it ended, so the prefill is paid once and not timed.
 

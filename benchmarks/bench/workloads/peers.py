@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench.workloads.setup import seconds
 from nanokimi.config import ModelConfig
-from nanokimi.interop.hf_config import huggingface_config
+from nanokimi.interop.huggingface import huggingface_config
 
 PATIENCE = 20.0  # seconds: a step that would take longer is put together from one matrix of each shape
 LR, ADAM_LR = 0.02, 0.003

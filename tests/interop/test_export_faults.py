@@ -29,14 +29,15 @@ from stored_models import (
     target,
 )
 
-from nanokimi import checkpoint, exchange, loading
+from nanokimi import checkpoint
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.files import new_folder, partial_folder
-from nanokimi.interop import gguf_file, hf_folder
-from nanokimi.interop.hf_folder import OWN
-from nanokimi.interop.receipt import RECEIPT, TEXT
-from nanokimi.interop.shards import INDEX
-from nanokimi.loading import load
+from nanokimi.interop import commands, gguf_file, hf_writer
+from nanokimi.interop.engines import TEXT
+from nanokimi.interop.hf_reader import INDEX, OWN
+from nanokimi.interop.loading import load, read_model
+from nanokimi.interop.receipt import RECEIPT
+from nanokimi.interop.stored import build
 
 WEIGHTS = "model.safetensors"
 
@@ -250,8 +251,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     arguments = COMMANDS[command](source, exported, target)
     places: list[tuple[Any, str, Callable[..., None]]] = {
-        "hf": [(hf_folder, "save_file", full_for_safetensors), (exchange, "write_receipt", full)],
-        "gguf": [(gguf_file, "_write_tensors", full_for_numpy), (exchange, "write_receipt", full)],
+        "hf": [(hf_writer, "save_file", full_for_safetensors), (commands, "write_receipt", full)],
+        "gguf": [(gguf_file, "_write_tensors", full_for_numpy), (commands, "write_receipt", full)],
         "import": [(checkpoint, "_write", full)],
     }[command]
     for module, name, fault in places:
@@ -270,7 +271,7 @@ def test_an_interrupted_export_leaves_nothing(
         assert os.listdir(target.parent) == [f".{target.name}.partial"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exchange, "_compared", interrupt)
+    monkeypatch.setattr(commands, "_compared", interrupt)
     line_of(capsys, ["export", form, source, target], "interrupted", code=130)
     assert nothing_at(target)
 
@@ -322,7 +323,7 @@ def test_a_push_that_cannot_work_is_refused_before_the_export(
 
 
 def test_weights_of_a_folder_that_do_not_fit_are_refused_by_build(folder: Path) -> None:
-    stored = loading.read_model(folder)
+    stored = read_model(folder)
     weights = dict(stored.weights) | {"norm.weight": torch.ones(31)}
     with pytest.raises(checkpoint.CheckpointError, match=r"norm\.weight is \[31\]"):
-        loading.build(folder, stored.config, weights)
+        build(folder, stored.config, weights)

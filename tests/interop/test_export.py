@@ -30,17 +30,14 @@ from stored_models import (
 )
 from tokenizers import Tokenizer as HFTokenizer
 
-from nanokimi import exchange
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError
 from nanokimi.files import sha256_of
-from nanokimi.interop import hf_folder
-from nanokimi.interop.hf_folder import OWN
-from nanokimi.interop.model_card import training_figures
-from nanokimi.interop.receipt import RECEIPT, TEXT, Comparison, verify_receipt
-from nanokimi.interop.shards import INDEX
-from nanokimi.interop.stored import with_shared_expert
-from nanokimi.loading import load, read_model
+from nanokimi.interop import commands
+from nanokimi.interop.engines import TEXT
+from nanokimi.interop.hf_reader import INDEX, OWN
+from nanokimi.interop.loading import load, read_model, training_figures
+from nanokimi.interop.receipt import RECEIPT, Comparison, verify_receipt
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
 WEIGHTS = "model.safetensors"
@@ -93,7 +90,7 @@ def test_export_import_export_gives_the_same_bytes(name: str, tmp_path: Path) ->
     assert {WEIGHTS, "config.json", "tokenizer.json", "README.md", OWN, RECEIPT} < set(contents(first))
     assert "transformers" in json.loads((first / RECEIPT).read_text())["comparison"]["engine"]
     back = read_model(imported)
-    assert back.config == with_shared_expert(stored).config
+    assert back.config == stored.with_shared_expert().config
     assert back.tokenizer.fingerprint == tokenizer.fingerprint
     assert back.tokenizer.to_state() == {**tokenizer.to_state(), "name": back.config.tokenizer_name}
 
@@ -168,7 +165,7 @@ def test_half_precision_is_exact_once_rounded(dtype: str, source: Path, target: 
     assert receipt["comparison"]["max_difference"] < 1e-4
     assert receipt["comparison"]["loss"] == pytest.approx(receipt["comparison"]["loss_there"], abs=1e-5)
     run("import", "hf", target, "--output", target.with_suffix(".pt"))
-    assert hf_folder.dtype_of(read_model(target.with_suffix(".pt"))) == dtype, "stored as it was"
+    assert read_model(target.with_suffix(".pt")).dtype == dtype, "stored as it was"
 
 
 def test_what_an_import_says(capsys: pytest.CaptureFixture[str], folder: Path, target: Path) -> None:
@@ -248,7 +245,7 @@ def test_an_engine_that_disagrees_stops_the_export(
 ) -> None:
     found = Comparison("engine", "1", "logits", difference, 9, 5.0, loss, 9)
     for name in ("compare_transformers", "compare_llamacpp"):
-        monkeypatch.setattr(exchange, name, lambda *_: found)
+        monkeypatch.setattr(commands, name, lambda *_: found)
     line_of(capsys, ["export", form, source, target], str(target), "not written", "engine 1", code=1)
     assert nothing_at(target)
 
@@ -261,7 +258,7 @@ def test_an_engine_that_cannot_read_stops_the_export_in_one_line(
         raise RunError("it does not read it")
 
     for name in ("compare_transformers", "compare_llamacpp"):
-        monkeypatch.setattr(exchange, name, unreadable)
+        monkeypatch.setattr(commands, name, unreadable)
     line_of(capsys, ["export", form, source, target], str(target), "not written", "--no_compare", code=1)
     assert nothing_at(target)
 
@@ -368,7 +365,7 @@ def test_a_gguf_file_comes_with_its_receipt(
 def test_the_type_of_a_gguf_file_is_that_of_the_weights_unless_named(
     stored_as: str, flags: list[str], dtype: str, file_type: int, target: Path
 ) -> None:
-    model = saved(hf_folder.with_dtype(stored_model(), stored_as), target.with_suffix(".pt"))
+    model = saved(stored_model().with_dtype(stored_as), target.with_suffix(".pt"))
     run("export", "gguf", model, target, *flags)
     receipt = json.loads(target.with_name(f"{target.name}.{RECEIPT}").read_text())
     assert receipt["dtype"] == dtype
@@ -380,7 +377,7 @@ def test_what_gguf_cannot_express_is_refused_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = saved(stored_model(**SOFTMAX, n_expert_groups=4, n_limited_groups=2), tmp_path / "groups.pt")
-    monkeypatch.setattr(exchange, "partial_folder", None)
+    monkeypatch.setattr(commands, "partial_folder", None)
     line_of(capsys, ["export", "gguf", groups, target], "n_limited_groups", "hf")
     run("export", "hf", groups, target)
 

@@ -1,0 +1,180 @@
+"""Reads a Hugging Face folder: safetensors, ``config.json``, ``nanokimi.json`` and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanokimi.checkpoint import check_fits
+from nanokimi.config import ModelConfig, from_dict
+from nanokimi.data.tokenizer import CHAT_TEMPLATE, CONFIG, Tokenizer, load_tokenizer
+from nanokimi.errors import UserError
+from nanokimi.interop.huggingface import FIELDS, from_huggingface, model_values, to_huggingface
+from nanokimi.interop.receipt import RECEIPT, verify_receipt
+from nanokimi.interop.stored import StoredModel
+from nanokimi.model.transformer import Transformer
+
+WEIGHTS, INDEX, OWN = "model.safetensors", "model.safetensors.index.json", "nanokimi.json"
+# The fields of ModelConfig that only nanokimi.json holds.
+OWN_FIELDS = set(ModelConfig.__dataclass_fields__) - {*FIELDS, "rope_theta", "rope_factor", "score_func"}
+
+
+def read_folder(folder: Path, *, tokenizer: str = "") -> StoredModel:
+    """The model of a Hugging Face folder with DeepSeek-V3's, V2's, Kimi K2's or Moonlight's architecture.
+
+    Args:
+        tokenizer: a ``tokenizer.json``, or a folder that holds one, in place of the folder's own.
+
+    Raises:
+        UserError: missing, damaged or truncated files, another architecture, features that our network lacks,
+            shapes that do not fit ``config.json``, no tokenizer; one line that says which.
+    """
+    checked = () if tokenizer else ("tokenizer.json", CONFIG, CHAT_TEMPLATE)
+    config, weights, training, notes = read_weights(folder, checked)
+    return StoredModel(config, weights, _find_tokenizer(folder, tokenizer, config), training, notes)
+
+
+def read_weights(
+    folder: Path, others: Collection[str] = ()
+) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """What ``StoredModel`` holds, except for the tokenizer; errors as for ``read_folder``.
+
+    Args:
+        others: files that will be read too, to be checked against the folder's receipt.
+    """
+    content = _read_json(folder / "config.json")
+    files, tensors = _open_weights(folder)
+    verify_receipt(folder / RECEIPT, ("config.json", *others, OWN, INDEX, *files))
+    values, notes = model_values(content, str(folder / "config.json"))
+    kept, training = _own_values(folder / OWN)
+    config = from_dict(ModelConfig, {"tokenizer_name": folder.resolve().name, **kept, **values})
+    with torch.device("meta"):
+        expected = Transformer(config).state_dict()
+    if content.get("tie_word_embeddings") and "model.embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    notes += _check_weights(folder, tensors, to_huggingface(expected, config), config.n_layers)
+
+    def read(name: str) -> Tensor:
+        file, key = tensors[name]
+        tensor: Tensor = file.get_tensor(key)
+        return tensor if key == name else tensor.clone()  # what was tied shares no memory here
+
+    return config, from_huggingface(read, config, expected), training, tuple(notes)
+
+
+def _open_weights(folder: Path) -> tuple[list[str], dict[str, tuple[Any, str]]]:
+    """The names of the files that hold weights; and for each tensor its file, open, and its name in it."""
+    index = folder / INDEX
+    weight_map = _read_json(index).get("weight_map") if index.is_file() else {"": WEIGHTS}
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise UserError(f"{index}: its weight_map is no list of tensors and files: copy it again")
+    files = sorted(set(weight_map.values()))
+    if not (folder / files[0]).is_file() and any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder}: its weights are pickles (*.bin), which can run code and are not read: convert them to "
+            "safetensors"
+        )
+    tensors: dict[str, tuple[Any, str]] = {}
+    for path in (folder / name for name in files):
+        if not path.is_file():
+            raise UserError(f"{path}: missing: copy the folder again")
+        try:
+            opened: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or damaged ({error}): copy it again") from error
+        tensors |= {name: (opened, name) for name in opened.keys()}  # noqa: SIM118
+    if lost := sorted(weight_map.keys() - tensors.keys() - {""}):
+        raise UserError(f"{index}: lists {lost[0]}, which no file holds: copy the folder again")
+    return files, tensors
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and Path(name).name == name
+
+
+def _check_weights(
+    folder: Path, tensors: Mapping[str, tuple[Any, str]], expected: Mapping[str, Tensor], n_layers: int
+) -> list[str]:
+    """Checks names, shapes and types; returns notes on what is left out.
+
+    Args:
+        expected: all that the model needs, by the folder's names.
+
+    Raises:
+        UserError: they do not fit, or are quantised.
+    """
+    left_out = [name for name in tensors if name not in expected and _is_needless(name, n_layers)]
+    found: dict[str, Tensor] = {}
+    for name in tensors.keys() - left_out:
+        file, key = tensors[name]
+        part = file.get_slice(key)
+        if part.get_dtype() not in ("F32", "F16", "BF16"):
+            raise UserError(
+                f"{folder}: {name} is of type {part.get_dtype()}: quantised weights are not read, convert them to bf16"
+            )
+        if all(part.get_shape()):  # where there are no shared experts, transformers writes matrices without rows
+            found[name] = torch.empty(part.get_shape(), device="meta")
+    check_fits(folder, found, expected)
+    names = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+    note = f"left out, for the model works without (layers for further tokens, old tables): {names}"
+    return [note] if left_out else []
+
+
+def _is_needless(name: str, n_layers: int) -> bool:
+    """Whether it is a table of an old folder, or of the layers after the last, which predict further tokens."""
+    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+    return name.endswith("rotary_emb.inv_freq") or (layer.isdecimal() and int(layer) >= n_layers)
+
+
+def _own_values(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``nanokimi.json``, where there is one, adds to ``config.json``: fields of ModelConfig, and the training."""
+    if not path.is_file():
+        return {}, {"imported": True}
+    content = _read_json(path)
+    fields, training = content.get("model_config"), content.get("training")
+    if not isinstance(fields, dict) or not isinstance(training, dict):
+        raise UserError(f"{path}: lacks model_config or training: remove it, or copy it again")
+    return {name: value for name, value in fields.items() if name in OWN_FIELDS}, training
+
+
+def _find_tokenizer(folder: Path, named: str, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of the folder, or the one ``named``, under the name that ``config`` gives it."""
+    if not named and not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: there is no tokenizer.json in it: put one there, or `nanokimi import hf {folder} "
+            "--tokenizer FILE` (byte takes plain bytes)"
+        )
+    found = load_tokenizer(named or str(folder))
+    if found.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{named or folder / 'tokenizer.json'}: has {found.vocab_size} entries, the model only "
+            f"{config.vocab_size} (vocab_size): it belongs to another model"
+        )
+    found.name = config.tokenizer_name
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError, naming the file, where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        folder = path.parent
+        if folder.is_dir():
+            raise UserError(f"{path}: no such file: name a folder in Hugging Face format") from None
+        if folder.exists():
+            raise UserError(f"{folder} is a file: name a folder in Hugging Face format") from None
+        raise UserError(
+            f"{folder}: no such folder: for a model of the hub, `hf download OWNER/NAME --local-dir {folder}` first"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object: copy it again")
+    return content
