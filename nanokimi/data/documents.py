@@ -1,12 +1,14 @@
-"""What every source is made of: documents, in pieces that fit into memory and can be found again.
+"""Documents, what every source of text is made of: in pieces that fit into memory and can be found again.
 
-A document of up to ``PIECE_BYTES`` is one piece. A longer one is cut behind a line end; a line that is longer still,
+A document of up to ``PIECE_BYTES`` is one piece. A longer one is cut after a line end; a line that is longer still,
 between two characters. Where a document is cut depends on nothing but its own text, so that it becomes the same
 tokens whichever file, format or position it is read from. CRLF line ends become LF, everything else stays as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -54,18 +56,18 @@ class Documents(Protocol):
     """Documents in parts that can be read apart from one another, each from any of its pieces on.
 
     Attributes:
-        name: what the user knows it by.
+        name: what the user knows them by.
+        n_bytes: size of the whole in the unit that ``advance`` counts, None where it is not known.
+        n_parts: how many parts there are; they and their order depend on the data alone.
     """
 
     name: str
 
     @property
-    def n_bytes(self) -> int | None:
-        """Size of the whole in the unit that ``advance`` counts, None where it is not known."""
+    def n_bytes(self) -> int | None: ...
 
     @property
-    def n_parts(self) -> int:
-        """How many parts there are; they and their order depend on the data alone."""
+    def n_parts(self) -> int: ...
 
     @property
     def identity(self) -> list[Any]:
@@ -81,6 +83,11 @@ class Documents(Protocol):
             UserError: the data cannot be read as what they are said to be.
             RunError: a network or a disk failed.
         """
+
+
+def short_hash(value: Any) -> str:
+    """16 hexadecimal digits for a plain value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def cut_text(text: str) -> Iterator[str]:
@@ -103,7 +110,7 @@ class TextCutter:
     Args:
         name: of the file, for messages.
         errors: ``strict``, or ``replace`` to turn bytes that are not UTF-8 into U+FFFD.
-        start: where in the file the first bytes to come stand.
+        start: where in the file the first bytes to come are.
         starts_line: whether they begin a line.
     """
 
@@ -124,9 +131,9 @@ class TextCutter:
             end = _inside_document(window[:PIECE_BYTES])
             return end, [self._take(window, 0, end, end, ends_document=False)]
         pieces, start = [], 0
-        for stop, behind in ends:
-            pieces.append(self._take(window, start, stop, behind, ends_document=True))
-            start = behind
+        for stop, next_start in ends:
+            pieces.append(self._take(window, start, stop, next_start, ends_document=True))
+            start = next_start
         if final and (start < len(window) or self.cursor.piece):
             pieces.append(self._take(window, start, len(window), len(window), ends_document=True))
         return len(window) if final else start, pieces
@@ -136,8 +143,7 @@ class TextCutter:
             return False
         return final or found.start() <= PIECE_BYTES  # all of it is in the window, even without a line end
 
-    def _take(self, window: bytes, start: int, stop: int, behind: int, *, ends_document: bool) -> Piece:
-        """The piece of bytes ``start`` to ``stop``; what comes next begins at ``behind``."""
+    def _take(self, window: bytes, start: int, stop: int, next_start: int, *, ends_document: bool) -> Piece:
         data, cursor = window[start:stop], self.cursor
         try:
             text = data.decode("utf-8", self.errors)
@@ -147,8 +153,8 @@ class TextCutter:
                 "or go on with --encoding_errors replace"
             ) from error
         piece = 0 if ends_document else cursor.piece + 1
-        self.cursor = cursor._replace(at=cursor.at + behind - start, piece=piece)
-        self.starts_line = behind > stop or data.endswith(b"\n")
+        self.cursor = cursor._replace(at=cursor.at + next_start - start, piece=piece)
+        self.starts_line = next_start > stop or data.endswith(b"\n")
         return Piece(_line_ends(text), ends_document, cursor)
 
 

@@ -83,7 +83,7 @@ class Format:
         column = next((self._column(record, span.path) for _, record in first), "")  # whichever record is read first
         for at, record in self._records(span.path, start.at, span.end, advance):
             column = column or self._column(record, span.path)
-            yield from rows_of(record.get(column), start, Cursor(start.span, at), f"{span.path} at byte {at}")
+            yield from pieces_of_row(record.get(column), start, Cursor(start.span, at), f"{span.path} at byte {at}")
 
     def _records(self, path: Path, at: int, end: int | None, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
         """The objects of a JSON lines file from byte ``at`` on, each with the byte where its line begins."""
@@ -109,10 +109,8 @@ class Format:
         return record
 
     def _column(self, record: Mapping[str, Any], path: Path) -> str:
-        return pick_text_column(
-            {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()},
-            self.text_column, str(path),
-        )  # fmt: skip
+        types = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()}
+        return pick_text_column(types, self.text_column, str(path))
 
     def _parquet(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
         import pyarrow as pa
@@ -138,7 +136,7 @@ class Format:
         for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=[column]):
             first = max(row, start.at)
             for i, value in enumerate(batch.column(0)[first - row :], first):
-                yield from rows_of(self._value(value, i, where), start, Cursor(start.span, i), f"{where} row {i}")
+                yield from pieces_of_row(self._value(value, i, where), start, Cursor(start.span, i), f"{where} row {i}")
             row += len(batch)
 
     def _value(self, value: Any, row: int, where: str) -> Any:
@@ -156,7 +154,7 @@ def _in_one_line(reason: object) -> str:
     return " ".join(str(reason).split()) or type(reason).__name__
 
 
-def rows_of(text: Any, start: Cursor, cursor: Cursor, where: str) -> Iterator[Piece]:
+def pieces_of_row(text: Any, start: Cursor, cursor: Cursor, where: str) -> Iterator[Piece]:
     """The pieces of one row's text from ``start`` on; a row without text is an empty document.
 
     Raises:
@@ -214,7 +212,7 @@ class _Source:
         self.ended = False
 
     def peek(self, count: int) -> bytes:
-        """The next ``count`` bytes, fewer at the end; ``ended`` tells whether nothing comes behind them."""
+        """The next ``count`` bytes, fewer at the end; ``ended`` tells whether nothing comes after them."""
         missing = count + 1 - (len(self._buffer) - self._at)
         if missing > 0 and not self.ended:
             blocks = [self._buffer[self._at :]]

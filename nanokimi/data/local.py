@@ -45,13 +45,12 @@ class LocalDocuments:
         self._stamps = {path: _stamp(path) for path in self.files}
 
     @property
-    def n_bytes(self) -> int | None:
+    def n_bytes(self) -> int:
         """Size of the files on disk."""
         return sum(size for size, _ in self._stamps.values())
 
     @property
     def n_parts(self) -> int:
-        """How many parts there are."""
         return len(self._parts)
 
     @property
@@ -98,6 +97,11 @@ class LocalDocuments:
                 parts[-1].append(span)
                 room -= length
         return parts
+
+
+def cache_home() -> Path:
+    """The user's cache folder for what nanokimi makes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokimi"
 
 
 def find_files(path: str, flag: str) -> list[Path]:
@@ -174,7 +178,7 @@ def _bytes_at(path: Path, position: int) -> bytes:
 
 
 def _boundary(data: bytes, *, documents: bool) -> int:
-    """The first place in ``data`` behind a document's end, else behind a line end; 0 if there is neither."""
+    """The first place in ``data`` after a document's end, else after a line end; 0 if there is neither."""
     separator = _SEPARATOR.search(data) if documents else None
     if documents and not separator and len(data) < SEARCHED_BYTES:
         return 0  # the document ends with the file

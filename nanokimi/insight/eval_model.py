@@ -13,9 +13,8 @@ import torch
 
 from nanokimi import __version__, checkpoint
 from nanokimi.config import TrainConfig, from_dict
-from nanokimi.console import log
-from nanokimi.data.prepared import describe
-from nanokimi.data.progress import reading
+from nanokimi.console import log, progress_bar
+from nanokimi.data.corpus import describe
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import has_fast_bf16, out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
@@ -199,7 +198,7 @@ def _trained_with(path: str) -> TrainConfig:
 def _score_text(text: ChosenText, subject: Subject, request: Request, report: Report) -> None:
     model, tokenizer, scoring = subject
     began = time.monotonic()
-    with reading(f"scoring {text.name}", text.n_bytes) as advance:
+    with progress_bar(f"scoring {text.name}", text.n_bytes) as advance:
         found = score_text(
             model, tokenizer, text.read(advance), scoring, stride=request.stride, max_tokens=request.max_tokens
         )
@@ -217,7 +216,7 @@ def _score_text(text: ChosenText, subject: Subject, request: Request, report: Re
 
 
 def _answer(file: str, questions: Sequence[Question], subject: Subject, report: Report) -> None:
-    with reading(f"answering {file}", sum(question.size for question in questions)) as advance:
+    with progress_bar(f"answering {file}", sum(question.size for question in questions)) as advance:
         found = answer(subject.model, subject.tokenizer, questions, subject.scoring, advance)
     results: dict[str, Any] = {"path": file, "n": found.n}
     for name, share in (("acc", found.acc), ("acc_norm", found.acc_norm)):

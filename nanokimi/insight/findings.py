@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanokimi.data.corpus import Corpus, Reading
-from nanokimi.data.loader import BatchLoader, Loader
-from nanokimi.data.mixture import MixLoader
-from nanokimi.data.packing import TokenRow
-from nanokimi.data.shuffle import permutation
-from nanokimi.data.stream_loader import StreamLoader
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions, MixLoader, permutation
+from nanokimi.data.stream import StreamLoader
 
 BLOCK_TOKENS = 1 << 14
 LOOK_AROUND = 1 << 20  # tokens before and behind a sequence among which the ends of its documents are looked for
@@ -69,7 +67,7 @@ class Findings:
     epoch: int = 0
 
 
-def look_at(corpus: Corpus, reading: Reading, wanted: int, *, keep: int) -> Findings:
+def look_at(corpus: Corpus, reading: LoaderOptions, wanted: int, *, keep: int) -> Findings:
     """Reads up to ``wanted`` sequences and measures them; keeps the first ``keep``."""
     loader, tokenizer = corpus.train.loader(reading), corpus.tokenizer
     places = _Places(loader)
@@ -132,7 +130,7 @@ class _Places:
         every = loader.loaders.values() if isinstance(loader, MixLoader) else [loader]
         self.loaders = [source for source in every if isinstance(source, BatchLoader)]
         self.indices: list[list[int]] = [[] for _ in self.loaders]
-        self._orders = [permutation(source.seed, 0, len(source.sequences)) for source in self.loaders]
+        self._orders = [permutation(source.options.seed, 0, len(source.sequences)) for source in self.loaders]
 
     def note(self) -> bool:
         """Takes down the sequence that was just given; False when it came from a stream."""

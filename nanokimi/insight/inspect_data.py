@@ -12,7 +12,8 @@ import numpy as np
 
 from nanokimi import console
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
-from nanokimi.data.corpus import Corpus, Reading
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
@@ -49,7 +50,7 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     model_config = ModelConfig.preset(config.preset, **model)
     require_writable(output, example="data_lengths.png")
     corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, log=console.log)
-    reading = Reading(
+    reading = LoaderOptions(
         model_config.max_seq_length, batch_size=1, seed=config.seed, num_workers=config.num_workers,
         shuffle_buffer=config.shuffle_buffer,
     )  # fmt: skip
@@ -64,7 +65,7 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
 # ---- the report ---------------------------------------------------------------------------------
 
 
-def report(found: Findings, corpus: Corpus, reading: Reading, *, wanted: int, show: int) -> Iterator[str]:
+def report(found: Findings, corpus: Corpus, reading: LoaderOptions, *, wanted: int, show: int) -> Iterator[str]:
     """The lines of the report but for control characters, which ``printable`` must still take out.
 
     Args:
@@ -81,7 +82,7 @@ def report(found: Findings, corpus: Corpus, reading: Reading, *, wanted: int, sh
     yield from _labels(found.samples[0], corpus.tokenizer)
 
 
-def _about_source(corpus: Corpus, reading: Reading) -> Iterator[str]:
+def _about_source(corpus: Corpus, reading: LoaderOptions) -> Iterator[str]:
     first, *others = corpus.summary.replace("; ", "\n").split("\n")
     yield f"Source     {first}"
     yield from (f"           {line}" for line in others)

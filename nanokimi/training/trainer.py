@@ -14,10 +14,9 @@ import torch
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import printable
-from nanokimi.data.batch import Batch
-from nanokimi.data.corpus import Corpus, Reading
-from nanokimi.data.loader import merge_states
-from nanokimi.data.packing import PackedSequences
+from nanokimi.data.batch import Batch, PackedSequences
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import LoaderOptions, merge_states
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.loading import build
@@ -88,13 +87,13 @@ class Trainer:
         self.model = self.spread.model
         self.optimizer = make_optimizer(self.model, config, orthogonalise=self.spread.orthogonalise)
         self.step = TrainingStep(self.model, self.optimizer, config, device, spread=self.spread)
-        reading = Reading(
+        options = LoaderOptions(
             model_config.max_seq_length, self.step.parts.batch_size, config.seed, num_workers=config.num_workers,
             pin_memory=device.type == "cuda", eot_id=corpus.tokenizer.eot_id if config.mask_documents else None,
             shuffle_buffer=config.shuffle_buffer,
             rank=ranks.rank, world_size=ranks.size,
         )  # fmt: skip
-        self.batches = ranks.run_or_fail_together(lambda: corpus.train.loader(reading))
+        self.batches = ranks.run_or_fail_together(lambda: corpus.train.loader(options))
         self.held_out = self._held_out_sequences()
         ranks.run_or_fail_together(self._check_sample_prompt)
         self.metrics = ranks.run_or_fail_together(lambda: MetricsLog(output if ranks.is_main else None, state=history))

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.text import Text
+from nanokimi.data.split import Text
 from nanokimi.data.token_set import write_token_set
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 

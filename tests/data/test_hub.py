@@ -24,6 +24,7 @@ CHILD = """
 import functools, json, multiprocessing, pickle, sys, time
 import huggingface_hub.hf_file_system as file_system
 from torch.utils.data import DataLoader, IterableDataset
+from nanokimi import console
 from nanokimi.data import hub
 from nanokimi.data.documents import Cursor, START
 from nanokimi.errors import RunError, UserError
@@ -437,7 +438,7 @@ except UserError as error:
 
 def test_it_reads_in_workers_that_were_forked_or_spawned(child: Child) -> None:
     code = """
-documents = opened(**source, say=hub.tell)
+documents = opened(**source, log=console.log)
 copy = pickle.loads(pickle.dumps(documents))
 whole = parts(copy)
 result = [sum(whole, [])]
@@ -485,7 +486,7 @@ class Flaky(HubDocuments):
     """Rows whose connection breaks after so many of them, in turn."""
 
     def __init__(self, breaks: list[int], said: list[str]) -> None:
-        self.limit, self.name, self._breaks, self._say = 0, "flaky", breaks, said.append
+        self.limit, self.name, self._breaks, self._log = 0, "flaky", breaks, said.append
 
     def _texts(self, part: int, row: int) -> Iterator[str | None]:
         for number in range(self._breaks.pop(0) if self._breaks else 1000):

@@ -16,8 +16,9 @@ from PIL import Image
 
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
-from nanokimi.data.corpus import Corpus, Reading
-from nanokimi.data.packing import TokenRow
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 from nanokimi.insight import findings
 from nanokimi.insight.findings import Document, Findings, look_at, seen_documents, whole_documents
@@ -65,7 +66,7 @@ def opened(path: Path, dataset: str = "local") -> Corpus:
 
 
 def looked_at(path: Path, dataset: str = "local", *, length: int = 16, sequences: int = 10**6, **how: Any) -> Findings:
-    return look_at(opened(path, dataset), Reading(length, 1, **{"seed": 3, **how}), sequences, keep=1)
+    return look_at(opened(path, dataset), LoaderOptions(length, 1, **{"seed": 3, **how}), sequences, keep=1)
 
 
 def lengths(documents: list[Document]) -> list[int]:
@@ -89,7 +90,7 @@ def test_a_few_sequences_show_their_documents_in_full(made_up: Path) -> None:
     row = np.array([id_ for text in TEXTS for id_ in (*text.encode(), EOT)])
     belongs_to = np.concatenate([[0], np.cumsum(row == EOT)[:-1]])
     for seed in range(6):
-        found = look_at(opened(made_up), Reading(16, 1, seed=seed), 3, keep=3)
+        found = look_at(opened(made_up), LoaderOptions(16, 1, seed=seed), 3, keep=3)
         at = [next(i for i in range(0, len(row), 16) if (row[i : i + 17] == sample).all()) for sample in found.samples]
         touched = {int(number) for start in at for number in belongs_to[start : start + 16]}
         assert lengths(found.documents) == sorted(LENGTHS[number] for number in touched)
@@ -143,7 +144,7 @@ def test_a_stream_is_looked_at_once(made_up: Path) -> None:
 
 
 def test_what_is_looked_at_is_what_training_reads(library: Path) -> None:
-    corpus, reading = opened(library), Reading(128, 1, seed=11)
+    corpus, reading = opened(library), LoaderOptions(128, 1, seed=11)
     found = look_at(corpus, reading, 5, keep=5)
     for sample, batch in zip(found.samples, corpus.train.loader(reading), strict=False):
         assert (sample == batch.rows()[0].numpy()).all()
