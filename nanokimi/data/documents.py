@@ -13,13 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from nanokimi.data.tokenizer import END_OF_TEXT
-from nanokimi.errors import UserError
-
 PIECE_BYTES = 1 << 18
-SEPARATOR_BYTES = len(END_OF_TEXT) + 2  # a line of its own, with CRLF
-_SEPARATOR = re.compile(rb"^" + re.escape(END_OF_TEXT.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
-
 Advance = Callable[[int], None]
 
 
@@ -98,71 +92,18 @@ def cut_text(text: str) -> Iterator[str]:
         data = re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
     start = 0
     while len(data) - start > PIECE_BYTES:
-        end = start + _inside_document(data[start : start + PIECE_BYTES])
-        yield _line_ends(data[start:end].decode())
+        end = start + place_to_cut(data[start : start + PIECE_BYTES])
+        yield line_ends(data[start:end].decode())
         start = end
-    yield _line_ends(data[start:].decode())
+    yield line_ends(data[start:].decode())
 
 
-class TextCutter:
-    """Cuts the bytes of a text file into pieces; lines that are exactly ``<|endoftext|>`` separate its documents.
-
-    Args:
-        name: of the file, for messages.
-        errors: ``strict``, or ``replace`` to turn bytes that are not UTF-8 into U+FFFD.
-        start: where in the file the first bytes to come are.
-        starts_line: whether they begin a line.
-    """
-
-    def __init__(self, name: str, errors: str, start: Cursor, *, starts_line: bool) -> None:
-        self.name, self.errors, self.cursor, self.starts_line = name, errors, start, starts_line
-
-    def cut(self, window: bytes, *, final: bool) -> tuple[int, list[Piece]]:
-        """The pieces at the start of ``window`` and how many of its bytes they take, at least one.
-
-        Args:
-            window: ``PIECE_BYTES + SEPARATOR_BYTES`` bytes or more; ``final``: the last ones, at most ``PIECE_BYTES``.
-
-        Raises:
-            UserError: bytes that are not UTF-8; the message gives the offset in the file.
-        """
-        ends = [found.span() for found in _SEPARATOR.finditer(window) if self._is_separator(found, final)]
-        if not final and not ends:
-            end = _inside_document(window[:PIECE_BYTES])
-            return end, [self._take(window, 0, end, end, ends_document=False)]
-        pieces, start = [], 0
-        for stop, next_start in ends:
-            pieces.append(self._take(window, start, stop, next_start, ends_document=True))
-            start = next_start
-        if final and (start < len(window) or self.cursor.piece):
-            pieces.append(self._take(window, start, len(window), len(window), ends_document=True))
-        return len(window) if final else start, pieces
-
-    def _is_separator(self, found: re.Match[bytes], final: bool) -> bool:
-        if found.start() == 0 and not self.starts_line:
-            return False
-        return final or found.start() <= PIECE_BYTES  # all of it is in the window, even without a line end
-
-    def _take(self, window: bytes, start: int, stop: int, next_start: int, *, ends_document: bool) -> Piece:
-        data, cursor = window[start:stop], self.cursor
-        try:
-            text = data.decode("utf-8", self.errors)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.name}: not UTF-8 at byte {cursor.at + error.start}: convert it (iconv -t utf-8), "
-                "or go on with --encoding_errors replace"
-            ) from error
-        piece = 0 if ends_document else cursor.piece + 1
-        self.cursor = cursor._replace(at=cursor.at + next_start - start, piece=piece)
-        self.starts_line = next_start > stop or data.endswith(b"\n")
-        return Piece(_line_ends(text), ends_document, cursor)
-
-
-def _line_ends(text: str) -> str:
+def line_ends(text: str) -> str:
+    """CRLF as LF."""
     return text.replace("\r\n", "\n")
 
 
-def _inside_document(window: bytes) -> int:
+def place_to_cut(window: bytes) -> int:
     """Where to cut a window that holds the end of no document: at its last line end, else between two characters."""
     end = window.rfind(b"\n") + 1
     if end:
