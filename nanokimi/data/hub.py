@@ -122,15 +122,19 @@ class HubDocuments:
         files = builder.config.data_files or {}
         if self.split not in files:
             raise UserError(f"--hf_split {self.split}: {self.repo} has the splits {_listing([*map(str, files)])}")
+        options: dict[str, Any] = {"split": self.split, "revision": self.commit, "streaming": True}
         is_parquet = isinstance(builder.config, ParquetConfig)
-        options = {"split": self.split, "revision": self.commit, "streaming": True}
-        stream = load_dataset(path, self.config, **options, **(_parquet_options() if is_parquet else {}))
+        if is_parquet:
+            options |= _parquet_options()
+        stream = load_dataset(path, self.config, **options)
         self.text_column = _choose_column(stream, text_column, self.repo)
+        if is_parquet:
+            stream = load_dataset(path, self.config, columns=[self.text_column], **options)
         self._stream = stream.select_columns([self.text_column]).with_format("arrow")
         self._n_files: int = stream.num_shards
         files = [str(file) for file in files[self.split]]
-        by_row = is_parquet and len(files) == self._n_files and all(file.startswith("hf://") for file in files)
-        self._parquet: list[str] = files if by_row else []
+        skips = is_parquet and len(files) == self._n_files and all(file.startswith("hf://") for file in files)
+        self._parquet: list[str] = files if skips else []
 
     def _rows(self, part: int, row: int) -> Iterator[str]:
         """The texts of a part from ``row`` on, each once, also where the connection breaks."""
@@ -168,11 +172,17 @@ class HubDocuments:
         _settle_libraries()
         if not self._parquet:
             stream = self._stream if self.limit else self._stream.shard(self._n_files, part)
-            for table in (stream.skip(row) if row else stream).iter(_ROWS):
-                yield from table[self.text_column].to_pylist()
+            yield from self._column(stream.skip(row) if row else stream)
             return
         for file in range(self._n_files) if self.limit else [part]:
-            row = yield from _from_row(self._parquet[file], self.text_column, row)
+            if row:
+                row = yield from _from_row(self._parquet[file], self.text_column, row)
+            else:
+                yield from self._column(self._stream.shard(self._n_files, file))
+
+    def _column(self, stream: Any) -> Iterator[str | None]:
+        for table in stream.iter(_ROWS):
+            yield from table[self.text_column].to_pylist()
 
 
 def _settle_libraries() -> None:
