@@ -103,7 +103,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         "HuggingFaceFW/fineweb": of_texts["fineweb"], "org/fineweb-noise": of_noise["fineweb"],
     }  # fmt: skip
     with LoopbackHub(served) as hub:
-        paths = os.pathsep.join([str(TESTS), str(TESTS / "data")])
+        paths = os.pathsep.join(map(str, [TESTS.parent, TESTS, TESTS / "data"]))
         environment = hub_environment(hub.url, folder / "hf") | {
             "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"),
         }  # fmt: skip
