@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from nanokimi.data import tokenbin
 from nanokimi.data.batch import PackedSequences
-from nanokimi.data.corpus import Corpus
+from nanokimi.data.corpus import Corpus, StreamedText
 from nanokimi.data.local import LocalDocuments
+from nanokimi.data.sources import choose_tokenizer
 from nanokimi.data.split import Text
 from nanokimi.data.token_file import TokenFile, write_tokens
 from nanokimi.data.token_set import TokenSet, write_token_set
@@ -389,10 +390,10 @@ def test_a_file_that_is_truncated_during_the_run_ends_it_at_the_next_read(
             corpus = opened(path.parent if kind == "set" else path, byte)
             assert corpus.train.tokens is not None
             sequences = PackedSequences(corpus.train.tokens, 16)
-            assert len(sequences[len(sequences) - 1]) == 17
+            assert sequences.batch([len(sequences) - 1]).shape == (1, 17)
             os.truncate(path, 4096)
             with pytest.raises(RunError, match=f"{path}: the token file was truncated while in use: make it anew"):
-                sequences[len(sequences) - 1]
+                sequences.batch([len(sequences) - 1])
             code = 0
         finally:
             os._exit(code)
@@ -490,7 +491,6 @@ def test_the_tokenizer_that_a_header_names_is_found_unless_it_must_be_trained(pa
 
 def test_no_tokenizer_is_trained_on_tokens(path: Path) -> None:
     write_plain(path, draw_documents(5))
-    source = TokenBin(str(path))
-    for act in (lambda: source.train_bpe(300), lambda: list(source.training_text(100))):
+    for sources in ([TokenBin(str(path))], [StreamedText(Text(LocalDocuments(path))), TokenBin(str(path))]):
         with pytest.raises(UserError, match=r"no tokenizer can be trained on tokens: .*--set tokenizer_name="):
-            act()
+            choose_tokenizer(sources, "bpe:300", named=False)

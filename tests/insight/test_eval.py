@@ -290,8 +290,8 @@ def test_both_parts_make_up_the_whole(evaluate: Eval, folder: Path, dataset: str
     assert whole["documents"] == 150
     assert 0 < held_out["documents"] < 30
     if dataset != "tokenbin":
-        (role,) = text_of(TrainConfig(data_path=path), print).roles
-        assert held_out["n_bytes"] == sum(len(piece.text) for is_out, piece in role.pieces(0) if is_out)
+        text = text_of(TrainConfig(data_path=path), print)
+        assert held_out["n_bytes"] == sum(len(piece.text) for is_out, piece in text.read(0) if is_out)
 
 
 def test_held_out_documents_of_their_own_and_mixtures(evaluate: Eval, folder: Path, debug_model: Transformer) -> None:
