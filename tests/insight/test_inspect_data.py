@@ -22,7 +22,7 @@ from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 from nanokimi.insight import findings
 from nanokimi.insight.findings import Document, Findings, look_at, seen_documents, whole_documents
-from nanokimi.insight.length_plot import plot_lengths
+from nanokimi.insight.inspect_data import plot_lengths
 
 EOT = 256  # of the byte tokenizer
 SEPARATOR = "\n<|endoftext|>\n"
@@ -144,9 +144,9 @@ def test_a_stream_is_looked_at_once(made_up: Path) -> None:
 
 
 def test_what_is_looked_at_is_what_training_reads(library: Path) -> None:
-    corpus, reading = opened(library), LoaderOptions(128, 1, seed=11)
-    found = look_at(corpus, reading, 5, keep=5)
-    for sample, batch in zip(found.samples, corpus.train.loader(reading), strict=False):
+    corpus, options = opened(library), LoaderOptions(128, 1, seed=11)
+    found = look_at(corpus, options, 5, keep=5)
+    for sample, batch in zip(found.samples, corpus.train.loader(options), strict=False):
         assert (sample == batch.rows()[0].numpy()).all()
 
 
