@@ -42,16 +42,6 @@ class Batch(NamedTuple):
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         return cls(tokens, labels, None if eot_id is None else document_numbers(tokens, eot_id))
 
-    @classmethod
-    def joined(cls, batches: Sequence[Batch]) -> Batch:
-        """The sequences of all ``batches``, which are alike."""
-        documents = [batch.documents for batch in batches if batch.documents is not None]
-        return cls(
-            torch.cat([batch.tokens for batch in batches]),
-            torch.cat([batch.labels for batch in batches]),
-            torch.cat(documents) if documents else None,
-        )
-
     def rows(self) -> Tensor:
         """The packed sequences ``[B, T + 1]`` that ``of_rows`` made the batch of."""
         return torch.cat((self.tokens, self.labels[:, -1:]), dim=1)

@@ -94,20 +94,12 @@ class HubDocuments:
 
     @property
     def identity(self) -> list[Any]:
-        """Repository, commit, configuration, split, column and limit."""
         return [self.repo, self.commit, self.config, self.split, self.text_column, self.limit]
 
     def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
-        """The pieces of one part from ``start`` on; a row without text is an empty document.
+        """The pieces of one part from ``start`` on; ``advance`` is told the UTF-8 bytes of every row's text.
 
         A connection that breaks is tried again from the same row, ``RETRIES`` times in a row with growing waits.
-
-        Args:
-            advance: told the UTF-8 bytes of every row's text.
-
-        Raises:
-            RunError: the connection could not be restored, or the file has gone.
-            UserError: the file cannot be read as what it is said to be.
         """
         for row, text in enumerate(self._rows(part, start.at), start.at):
             advance(len(text.encode(errors="replace")))
@@ -301,7 +293,6 @@ def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments
 
 
 def _fetch(documents: HubDocuments, file: IO[bytes]) -> None:
-    """Appends the rows that are not in ``file`` yet."""
     file.seek(0)
     n_rows = end = 0
     for line in file:

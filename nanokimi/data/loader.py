@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nanokimi.data.batch import Batch, PackedSequences, TokenRow
@@ -51,9 +52,9 @@ class LoaderOptions:
     rank: int = 0
     world_size: int = 1
 
-    def batch(self, rows: NDArray[np.int32]) -> Batch:
+    def batch(self, rows: Tensor) -> Batch:
         """The batch of some sequences ``[B, T + 1]``."""
-        batch = Batch.of_rows(torch.from_numpy(rows).long(), self.eot_id)
+        batch = Batch.of_rows(rows.long(), self.eot_id)
         return batch.pin_memory() if self.pin_memory else batch
 
 
@@ -71,7 +72,10 @@ class Loader(Protocol):
         """The position, in plain values and tensors; what was merely read ahead does not count."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position: of this rank, or of all of them (``merge_states``)."""
+        """Goes to a saved position: of this rank, or of all of them (``merge_states``).
+
+        Iterators made from now on start there. UserError if the order of the saved run was another one.
+        """
 
     def go_near(self, state: dict[str, Any]) -> None:
         """Goes to about the place that ``state`` had in other data."""
@@ -116,15 +120,11 @@ class BatchLoader:
         self.warnings: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present position on.
-
-        Raises:
-            RunError: a worker died or hangs, or a file was truncated.
-        """
+        """Batches from the present position on; RunError if a worker died or hangs, or a file was truncated."""
         # Arrays of whole batches go through a pipe several times as fast as tensors through shared memory.
         for rows in read_ahead(self.sequences.batch, self._indices(), self.options.num_workers):
             self.samples += self.options.batch_size * self.options.world_size
-            yield self.options.batch(rows)
+            yield self.options.batch(torch.from_numpy(rows))
 
     def _indices(self) -> Iterator[list[int]]:
         """The sequences of this rank's batches, without end.
@@ -144,20 +144,13 @@ class BatchLoader:
             epoch, position = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it depends on."""
         return {"samples": self.samples, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position; iterators made from now on start there.
-
-        Raises:
-            UserError: the order of the saved run was another one.
-        """
         require_same_order(state, self._order())
         self.samples = state["samples"]
 
     def go_near(self, state: dict[str, Any]) -> None:
-        """Goes as many samples far as the other run was."""
         self.samples = state.get("samples", 0)
 
     def _order(self) -> dict[str, int]:
@@ -180,22 +173,20 @@ class MixLoader:
     ) -> None:
         weights = {name: Fraction(str(weight)) for name, (weight, _) in sources.items()}  # 0.7 is meant as 7/10
         self.shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-        one = replace(options, batch_size=1, pin_memory=False)
+        one = replace(options, batch_size=1, pin_memory=False, eot_id=None)
         self.loaders = {name: loader(one) for name, (_, loader) in sources.items()}
         self.options = options
         self._counts = dict.fromkeys(sources, 0)
 
     @property
     def warnings(self) -> Counter[str]:
-        """Those of all sources."""
         return sum((loader.warnings for loader in self.loaders.values()), Counter())
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present position on."""
         sources = {name: iter(loader) for name, loader in self.loaders.items()}
         while True:
-            batch = Batch.joined([next(sources[self._next()]) for _ in range(self.options.batch_size)])
-            yield batch.pin_memory() if self.options.pin_memory else batch
+            rows = [next(sources[self._next()]).rows() for _ in range(self.options.batch_size)]
+            yield self.options.batch(torch.cat(rows))
 
     def _next(self) -> str:
         reached = sum(self._counts.values()) + 1
@@ -205,18 +196,15 @@ class MixLoader:
         return name
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts and the position in every source."""
         sources = {name: loader.state_dict() for name, loader in self.loaders.items()}
         return {"counts": dict(self._counts), "sources": sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position; UserError from one of the sources."""
         for name, loader in self.loaders.items():
             loader.load_state_dict(state["sources"][name])
         self._counts = dict(state["counts"])
 
     def go_near(self, state: dict[str, Any]) -> None:
-        """Goes near the place in those sources that were there."""
         for name, loader in self.loaders.items():
             if name in state.get("sources", {}):
                 loader.go_near(state["sources"][name])
@@ -299,8 +287,8 @@ class _Reader(Dataset[Any]):
             return error  # raised in a worker it would come wrapped in a traceback
 
 
-def _unchanged(answer: Any) -> Any:
-    return answer  # a lambda could not be sent to a worker that is not forked
+def _unchanged(answer: Any) -> Any:  # a lambda could not be sent to a worker that is not forked
+    return answer
 
 
 def _begin_worker(worker: int) -> None:

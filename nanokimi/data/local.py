@@ -46,7 +46,6 @@ class LocalDocuments:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the files on disk."""
         return sum(size for size, _ in self._stamps.values())
 
     @property
@@ -64,7 +63,6 @@ class LocalDocuments:
         return [self.stamps, self.form.text_column, self.form.errors, self.split_up and PART_BYTES]
 
     def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
-        """The pieces of one part from ``start`` on; see ``Documents``."""
         for number, span in enumerate(self._parts[part]):
             if number < start.span:
                 continue
@@ -78,7 +76,6 @@ class LocalDocuments:
             self._require_unchanged(span.path)
 
     def _require_unchanged(self, path: Path) -> None:
-        """Raises UserError when the file was written to since it was first looked at."""
         if _stamp(path) != self._stamps[path]:
             raise UserError(f"{path}: {CHANGED}")
 
@@ -155,26 +152,22 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _slices(path: Path, size: int) -> Iterator[Span]:
     """A file in slices of about ``PART_BYTES`` that begin at lines, at documents where possible."""
-    whole = is_compressed(path) or inner_suffix(path) == ".parquet"
     start = 0
-    if not whole:
+    if not is_compressed(path) and inner_suffix(path) != ".parquet":
         for nominal in range(PART_BYTES, size, PART_BYTES):
             if nominal <= start:
                 continue
-            end = _boundary(_bytes_at(path, nominal - 1), documents=inner_suffix(path) not in JSON_LINES)
+            try:
+                with path.open("rb") as file:
+                    file.seek(nominal - 1)
+                    data = file.read(SEARCHED_BYTES)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}: repair or replace it") from error
+            end = _boundary(data, documents=inner_suffix(path) not in JSON_LINES)
             if end and nominal - 1 + end < size:
                 yield Span(path, start, nominal - 1 + end)
                 start = nominal - 1 + end
     yield Span(path, start, None)
-
-
-def _bytes_at(path: Path, position: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(position)
-            return file.read(SEARCHED_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}: repair or replace it") from error
 
 
 def _boundary(data: bytes, *, documents: bool) -> int:

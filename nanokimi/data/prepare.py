@@ -71,7 +71,6 @@ def _summary(found: TokenSet, tokenizer: Tokenizer, output: Path, n_bytes: int, 
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of text in the complete shards."""
     try:
         shards = Manifest.read(folder).shards
     except TokenFileError:

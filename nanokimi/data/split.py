@@ -56,7 +56,6 @@ class Text:
 
     @property
     def name(self) -> str:
-        """What the user knows it by."""
         return self.documents.name
 
     @property

@@ -234,7 +234,8 @@ class StreamLoader:
         """
         sequences = self._shuffled()
         while True:
-            yield self.options.batch(np.stack([next(sequences) for _ in range(self.options.batch_size)]))
+            rows = np.stack([next(sequences) for _ in range(self.options.batch_size)])
+            yield self.options.batch(torch.from_numpy(rows))
 
     @property
     def epoch(self) -> int:
@@ -280,7 +281,8 @@ class StreamLoader:
         """
         if self._epoch_over:
             yield None
-        chunks = self._chunks()
+        reader = LaneReader(self.stream, dict(self._positions))
+        chunks = read_ahead(reader.chunk, self._wanted_chunks(), self.num_workers)
         queues: dict[int, deque[tuple[Sequence, NDArray[np.int64]]]] = {lane: deque() for lane in self._lanes}
         ended = dict.fromkeys(self._lanes, -1)  # epoch whose last sequences are in the queue
         from_start = all(position == Position() for position in self._positions.values())
@@ -311,10 +313,6 @@ class StreamLoader:
                 from_start = False
                 yield None
 
-    def _chunks(self) -> Iterator[Chunk]:
-        reader = LaneReader(self.stream, dict(self._positions))
-        return read_ahead(reader.chunk, self._wanted_chunks(), self.num_workers)
-
     def _wanted_chunks(self) -> Iterator[tuple[int, int]]:
         """Lane after lane. A chunk that is asked for ahead may be of an epoch that its lane has ended: it is empty."""
         while True:
@@ -322,7 +320,6 @@ class StreamLoader:
                 yield lane, self.epoch
 
     def _require_enough(self, n_sequences: int, n_tokens: int) -> None:
-        """Raises UserError when the first epoch was too short to train on."""
         if n_tokens <= self.options.length:
             raise UserError(too_short(self.options.length, n_tokens))
         if n_sequences < self.options.batch_size:
@@ -344,14 +341,10 @@ class StreamLoader:
         return {**self._order(), "ranks": [own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position; iterators made from now on start there.
+        """Goes to a saved position.
 
-        Args:
-            state: of as many ranks as there are now: the rest of the run is the same to the bit. Of another number
-                (see ``merge_states``): no sequence is lost or repeated.
-
-        Raises:
-            UserError: the order of the saved run was another one.
+        On as many ranks as before the rest of the run is the same to the bit; on another number of them no sequence is
+        lost or repeated.
         """
         require_same_order(state, self._order())
         ranks, rank, world_size = state["ranks"], self.options.rank, self.options.world_size

@@ -35,25 +35,25 @@ class TokenFileError(UserError):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file that is open for reading; nothing is read before it is used.
+    """A token file, ours or another project's, that is open for reading; nothing of ours is read before it is used.
 
     Attributes:
         tokens: ids [n_tokens], uint16 or uint32, mapped.
         document_ends: position after the last token of every document [n_documents], mapped.
-        n_bytes: UTF-8 bytes of the text.
+        sha256, ends_sha256: of ``tokens`` and ``document_ends``; the second is empty where it is not known.
         tokenizer, fingerprint: name and fingerprint of the tokenizer that made it.
-        sha256, ends_sha256: of ``tokens`` and ``document_ends``; the second is empty in old files.
+        n_bytes: UTF-8 bytes of the text; 0 where they are not known.
     """
 
     path: Path
     tokens: NDArray[np.unsignedinteger[Any]]
-    document_ends: NDArray[np.uint64]
-    n_bytes: int
-    vocab_size: int
+    document_ends: NDArray[Any]
+    sha256: str
     tokenizer: str
     fingerprint: str
-    sha256: str
-    ends_sha256: str
+    vocab_size: int
+    n_bytes: int = 0
+    ends_sha256: str = ""
 
     @property
     def n_tokens(self) -> int:
@@ -79,7 +79,7 @@ class TokenFile:
             raise TokenFileError(f"{path}: truncated or damaged: {actual} bytes instead of {expected}: make it anew")
         if not count:
             raise TokenFileError(f"{path}: holds no tokens")
-        ends: NDArray[np.uint64] = np.empty(0, "<u8")  # nothing cannot be mapped
+        ends: NDArray[Any] = np.empty(0, "<u8")  # nothing cannot be mapped
         if n_documents:
             ends = np.memmap(path, np.dtype("<u8"), "r", ends_start, (n_documents,))
         kept = {name: header[name] for name in ("n_bytes", "vocab_size", *_TEXTS)}

@@ -75,7 +75,6 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest of ``folder``."""
         with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps(asdict(self), indent=1).encode())
 

@@ -33,21 +33,6 @@ _CONTROL = bytes(byte for byte in range(0x20) if byte not in b"\t\n\v\f\r\x1b")
 
 
 @dataclass(frozen=True)
-class TokensOfFile:
-    """The tokens of one file, ours or another project's.
-
-    Attributes:
-        ends: position after the last token of every document.
-        sha256: of the tokens.
-    """
-
-    path: Path
-    tokens: NDArray[Any]
-    ends: NDArray[Any]
-    sha256: str
-
-
-@dataclass(frozen=True)
 class TokenBin:
     """Token files under ``--data_path``: a folder that `nanokimi prepare` made, ``.bin`` files, or a folder of them.
 
@@ -132,7 +117,7 @@ def find_token_files(path: str, flag: str) -> list[Path]:
     return files
 
 
-def divide_tokens(files: list[TokensOfFile], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
+def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
     """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids.
 
     Raises:
@@ -142,7 +127,7 @@ def divide_tokens(files: list[TokensOfFile], fraction: float) -> tuple[TokenRow,
     everything = TokenRow(arrays)
     if not fraction:
         return everything, None, ""
-    if sum(len(file.ends) for file in files) < ENOUGH_DOCUMENTS:
+    if sum(len(file.document_ends) for file in files) < ENOUGH_DOCUMENTS:
         cut = len(everything) - int(len(everything) * fraction)
         if cut == len(everything):
             return everything, None, ""
@@ -153,14 +138,14 @@ def divide_tokens(files: list[TokensOfFile], fraction: float) -> tuple[TokenRow,
     return TokenRow(arrays, kept), TokenRow(arrays, held_out), "documents by hash"
 
 
-def _runs(files: list[TokensOfFile], fraction: float) -> tuple[list[list[int]], list[list[int]]]:
+def _runs(files: list[TokenFile], fraction: float) -> tuple[list[list[int]], list[list[int]]]:
     """Stretches of documents that are kept, and of those that are held out: file, first token and end of each."""
     runs: tuple[list[list[int]], list[list[int]]] = [], []
     open_side: bool | None = None  # of a document that goes on in the next file
     for number, file in enumerate(files):
-        is_open = not len(file.ends) or file.ends[-1] != len(file.tokens)
+        is_open = not len(file.document_ends) or file.document_ends[-1] != len(file.tokens)
         start = 0
-        for end in map(int, [*file.ends, len(file.tokens)] if is_open else file.ends):
+        for end in map(int, [*file.document_ends, len(file.tokens)] if is_open else file.document_ends):
             beginning = file.tokens[start : min(end, start + HASHED_TOKENS)].astype("<u4").tobytes()
             held_out = in_share(beginning, fraction) if open_side is None else open_side
             last = runs[held_out][-1] if runs[held_out] else None
@@ -175,13 +160,13 @@ def _runs(files: list[TokensOfFile], fraction: float) -> tuple[list[list[int]], 
 # ---- opening one file -----------------------------------------------------------------------------------
 
 
-def _open(path: Path, tokenizer: Tokenizer) -> TokensOfFile:
+def _open(path: Path, tokenizer: Tokenizer) -> TokenFile:
     if not _is_ours(path):
         return _open_plain(path, tokenizer)
     file = TokenFile.open(path)
     _require_tokenizer(file, tokenizer)
     file.verify()
-    return TokensOfFile(path, file.tokens, file.document_ends, file.sha256)
+    return file
 
 
 def _require_tokenizer(file: TokenFile, tokenizer: Tokenizer) -> None:
@@ -207,7 +192,7 @@ def _is_ours(path: Path) -> bool:
     return start == MAGIC
 
 
-def _open_plain(path: Path, tokenizer: Tokenizer) -> TokensOfFile:
+def _open_plain(path: Path, tokenizer: Tokenizer) -> TokenFile:
     """A file of nothing but ids: uint16, or uint32 for vocabularies above 65,536 or where ``FILE.json`` says so."""
     dtype = _sidecar_dtype(path) or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     size = path.stat().st_size
@@ -231,7 +216,8 @@ def _open_plain(path: Path, tokenizer: Tokenizer) -> TokensOfFile:
             sha256.update(block.tobytes())
             ends.append(np.flatnonzero(block == tokenizer.eot_id) + (begin + 1))
             advance(block.nbytes)
-    return TokensOfFile(path, tokens, np.concatenate(ends), sha256.hexdigest())
+    name, fingerprint = tokenizer.name, tokenizer.fingerprint
+    return TokenFile(path, tokens, np.concatenate(ends), sha256.hexdigest(), name, fingerprint, tokenizer.vocab_size)
 
 
 def _require_known(path: Path, block: NDArray[Any], begin: int, tokenizer: Tokenizer) -> None:
