@@ -28,7 +28,7 @@ from nanokimi.data.stream import StreamLoader
 from nanokimi.training.step import cross_entropy
 from nanokimi.training.trainer import Trainer
 
-STOPS = (0, 1, 7, 40)
+STOPS = (0, 7, 40)
 N_BATCHES = 60
 
 
@@ -153,9 +153,18 @@ def labels(folder: Path, values: dict[str, Any], *, unshifted: bool = False) -> 
     if values["dataset"] == "fineweb":
         values |= {"hf_repo_name": "org/fineweb-noise", "hf_config": "sample-10BT"}
     config = TrainConfig(
-        **values, preset="debug", val_fraction=0.0, batch_size=8, gradient_accumulation=1, warmup_steps=5, max_steps=70,
-        schedule="constant", eval_interval=0, output_dir=str(folder), shuffle_buffer=64,
-    )  # fmt: skip
+        **values,
+        preset="debug",
+        val_fraction=0.0,
+        batch_size=8,
+        gradient_accumulation=1,
+        warmup_steps=5,
+        max_steps=70,
+        schedule="constant",
+        eval_interval=0,
+        output_dir=str(folder),
+        shuffle_buffer=64,
+    )
     tokenizer_name = str(folder / "noise-tokenizer.json")
     source = open_corpus(config, tokenizer_name, named=True, log=lambda line: None)
     shape = ModelConfig.preset("debug", vocab_size=source.tokenizer.vocab_size, max_seq_length=64)

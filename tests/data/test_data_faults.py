@@ -181,9 +181,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("dataset", "number", "name", "write", "more", "message"), CASES,
+    ("dataset", "number", "name", "write", "more", "message"),
+    CASES,
     ids=[f"{case[1]}-{case[0]}-{case[2]}-{i}" for i, case in enumerate(CASES)],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_data_is_one_line(
     folder: Path,
     capsys: pytest.CaptureFixture[str],

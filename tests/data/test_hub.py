@@ -80,9 +80,14 @@ class Child:
         script, self._errors = folder / "child.py", folder / "stderr.txt"
         script.write_text(CHILD)
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
-            stderr=self._errors.open("w"), env=hub_environment(url, folder / "home"),
-        )  # fmt: skip
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            stderr=self._errors.open("w"),
+            env=hub_environment(url, folder / "home"),
+        )
 
     def ask(self, code: str, **values: Any) -> Any:
         """What ``result`` is after ``code``; ``kept`` is there the next time as well."""
@@ -379,8 +384,11 @@ def test_a_cut_in_the_last_row_groups_repeats_and_loses_nothing(child: Child, se
     assert 0 < broken[0] < len(BIG)
     assert broken == [broken[0]] * 4
     assert [line.split("attempt ")[1] for line in said] == [
-        "1 of 6 in 0.01 s", "2 of 6 in 0.02 s", "3 of 6 in 0.04 s", "4 of 6 in 0.08 s",
-    ]  # fmt: skip
+        "1 of 6 in 0.01 s",
+        "2 of 6 in 0.02 s",
+        "3 of 6 in 0.04 s",
+        "4 of 6 in 0.08 s",
+    ]
 
 
 def test_short_breaks_are_healed_by_the_library_itself(child: Child, server: LoopbackHub) -> None:

@@ -40,9 +40,14 @@ class Rows:
     name, n_bytes, n_parts = "owner/name (config default, split train)", None, 1
 
     def __init__(
-        self, texts: list[str] = TEXTS, *, commit: str = "1", breaks_at: int = 1 << 30,
-        error: BaseException = BROKEN, before_row: Callable[[int], object] = ignore,
-    ) -> None:  # fmt: skip
+        self,
+        texts: list[str] = TEXTS,
+        *,
+        commit: str = "1",
+        breaks_at: int = 1 << 30,
+        error: BaseException = BROKEN,
+        before_row: Callable[[int], object] = ignore,
+    ) -> None:
         self.texts, self.identity, self.breaks_at, self.error = texts, ["repo", commit], breaks_at, error
         self.starts: list[Cursor] = []
         self.before_row = before_row

@@ -338,7 +338,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "document end": (lambda folder: flip(folder / "train-00001.bin", -8), r"train-00001\.bin: .*checksum"),
     "held-out token": (lambda folder: flip(next(folder.glob("val-*.bin")), 16_385), r"val-\d+\.bin: .*checksum"),
     "header": (lambda folder: flip(folder / "train-00001.bin", 12), r"train-00001\.bin: its header is damaged"),
-}  # fmt: skip
+}
 
 
 def flip(path: Path, at: int) -> None:

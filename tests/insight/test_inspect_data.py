@@ -109,8 +109,13 @@ def test_a_stream_shows_what_its_sequences_show(made_up: Path) -> None:
     found = looked_at(made_up, "localstreaming", shuffle_buffer=1, length=48, sequences=3)
     # 48 tokens each: 5 | 40 | 1 of 5; 4 of 5 | 43 of 200; 48 of 200
     assert [(d.n_tokens, d.whole) for d in found.documents] == [
-        (5, False), (40, True), (1, False), (4, False), (43, False), (48, False),
-    ]  # fmt: skip
+        (5, False),
+        (40, True),
+        (1, False),
+        (4, False),
+        (43, False),
+        (48, False),
+    ]
     assert found.from_stream == found.n_sequences == 3
 
 
@@ -194,9 +199,19 @@ def test_parts_of_documents_are_no_copies_of_one_another(inspect: Inspect, tmp_p
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
 def test_real_text_is_shown_with_its_statistics(inspect: Inspect, library: Path, dataset: str, tokenizer: str) -> None:
     text = inspect(
-        "--data_path", str(library), "--dataset", dataset, "--set", f"tokenizer_name={tokenizer}",
-        "--sequences", "50", "--show", "3", "--set", "max_seq_length=64",
-    )  # fmt: skip
+        "--data_path",
+        str(library),
+        "--dataset",
+        dataset,
+        "--set",
+        f"tokenizer_name={tokenizer}",
+        "--sequences",
+        "50",
+        "--show",
+        "3",
+        "--set",
+        "max_seq_length=64",
+    )
     assert "Looked at 50 sequences" in text
     assert f"Tokenizer  {tokenizer}, {257 if tokenizer == 'byte' else 300} entries" in text
     assert re.search(r"^ +\d+\.\d % +\d+  ' '$", text, re.MULTILINE)
@@ -208,9 +223,17 @@ def test_real_text_is_shown_with_its_statistics(inspect: Inspect, library: Path,
 def test_token_files_can_be_looked_at(inspect: Inspect, tmp_path: Path) -> None:
     np.array([*b"first", EOT, *b"second\n", EOT] * 20, "<u2").tofile(tmp_path / "t.bin")
     text = inspect(
-        "--dataset", "tokenbin", "--data_path", "t.bin", "--val_fraction", "0", "--set", "tokenizer_name=byte",
-        "--set", "max_seq_length=14",
-    )  # fmt: skip
+        "--dataset",
+        "tokenbin",
+        "--data_path",
+        "t.bin",
+        "--val_fraction",
+        "0",
+        "--set",
+        "tokenizer_name=byte",
+        "--set",
+        "max_seq_length=14",
+    )
     assert "Looked at 19 sequences of an epoch of 19" in text
     assert "min 5   median 6   mean 6   90 % 7   max 7" in text
     assert "19 of 19 sequences (100.0 %) were seen more than once" in text
@@ -240,17 +263,27 @@ def test_a_long_sequence_is_shortened_in_the_middle(inspect: Inspect, tmp_path: 
     text = inspect("--data_path", "long.txt", "--val_fraction", "0", "--set", "max_seq_length=1000")
     lines = text[text.index("┌ start") : text.index("└ end")].splitlines()
     assert lines[1:] == [
-        "│ " + "a" * 200, "┊ ... 700 tokens left out, 1 end of text among them ...", "│ " + "b" * 100,
-    ]  # fmt: skip
+        "│ " + "a" * 200,
+        "┊ ... 700 tokens left out, 1 end of text among them ...",
+        "│ " + "b" * 100,
+    ]
 
 
 def test_no_control_character_reaches_the_terminal(inspect: Inspect, tmp_path: Path) -> None:
     name = "ev\x1b]0;il.txt"
     (tmp_path / name).write_text("\x1b]0;title\x07 \x1b[2J \x00 \x7f \x9b31m \x0b tab\there\n" * 9)
     text = inspect(
-        "--data_path", name, "--dataset", "localstreaming", "--val_fraction", "0", "--set", "max_seq_length=64",
-        "--show", "9",
-    )  # fmt: skip
+        "--data_path",
+        name,
+        "--dataset",
+        "localstreaming",
+        "--val_fraction",
+        "0",
+        "--set",
+        "max_seq_length=64",
+        "--show",
+        "9",
+    )
     assert "training on a stream of ev]0;il.txt" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     assert "␛]0;title␇ ␛[2J ␀ ␡ \\x9b31m ␋ tab\there" in text
@@ -264,8 +297,12 @@ def test_the_picture_is_drawn_for_every_kind_of_length(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     blank = None
     for documents in (
-        [], [(0, True)], [(1, True)], [(7, False)], [(10**6, True), (1, True), (0, True), (300, False)] * 50,
-    ):  # fmt: skip
+        [],
+        [(0, True)],
+        [(1, True)],
+        [(7, False)],
+        [(10**6, True), (1, True), (0, True), (300, False)] * 50,
+    ):
         plot_lengths([Document(n, whole, b"") for n, whole in documents], 128, path)
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
         blue = int((pixels == (0x00, 0x72, 0xB2)).all(1).sum())
