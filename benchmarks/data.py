@@ -29,7 +29,7 @@ import torch
 from benchmarks.bench.results import ROOT, about
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
-from nanokimi.data.corpus import Reading
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.prepare import prepare_tokens
 from nanokimi.data.sources import open_corpus, train_tokenizer_on
 from nanokimi.data.stdlib import prepare_stdlib
@@ -146,7 +146,7 @@ def read_tokens(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     corpus = open_corpus(TrainConfig(dataset="tokenbin", data_path=str(folder / "tokens")), "", log=log)
     found = {}
     for length, batch_size, workers in ((1024, 8, 0), (256, 8, 0), (1024, 8, 2)):
-        loader = corpus.train.loader(Reading(length, batch_size, 1, num_workers=workers))
+        loader = corpus.train.loader(LoaderOptions(length, batch_size, 1, num_workers=workers))
         batches, n = iter(loader), 20_000_000 // (length * batch_size)
         next(batches)
         began = time.perf_counter()
@@ -238,7 +238,7 @@ def stream(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     started = memory("VmHWM")
     began = time.perf_counter()
     config = TrainConfig(dataset="localstreaming", data_path=str(path))
-    loader = open_corpus(config, "byte", log=log).train.loader(Reading(1024, 8, 1))
+    loader = open_corpus(config, "byte", log=log).train.loader(LoaderOptions(1024, 8, 1))
     n = int(args.megabytes * 1_000_000 * 0.95) // (1024 * 8)
     for _ in islice(loader, n):
         pass

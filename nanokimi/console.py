@@ -7,9 +7,11 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 WAIT_SECONDS = 5.0
+SECONDS_BETWEEN_LINES = 30.0
 
 _is_muted = False
 
@@ -67,6 +69,46 @@ def printable(text: str) -> str:
     a text that comes in chunks gives the same as the whole.
     """
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+@contextmanager
+def progress_bar(label: str, n_bytes: int | None, *, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows on stderr how far ``n_bytes`` (None: nobody knows how many) are read: a bar, or lines without a terminal.
+
+    Args:
+        done: bytes that were read earlier.
+
+    Yields:
+        the function to call with every number of bytes read.
+    """
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        size = "" if n_bytes is None else f" ({n_bytes / 1e6:.1f} MB)"
+        earlier = f", going on after {done / 1e6:.1f} MB" if done else ""
+        print(f"{label}{size}{earlier}", file=sys.stderr, flush=True)
+        yield _progress_lines(label, n_bytes, done)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn(escape(label)), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=n_bytes, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
+def _progress_lines(label: str, n_bytes: int | None, done: int) -> Callable[[int], None]:
+    last = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            of = "" if n_bytes is None else f" of {n_bytes / 1e6:.1f}"
+            print(f"{label}: {done / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
+
+    return advance
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import log, printable
-from nanokimi.data.packing import PackedSequences
+from nanokimi.data.batch import PackedSequences
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import Tokenizer

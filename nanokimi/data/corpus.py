@@ -1,109 +1,56 @@
-"""What training sees of a source once it is open: sequences to train on, tokens that are held out."""
+"""What training sees of a text: its training split, its held-out tokens and the tokenizer.
+
+A text of local files is tokenised once and its tokens are kept beside it; any other while training goes on.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from pathlib import Path
 
-from nanokimi.data.loader import BatchLoader, Loader
-from nanokimi.data.mixture import MixLoader
-from nanokimi.data.packing import PackedSequences, TokenRow
-from nanokimi.data.stream import TokenStream
-from nanokimi.data.stream_loader import StreamLoader
-from nanokimi.data.text import Role, short_hash
-from nanokimi.data.tokenizer import Tokenizer
+import numpy as np
+from numpy.typing import NDArray
+
+from nanokimi.console import progress_bar
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.documents import short_hash
+from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
+from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments, cache_home
+from nanokimi.data.split import Text, is_blank, wrong_share
+from nanokimi.data.stream import StreamLoader
+from nanokimi.data.token_file import TokenFile, TokenFileError
+from nanokimi.data.token_set import TokenSet, can_go_on, write_token_set
+from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from nanokimi.errors import UserError
+from nanokimi.files import disk_errors_explained
+
+BPE_CHARACTERS = 32 << 20  # of a stream, or of each source of a mixture, for a tokenizer
+MOST_HELD_OUT_TOKENS = 1 << 20  # of a stream
+TRAINING = "training the tokenizer on"
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How batches are to be made of a source.
+class TrainData:
+    """What is trained on.
 
     Attributes:
-        length: T, tokens of a sequence.
-        batch_size: B, sequences of a batch.
-        num_workers, pin_memory, eot_id, rank, world_size: see ``BatchLoader``.
-        shuffle_buffer: see ``StreamLoader``.
+        identity: hash of the tokens and of what they are read from: positions are valid while it is the same.
+        loader: makes batches of it; UserError if it is too short for one.
+        tokens: None when they are not known before training.
     """
 
-    length: int
-    batch_size: int
-    seed: int
-    num_workers: int = 0
-    pin_memory: bool = False
-    eot_id: int | None = None
-    shuffle_buffer: int = 1024
-    rank: int = 0
-    world_size: int = 1
-
-
-class TrainData(Protocol):
-    """The part of a source that is trained on."""
-
-    @property
-    def identity(self) -> str:
-        """Hash of the tokens and of what they are read from: positions are valid while it is the same."""
-
-    def loader(self, reading: Reading) -> Loader:
-        """Batches of it; UserError if it is too short for one."""
-
-
-@dataclass(frozen=True)
-class Finite:
-    """A row of tokens of known length."""
-
-    tokens: TokenRow
     identity: str
-
-    def loader(self, reading: Reading) -> BatchLoader:
-        """Batches in the order of a seeded permutation."""
-        return BatchLoader(
-            PackedSequences(self.tokens, reading.length), reading.batch_size, seed=reading.seed,
-            num_workers=reading.num_workers, pin_memory=reading.pin_memory, eot_id=reading.eot_id,
-            rank=reading.rank, world_size=reading.world_size,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """Documents that are read and tokenised while training goes on."""
-
-    role: Role
-    tokenizer: Tokenizer
-
-    @property
-    def identity(self) -> str:
-        """Hash of documents, split and tokenizer."""
-        split = self.role.split
-        return short_hash([self.role.documents.identity, split.fraction, split.cut, self.tokenizer.fingerprint])
-
-    def loader(self, reading: Reading) -> StreamLoader:
-        """Batches in the order of the stream, shuffled in a buffer."""
-        stream = TokenStream(self.role.documents, self.role.split, self.tokenizer, reading.length, reading.seed)
-        return StreamLoader(
-            stream, reading.batch_size, num_workers=reading.num_workers, pin_memory=reading.pin_memory,
-            eot_id=reading.eot_id, shuffle_buffer=reading.shuffle_buffer,
-            rank=reading.rank, world_size=reading.world_size,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """Several sources by weight."""
-
-    sources: dict[str, tuple[float, TrainData]]
-
-    @property
-    def identity(self) -> str:
-        """Hash of the sources and their weights."""
-        return short_hash([[name, weight, data.identity] for name, (weight, data) in self.sources.items()])
-
-    def loader(self, reading: Reading) -> MixLoader:
-        """Batches whose sequences come from all of them."""
-        return MixLoader(
-            {name: (weight, data.loader(_one_at_a_time(reading))) for name, (weight, data) in self.sources.items()},
-            reading.batch_size, pin_memory=reading.pin_memory,
-        )  # fmt: skip
+    loader: Callable[[LoaderOptions], Loader]
+    tokens: TokenRow | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +59,7 @@ class Corpus:
 
     Attributes:
         val: None when nothing is held out.
-        summary: one line with documents, tokens and bytes of each part.
+        summary: one line with documents, tokens and bytes of each split.
         revision: commit of the hub's data set that is read; empty when there is none, or more than one source.
     """
 
@@ -122,6 +69,183 @@ class Corpus:
     summary: str
     revision: str = ""
 
+    @classmethod
+    def of_tokens(
+        cls, tokenizer: Tokenizer, tokens: TokenRow, identity: str, val: TokenRow | None, summary: str
+    ) -> Corpus:
+        """The corpus whose tokens are all there; the order of an epoch is a permutation of its sequences."""
+        return cls(tokenizer, TrainData(identity, partial(BatchLoader, tokens), tokens), val, summary)
 
-def _one_at_a_time(reading: Reading) -> Reading:
-    return dataclasses.replace(reading, batch_size=1, pin_memory=False)
+    @classmethod
+    def of_set(cls, found: TokenSet, tokenizer: Tokenizer) -> Corpus:
+        """The corpus whose tokens lie in the files of a set."""
+        n_bytes, n_tokens = (sum(getattr(file, name) for file in found.train) for name in ("n_bytes", "n_tokens"))
+        held_out = f"held out ({found.manifest.about}): {_size(found.val)}" if found.val else "nothing held out"
+        summary = f"training on {_size(found.train)}; {held_out}; {n_bytes / n_tokens:.2f} bytes per token"
+        identity = short_hash([file.sha256 for file in found.train])
+        train, val = (TokenRow([file.tokens for file in files]) for files in (found.train, found.val))
+        return cls.of_tokens(tokenizer, train, identity, val if found.val else None, summary)
+
+
+def describe(n_documents: int, n_tokens: int, n_bytes: int) -> str:
+    """Counts in words."""
+    plural = "" if n_documents == 1 else "s"
+    return f"{n_documents:,} document{plural}, {n_tokens:,} tokens, {n_bytes:,} bytes"
+
+
+def _size(files: list[TokenFile]) -> str:
+    names = "n_documents", "n_tokens", "n_bytes"
+    return describe(*(sum(getattr(file, name) for file in files) for name in names))
+
+
+# ---- a text that is tokenised while training goes on ----------------------------------------------
+
+
+class StreamedText:
+    """A text of any size in bounded memory.
+
+    Args:
+        val_tokens: held-out tokens that are kept for evaluations; 0 keeps ``MOST_HELD_OUT_TOKENS``.
+    """
+
+    def __init__(self, text: Text, val_tokens: int = 0) -> None:
+        self.text, self.val_tokens = text, val_tokens or MOST_HELD_OUT_TOKENS
+
+    def train_bpe(self, size: int) -> Tokenizer:
+        """A byte-level BPE of the beginning of what is trained on."""
+        return train_bpe(self.text.training_text(TRAINING, BPE_CHARACTERS), size)
+
+    def open(self, tokenizer: Tokenizer, log: Log) -> Corpus:
+        """Finds what is held out, and reads the tokens of it that are kept."""
+        text, rule = self.text, self.text.rule
+        summary, val = f"training on a stream of {text.name}; nothing held out", None
+        if text.about_split:
+            val, counts = held_out_tokens(text, tokenizer, self.val_tokens + 1)
+            about = f"held out ({text.about_split}), the first of it for evaluations: {counts}"
+            summary = f"training on a stream of {text.name}; {about}"
+        identity = short_hash([text.documents.identity, rule.fraction, rule.cut, tokenizer.fingerprint])
+        train = TrainData(identity, partial(StreamLoader, text, tokenizer))
+        return Corpus(tokenizer, train, val, summary, getattr(text.documents, "commit", ""))
+
+
+def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[TokenRow, str]:
+    """The first ``limit`` held-out tokens, and the counts of what was read for them, in words."""
+    tokens: list[NDArray[np.int32]] = []
+    n_documents = n_bytes = n_tokens = 0
+    name = text.name if text.val is None else text.val.name
+    with progress_bar(f"reading the held-out part of {name}", None) as advance:
+        for piece in text.held_out_pieces(advance):
+            if is_blank(piece):
+                continue
+            ids = tokenizer.encode(piece.text)
+            tokens.append(np.array([*ids, tokenizer.eot_id] if piece.ends_document else ids, np.int32))
+            n_documents += piece.ends_document
+            n_bytes += len(piece.text.encode())
+            n_tokens += len(tokens[-1])
+            if n_tokens >= limit:
+                break
+    if not n_tokens:
+        raise wrong_share(text.fraction, f"no document of {name}")
+    return TokenRow([np.concatenate(tokens)[:limit]]), describe(n_documents, n_tokens, n_bytes)
+
+
+# ---- local text, tokenised once --------------------------------------------------------------------
+
+
+class CachedText:
+    """A text whose tokens are made on the first run and found again on the next.
+
+    What is kept is named after a hash of all that it depends on, so that nothing in it is ever out of date.
+
+    Args:
+        text: of local files; the cache is beside them, or in the user's cache where that cannot be written.
+    """
+
+    def __init__(self, text: Text) -> None:
+        documents = text.documents
+        assert isinstance(documents, LocalDocuments)
+        self.text = text
+        path = Path(documents.name if os.path.exists(documents.name) else documents.files[0]).resolve()
+        beside = path.with_name(f"{path.name}{CACHE_SUFFIX}")
+        self.folders = [beside, cache_home() / f"{path.name}-{short_hash(str(path))}"]
+        self._state = f"{short_hash(documents.name)}-{short_hash(documents.stamps)}"
+        self.stem = f"{self._state}-{text.identity()}"
+
+    def train_bpe(self, size: int) -> Tokenizer:
+        """A BPE of the training split (never of held-out text), trained at most once."""
+        name = f"{self.stem}-{size}.tokenizer.json"
+        for folder in self.folders:
+            with suppress(UserError):  # not there yet, or damaged
+                state = load_tokenizer(str(folder / name)).to_state()
+                return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
+        tokenizer = train_bpe(self.text.training_text(TRAINING), size)
+        folder = _writable(self.folders)
+        with disk_errors_explained("token cache", folder):
+            tokenizer.save(folder / name)
+        return tokenizer
+
+    def open(self, tokenizer: Tokenizer, log: Log) -> Corpus:
+        """The tokens, made now unless they are there; tells ``log`` what is odd about the text.
+
+        Raises:
+            UserError: blank or undecodable text, nowhere to write the cache.
+            RunError: the disk is full.
+        """
+        found = self._token_set(tokenizer)
+        if found.manifest.nuls:
+            log(f"warning: {self.text.name} holds {found.manifest.nuls:,} NUL bytes: is it really text?")
+        if found.manifest.n_blank:
+            log(f"note: {self.text.name}: left out {found.manifest.n_blank:,} documents without text")
+        return Corpus.of_set(found, tokenizer)
+
+    def _token_set(self, tokenizer: Tokenizer) -> TokenSet:
+        name = f"{self.stem}-{short_hash(tokenizer.fingerprint)}"
+        for folder in self.folders:
+            if found := _whole_set(folder / name):
+                return found
+        _ = self.text.rule  # looks at the text: what is wrong with it shows before anything is written
+        folder = _writable(self.folders)
+        with disk_errors_explained("token cache", folder), _locked(folder):
+            if found := _whole_set(folder / name):
+                return found
+            if not can_go_on(folder / name, self.text.identity(tokenizer)):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            found = write_token_set(self.text, tokenizer, folder / name)
+        _remove_outdated(folder, self._state)
+        return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A second run that wants to write into ``folder`` waits here for the first."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _whole_set(folder: Path) -> TokenSet | None:
+    with suppress(TokenFileError):  # none there yet, or a damaged one
+        return TokenSet.open(folder)
+    return None
+
+
+def _writable(folders: list[Path]) -> Path:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    raise UserError(f"no folder for the token cache: {' and '.join(map(str, folders))} cannot be written")
+
+
+def _remove_outdated(folder: Path, state: str) -> None:
+    """Removes what was made from an earlier state of the same files; a run that still maps it keeps it."""
+    for path in folder.glob(f"{state.split('-')[0]}-*"):
+        if not path.name.startswith(state):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

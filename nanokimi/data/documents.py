@@ -1,23 +1,19 @@
-"""What every source is made of: documents, in pieces that fit into memory and can be found again.
+"""Documents, what every source of text is made of: in pieces that fit into memory and can be found again.
 
-A document of up to ``PIECE_BYTES`` is one piece. A longer one is cut behind a line end; a line that is longer still,
+A document of up to ``PIECE_BYTES`` is one piece. A longer one is cut after a line end; a line that is longer still,
 between two characters. Where a document is cut depends on nothing but its own text, so that it becomes the same
 tokens whichever file, format or position it is read from. CRLF line ends become LF, everything else stays as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from nanokimi.data.tokenizer import END_OF_TEXT
-from nanokimi.errors import UserError
-
 PIECE_BYTES = 1 << 18
-SEPARATOR_BYTES = len(END_OF_TEXT) + 2  # a line of its own, with CRLF
-_SEPARATOR = re.compile(rb"^" + re.escape(END_OF_TEXT.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
-
 Advance = Callable[[int], None]
 
 
@@ -54,18 +50,18 @@ class Documents(Protocol):
     """Documents in parts that can be read apart from one another, each from any of its pieces on.
 
     Attributes:
-        name: what the user knows it by.
+        name: what the user knows them by.
+        n_bytes: size of the whole in the unit that ``advance`` counts, None where it is not known.
+        n_parts: how many parts there are; they and their order depend on the data alone.
     """
 
     name: str
 
     @property
-    def n_bytes(self) -> int | None:
-        """Size of the whole in the unit that ``advance`` counts, None where it is not known."""
+    def n_bytes(self) -> int | None: ...
 
     @property
-    def n_parts(self) -> int:
-        """How many parts there are; they and their order depend on the data alone."""
+    def n_parts(self) -> int: ...
 
     @property
     def identity(self) -> list[Any]:
@@ -83,6 +79,11 @@ class Documents(Protocol):
         """
 
 
+def short_hash(value: Any) -> str:
+    """16 hexadecimal digits for a plain value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def cut_text(text: str) -> Iterator[str]:
     """The pieces of one document, at least one; lone surrogates, which are not Unicode, become U+FFFD."""
     try:
@@ -91,72 +92,18 @@ def cut_text(text: str) -> Iterator[str]:
         data = re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
     start = 0
     while len(data) - start > PIECE_BYTES:
-        end = start + _inside_document(data[start : start + PIECE_BYTES])
-        yield _line_ends(data[start:end].decode())
+        end = start + place_to_cut(data[start : start + PIECE_BYTES])
+        yield line_ends(data[start:end].decode())
         start = end
-    yield _line_ends(data[start:].decode())
+    yield line_ends(data[start:].decode())
 
 
-class TextCutter:
-    """Cuts the bytes of a text file into pieces; lines that are exactly ``<|endoftext|>`` separate its documents.
-
-    Args:
-        name: of the file, for messages.
-        errors: ``strict``, or ``replace`` to turn bytes that are not UTF-8 into U+FFFD.
-        start: where in the file the first bytes to come stand.
-        starts_line: whether they begin a line.
-    """
-
-    def __init__(self, name: str, errors: str, start: Cursor, *, starts_line: bool) -> None:
-        self.name, self.errors, self.cursor, self.starts_line = name, errors, start, starts_line
-
-    def cut(self, window: bytes, *, final: bool) -> tuple[int, list[Piece]]:
-        """The pieces at the start of ``window`` and how many of its bytes they take, at least one.
-
-        Args:
-            window: ``PIECE_BYTES + SEPARATOR_BYTES`` bytes or more; ``final``: the last ones, at most ``PIECE_BYTES``.
-
-        Raises:
-            UserError: bytes that are not UTF-8; the message gives the offset in the file.
-        """
-        ends = [found.span() for found in _SEPARATOR.finditer(window) if self._is_separator(found, final)]
-        if not final and not ends:
-            end = _inside_document(window[:PIECE_BYTES])
-            return end, [self._take(window, 0, end, end, ends_document=False)]
-        pieces, start = [], 0
-        for stop, behind in ends:
-            pieces.append(self._take(window, start, stop, behind, ends_document=True))
-            start = behind
-        if final and (start < len(window) or self.cursor.piece):
-            pieces.append(self._take(window, start, len(window), len(window), ends_document=True))
-        return len(window) if final else start, pieces
-
-    def _is_separator(self, found: re.Match[bytes], final: bool) -> bool:
-        if found.start() == 0 and not self.starts_line:
-            return False
-        return final or found.start() <= PIECE_BYTES  # all of it is in the window, even without a line end
-
-    def _take(self, window: bytes, start: int, stop: int, behind: int, *, ends_document: bool) -> Piece:
-        """The piece of bytes ``start`` to ``stop``; what comes next begins at ``behind``."""
-        data, cursor = window[start:stop], self.cursor
-        try:
-            text = data.decode("utf-8", self.errors)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.name}: not UTF-8 at byte {cursor.at + error.start}: convert it (iconv -t utf-8), "
-                "or go on with --encoding_errors replace"
-            ) from error
-        piece = 0 if ends_document else cursor.piece + 1
-        self.cursor = cursor._replace(at=cursor.at + behind - start, piece=piece)
-        self.starts_line = behind > stop or data.endswith(b"\n")
-        return Piece(_line_ends(text), ends_document, cursor)
-
-
-def _line_ends(text: str) -> str:
+def line_ends(text: str) -> str:
+    """CRLF as LF."""
     return text.replace("\r\n", "\n")
 
 
-def _inside_document(window: bytes) -> int:
+def place_to_cut(window: bytes) -> int:
     """Where to cut a window that holds the end of no document: at its last line end, else between two characters."""
     end = window.rfind(b"\n") + 1
     if end:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from nanokimi.data import documents
-from nanokimi.data.documents import SEPARATOR_BYTES, START, Advance, Cursor, Piece, TextCutter, cut_text, ignore
+from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_text, ignore, line_ends, place_to_cut
+from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -20,6 +23,8 @@ COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 1 << 18
 MAX_RECORD_BYTES = 1 << 28
 ROWS_PER_BATCH = 256
+SEPARATOR_BYTES = len(END_OF_TEXT) + 2  # a line of its own, with CRLF
+_SEPARATOR = re.compile(rb"^" + re.escape(END_OF_TEXT.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -64,42 +69,68 @@ class Format:
             raise UserError(f"{span.path}: cannot be read: {reason}: repair or replace it") from error
 
     def _text(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
-        before = min(1, start.piece)  # a document begins with a line; else the byte before tells whether one begins
-        with _opened(span.path, start.at - before, span.end, advance) as source:
-            starts_line = source.read(before) in (b"", b"\n")
-            if not start.at and source.peek(3).startswith(_BYTE_ORDER_MARK):
-                start = start._replace(at=len(source.read(3)))
-            cutter = TextCutter(str(span.path), self.errors, start, starts_line=starts_line)
-            final = False
-            while not final:
-                window = source.peek(documents.PIECE_BYTES + SEPARATOR_BYTES)
-                final = source.ended and len(window) <= documents.PIECE_BYTES
-                taken, pieces = cutter.cut(window, final=final)
-                source.skip(taken)
-                yield from pieces
+        before = min(1, start.piece)  # a document begins a line; inside one the byte before tells whether a line begins
+        with _opened(span.path, start.at - before, span.end, advance) as file:
+            starts_line = file.read(before) in (b"", b"\n")
+            data = b"" if start.at else file.read(len(_BYTE_ORDER_MARK))
+            if data == _BYTE_ORDER_MARK:
+                start, data = start._replace(at=len(data)), b""
+            yield from self._text_pieces(file, data, start, starts_line, str(span.path))
+
+    def _text_pieces(self, file: _File, data: bytes, cursor: Cursor, starts_line: bool, name: str) -> Iterator[Piece]:
+        """Cuts ``data``, which begins at ``cursor``, and what follows in ``file``.
+
+        A window of bytes is looked at: enough for the longest piece and the separator after it.
+        """
+        window, at, ended = documents.PIECE_BYTES + SEPARATOR_BYTES, 0, False
+        while True:
+            if not ended and len(data) - at <= window:  # a byte more tells whether anything comes after the window
+                more = file.read(max(BLOCK_BYTES, window + 1))
+                data, at, ended = data[at:] + more, 0, len(more) < max(BLOCK_BYTES, window + 1)
+            longest = at + documents.PIECE_BYTES
+            final = ended and len(data) <= longest
+            if final and at == len(data) and not cursor.piece:
+                return
+            separators = (s.span() for s in _SEPARATOR.finditer(data, at, at + window) if s.start() > at or starts_line)
+            found = next((s for s in separators if final or s[0] <= longest), None)  # the window holds all of it
+            stop = after = len(data) if final else at + place_to_cut(data[at:longest])
+            stop, after = found or (stop, after)
+            ends_document = final or found is not None
+            yield Piece(self._decoded(data[at:stop], cursor.at, name), ends_document, cursor)
+            starts_line = after > stop or data[at:after].endswith(b"\n")
+            cursor = Cursor(cursor.span, cursor.at + after - at, 0 if ends_document else cursor.piece + 1)
+            at = after
+
+    def _decoded(self, data: bytes, at: int, name: str) -> str:
+        try:
+            return line_ends(data.decode("utf-8", self.errors))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}: not UTF-8 at byte {at + error.start}: convert it (iconv -t utf-8), "
+                "or go on with --encoding_errors replace"
+            ) from error
 
     def _json_lines(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
         first = self._records(span.path, 0, None, ignore) if start.at else ()
         column = next((self._column(record, span.path) for _, record in first), "")  # whichever record is read first
         for at, record in self._records(span.path, start.at, span.end, advance):
             column = column or self._column(record, span.path)
-            yield from rows_of(record.get(column), start, Cursor(start.span, at), f"{span.path} at byte {at}")
+            yield from pieces_of_row(record.get(column), start, Cursor(start.span, at), f"{span.path} at byte {at}")
 
     def _records(self, path: Path, at: int, end: int | None, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
         """The objects of a JSON lines file from byte ``at`` on, each with the byte where its line begins."""
-        with _opened(path, at, end, advance) as source:
-            while line := source.line(f"{path}: the line at byte {at}"):
+        with _opened(path, at, end, advance) as file:
+            while line := file.readline(MAX_RECORD_BYTES + 1):
+                if len(line) > MAX_RECORD_BYTES:
+                    limit = f"{MAX_RECORD_BYTES >> 20} MiB"
+                    raise UserError(f"{path}: the line at byte {at} is longer than {limit}: is this JSON lines?")
                 if line.strip(b" \t\r\n\xef\xbb\xbf"):
                     yield at, self._record(line, path, at)
                 at += len(line)
 
     def _record(self, line: bytes, path: Path, at: int) -> dict[str, Any]:
         try:
-            record = json.loads(line.decode("utf-8", self.errors).removeprefix("\ufeff"))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 at byte {at + error.start}: convert it, or go on with --encoding_errors replace"
-            ) from error
+            record = json.loads(self._decoded(line, at, str(path)).removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: the line at byte {at} is not JSON ({error}): one object a line is needed"
@@ -109,10 +140,8 @@ class Format:
         return record
 
     def _column(self, record: Mapping[str, Any], path: Path) -> str:
-        return pick_text_column(
-            {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()},
-            self.text_column, str(path),
-        )  # fmt: skip
+        types = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()}
+        return pick_text_column(types, self.text_column, str(path))
 
     def _parquet(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
         import pyarrow as pa
@@ -138,7 +167,7 @@ class Format:
         for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=[column]):
             first = max(row, start.at)
             for i, value in enumerate(batch.column(0)[first - row :], first):
-                yield from rows_of(self._value(value, i, where), start, Cursor(start.span, i), f"{where} row {i}")
+                yield from pieces_of_row(self._value(value, i, where), start, Cursor(start.span, i), f"{where} row {i}")
             row += len(batch)
 
     def _value(self, value: Any, row: int, where: str) -> Any:
@@ -156,7 +185,7 @@ def _in_one_line(reason: object) -> str:
     return " ".join(str(reason).split()) or type(reason).__name__
 
 
-def rows_of(text: Any, start: Cursor, cursor: Cursor, where: str) -> Iterator[Piece]:
+def pieces_of_row(text: Any, start: Cursor, cursor: Cursor, where: str) -> Iterator[Piece]:
     """The pieces of one row's text from ``start`` on; a row without text is an empty document.
 
     Raises:
@@ -205,57 +234,33 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSION
 
 
-class _Source:
-    """Bytes of a file with a look ahead; memory is bounded by what is looked at."""
+class _File:
+    """What a file holds, up to a byte; tells how far the file on disk is read."""
 
-    def __init__(self, stream: Any, left: int | None, progress: Any) -> None:
-        self._stream, self._left, self._progress = stream, left, progress
-        self._buffer, self._at = b"", 0
-        self.ended = False
-
-    def peek(self, count: int) -> bytes:
-        """The next ``count`` bytes, fewer at the end; ``ended`` tells whether nothing comes behind them."""
-        missing = count + 1 - (len(self._buffer) - self._at)
-        if missing > 0 and not self.ended:
-            blocks = [self._buffer[self._at :]]
-            while missing > 0 and not self.ended:
-                block = self._stream.read(BLOCK_BYTES if self._left is None else min(BLOCK_BYTES, self._left))
-                if self._left is not None:
-                    self._left -= len(block)
-                self.ended = not block or self._left == 0
-                blocks.append(block)
-                missing -= len(block)
-                self._progress()
-            self._buffer, self._at = b"".join(blocks), 0
-        return self._buffer[self._at : self._at + count]
-
-    def skip(self, count: int) -> None:
-        """Moves on over bytes that were looked at."""
-        self._at += count
+    def __init__(self, raw: IO[bytes], stream: IO[bytes], left: int | None, advance: Advance) -> None:
+        self._raw, self._stream, self._left, self._advance = raw, stream, left, advance
+        self._told = raw.tell()
 
     def read(self, count: int) -> bytes:
         """The next ``count`` bytes, fewer at the end."""
-        data = self.peek(count)
-        self.skip(len(data))
-        return data
+        return self._taken(self._stream.read(count if self._left is None else min(count, self._left)))
 
-    def line(self, where: str) -> bytes:
-        """The next line with its end; empty at the end of the file. UserError, with ``where``, if it is too long."""
-        searched = 0
-        while True:
-            end = self._buffer.find(b"\n", self._at + searched) + 1
-            if end or self.ended:
-                return self.read(end - self._at if end else len(self._buffer) - self._at)
-            searched = len(self._buffer) - self._at
-            if searched > MAX_RECORD_BYTES:
-                raise UserError(f"{where} is longer than {MAX_RECORD_BYTES >> 20} MiB: is this JSON lines?")
-            self.peek(min(max(2 * searched, BLOCK_BYTES), MAX_RECORD_BYTES + 1))
+    def readline(self, limit: int) -> bytes:
+        """The next line with its end, or ``limit`` bytes of it; empty at the end."""
+        return self._taken(self._stream.readline(limit if self._left is None else min(limit, self._left)))
+
+    def _taken(self, data: bytes) -> bytes:
+        if self._left is not None:
+            self._left -= len(data)
+        now = self._raw.tell()
+        self._advance(now - self._told)
+        self._told = now
+        return data
 
 
 @contextmanager
-def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterator[_Source]:
+def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterator[_File]:
     """The contents of ``path`` from byte ``start`` to ``end``, both counted uncompressed."""
-    left = None if end is None else max(0, end - start)
     with path.open("rb") as raw:
         stream: Any = raw
         codec = COMPRESSION.get(path.suffix.lower())
@@ -264,18 +269,10 @@ def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterat
         else:
             import pyarrow as pa
 
-            stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec)
+            stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec), BLOCK_BYTES)
             for position in range(0, start, BLOCK_BYTES):
                 stream.read(min(BLOCK_BYTES, start - position))
-        told = raw.tell() if start else 0
-
-        def progress() -> None:
-            nonlocal told
-            now = raw.tell()
-            advance(now - told)
-            told = now
-
-        yield _Source(stream, left, progress)
+        yield _File(raw, stream, None if end is None else max(0, end - start), advance)
 
 
 @contextmanager

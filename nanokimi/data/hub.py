@@ -1,6 +1,6 @@
-"""Documents of a data set on the Hugging Face hub: streamed by ``datasets``, one row a document, nothing stored.
+"""Documents of a data set on the Hugging Face hub: streamed by ``datasets``, or the first rows fetched once and kept.
 
-A part is a shard, that is a file. The streams of ``datasets`` find a row by reading everything before it again; in
+A row is a document, a file a part. The streams of ``datasets`` find a row by reading everything before it again; in
 parquet files, which most of the hub is, the row groups before it are skipped instead, by their counts in the footer.
 Of a parquet file only the text column is fetched. Everything is read at the commit that was the newest when the data
 set was opened; scripts in a repository are never executed.
@@ -8,18 +8,24 @@ set was opened; scripts in a repository are never executed.
 
 from __future__ import annotations
 
+import fcntl
+import json
 import logging
+import os
 import re
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_text, ignore
-from nanokimi.data.formats import pick_text_column
+from nanokimi import console
+from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short_hash
+from nanokimi.data.formats import pick_text_column, pieces_of_row
+from nanokimi.data.local import cache_home
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
+from nanokimi.files import disk_errors_explained
 
 FINEWEB = "HuggingFaceFW/fineweb"
 FINEWEB_CONFIG = "sample-10BT"
@@ -37,13 +43,8 @@ _NETWORK = re.compile(r"(aiohttp|fsspec|http|httpcore2?|httpx2?|huggingface_hub|
 _OFFLINE = "work offline with --dataset local, localstreaming or tokenbin (`nanokimi prepare stdlib` makes a text)"
 
 
-def tell(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 class HubDocuments:
-    """The rows of one split of a hub data set, a part per shard; pickles, and opens its streams where it is read.
+    """The rows of one split of a hub data set; pickles, and opens its streams where it is read.
 
     Args:
         repo: name of the repository, such as ``HuggingFaceFW/fineweb``.
@@ -52,10 +53,10 @@ class HubDocuments:
         text_column: column of strings; empty takes ``text`` or the only column of strings.
         revision: commit, branch or tag; empty takes the newest commit.
         limit: take exactly so many rows, or all if there are fewer, as one part; 0 takes everything.
-        say: told in one line of every connection that broke.
+        log: told in one line of every connection that broke.
 
     Attributes:
-        n_parts: number of shards, 1 with a ``limit``.
+        n_parts: number of files, 1 with a ``limit``.
         n_bytes: None: the hub does not say how much text there is.
 
     Raises:
@@ -65,14 +66,21 @@ class HubDocuments:
     n_bytes: int | None = None
 
     def __init__(
-        self, repo: str, *, config: str = "", split: str = "train", text_column: str = "", limit: int = 0,
-        revision: str = "", log: Callable[[str], None] = tell,
-    ) -> None:  # fmt: skip
+        self,
+        repo: str,
+        *,
+        config: str = "",
+        split: str = "train",
+        text_column: str = "",
+        limit: int = 0,
+        revision: str = "",
+        log: Callable[[str], None] = console.log,
+    ) -> None:
         if not is_hub_name(repo):
             problem = "not the name of a repository" if repo else "name a data set of the hub"
             raise UserError(f"--hf_repo_name {repo or '(empty)'}: {problem}: write owner/name, such as {FINEWEB}")
         _settle_libraries()
-        self.repo, self.split, self.limit, self._say = repo, split, limit, log
+        self.repo, self.split, self.limit, self._log = repo, split, limit, log
         try:
             self.commit = _find_commit(repo, revision or "main")
             self.config = _choose_config(repo, self.commit, config)
@@ -82,31 +90,20 @@ class HubDocuments:
         except Exception as error:  # besides the libraries' own errors, those of whichever HTTP client they use
             raise UserError(f"--hf_repo_name {repo}: {_problem(error)}") from error
         self.name = f"{repo} (config {self.config}, split {split})"
-        self.n_parts = 1 if limit else self._n_shards
+        self.n_parts = 1 if limit else self._n_files
 
     @property
     def identity(self) -> list[Any]:
-        """Repository, commit, configuration, split, column and limit."""
         return [self.repo, self.commit, self.config, self.split, self.text_column, self.limit]
 
     def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
-        """The pieces of one part from ``start`` on; a row without text is an empty document.
+        """The pieces of one part from ``start`` on; ``advance`` is told the UTF-8 bytes of every row's text.
 
         A connection that breaks is tried again from the same row, ``RETRIES`` times in a row with growing waits.
-
-        Args:
-            advance: told the UTF-8 bytes of every row's text.
-
-        Raises:
-            RunError: the connection could not be restored, or the file has gone.
-            UserError: the file cannot be read as what it is said to be.
         """
         for row, text in enumerate(self._rows(part, start.at), start.at):
             advance(len(text.encode(errors="replace")))
-            pieces = list(cut_text(text))
-            first = start.piece if row == start.at else 0
-            for number in range(first, len(pieces)):
-                yield Piece(pieces[number], number == len(pieces) - 1, Cursor(at=row, piece=number))
+            yield from pieces_of_row(text, start, Cursor(at=row), self.name)
 
     def _open(self, text_column: str) -> None:
         from datasets import load_dataset, load_dataset_builder
@@ -126,13 +123,13 @@ class HubDocuments:
         if is_parquet:
             stream = load_dataset(path, self.config, columns=[self.text_column], **options)
         self._stream = stream.select_columns([self.text_column]).with_format("arrow")
-        self._n_shards: int = stream.num_shards
+        self._n_files: int = stream.num_shards
         files = [str(file) for file in files[self.split]]
-        seekable = is_parquet and len(files) == self._n_shards and all(file.startswith("hf://") for file in files)
-        self._parquet: list[str] = files if seekable else []
+        skips = is_parquet and len(files) == self._n_files and all(file.startswith("hf://") for file in files)
+        self._parquet: list[str] = files if skips else []
 
     def _rows(self, part: int, row: int) -> Iterator[str]:
-        """The texts of a part from ``row`` on, each once, whatever happens to the connection."""
+        """The texts of a part from ``row`` on, each once, also where the connection breaks."""
         failures, problem = 0, ""
         while not self.limit or row < self.limit:
             try:
@@ -146,7 +143,7 @@ class HubDocuments:
                 self._judge(error, failures, repeated=problem == before, row=row)
             wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))
             attempt = f"attempt {failures} of {RETRIES} in {wait:g} s"
-            self._say(f"{self.name}: the connection broke at row {row} of part {part} ({problem}): {attempt}")
+            self._log(f"{self.name}: the connection broke at row {row} of part {part} ({problem}): {attempt}")
             time.sleep(wait)
 
     def _judge(self, error: Exception, failures: int, *, repeated: bool, row: int) -> None:
@@ -166,14 +163,14 @@ class HubDocuments:
         """The column of a part from ``row`` on, over one set of connections."""
         _settle_libraries()
         if not self._parquet:
-            stream = self._stream if self.limit else self._stream.shard(self._n_shards, part)
+            stream = self._stream if self.limit else self._stream.shard(self._n_files, part)
             yield from self._column(stream.skip(row) if row else stream)
             return
-        for shard in range(self._n_shards) if self.limit else [part]:
+        for file in range(self._n_files) if self.limit else [part]:
             if row:
-                row = yield from _from_row(self._parquet[shard], self.text_column, row)
+                row = yield from _from_row(self._parquet[file], self.text_column, row)
             else:
-                yield from self._column(self._stream.shard(self._n_shards, shard))
+                yield from self._column(self._stream.shard(self._n_files, file))
 
     def _column(self, stream: Any) -> Iterator[str | None]:
         for table in stream.iter(_ROWS):
@@ -181,7 +178,7 @@ class HubDocuments:
 
 
 def _settle_libraries() -> None:
-    """No bars and no log of theirs on stderr, and no waits but ours and, after a single request, huggingface_hub's."""
+    """Turns off their progress bars, logs and retries: ours tell the user, and go on at the row that broke."""
     try:
         import datasets
     except ImportError as error:
@@ -199,7 +196,7 @@ def _settle_libraries() -> None:
 
 
 def _find_commit(repo: str, revision: str) -> str:
-    """The commit behind ``revision``; one quick request, which fails where later ones would be repeated for minutes."""
+    """The commit of ``revision``; one quick request, which fails where later ones would be repeated for minutes."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -243,7 +240,7 @@ def _choose_column(stream: Any, wanted: str, repo: str) -> str:
 
 
 def _from_row(path: str, column: str, row: int) -> Generator[str | None, None, int]:
-    """A column of a parquet file from ``row`` on; returns how many of the rows to skip lie behind its end."""
+    """A column of a parquet file from ``row`` on; returns how many of the rows to skip come after its end."""
     import pyarrow as pa
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
@@ -258,6 +255,61 @@ def _from_row(path: str, column: str, row: int) -> Generator[str | None, None, i
                 yield from batch.column(0).slice(row).cast(pa.large_string()).to_pylist()
             row = max(0, row - batch.num_rows)
     return row
+
+
+# ---- a sample that is kept -----------------------------------------------------------------------
+
+
+def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments]) -> Path:
+    """The first rows of a data set as JSON lines, in the user's cache; without a network when they are there already.
+
+    A try that was cut off goes on after its last whole row.
+
+    Args:
+        limit: number of rows, above 0.
+        key: everything that the user said about them.
+        open_hub: makes the ``HubDocuments``; called only when rows have to be fetched.
+
+    Raises:
+        UserError: no such data set, or no network and nothing in the cache.
+        RunError: the network failed for good, the disk is full.
+    """
+    if not limit:
+        raise UserError("--num_samples 0 takes all of the data set: add --streaming, or say how many documents to take")
+    path = cache_home() / "hub" / f"{short_hash([*key, limit])}.jsonl"
+    if path.is_file():
+        return path
+    documents = open_hub()
+    with disk_errors_explained("sample", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.stem}-{short_hash(documents.identity)}.part")
+        with unfinished.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a second run waits for the first
+            if not path.is_file():
+                _fetch(documents, file)
+                os.fsync(file.fileno())
+                unfinished.rename(path)
+    return path
+
+
+def _fetch(documents: HubDocuments, file: IO[bytes]) -> None:
+    file.seek(0)
+    n_rows = end = 0
+    for line in file:
+        if line.endswith(b"\n"):
+            n_rows, end = n_rows + 1, end + len(line)
+    file.truncate(end)
+    text = ""
+    with console.progress_bar(f"fetching {documents.name}", None, done=end) as advance:
+        for piece in documents.read(0, Cursor(at=n_rows), advance):
+            text += piece.text
+            if piece.ends_document:
+                file.write(json.dumps({"text": text}).encode() + b"\n")
+                text = ""
+    file.flush()
+
+
+# ---- what went wrong -----------------------------------------------------------------------------
 
 
 def _is_refused(error: Exception) -> bool:

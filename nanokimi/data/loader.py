@@ -1,44 +1,81 @@
-"""Endless batches in a seeded order whose position is one number."""
+"""Endless batches, from a row of tokens in a seeded order or from several sources, read ahead by worker processes."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from nanokimi.data.batch import Batch
-from nanokimi.data.packing import PackedSequences
-from nanokimi.data.shuffle import permutation
-from nanokimi.data.workers import read_ahead
-from nanokimi.errors import UserError
+from nanokimi.data.batch import Batch, PackedSequences, TokenRow
+from nanokimi.errors import RunError, UserError
 
 # B batch, T sequence length
 
+TIMEOUT_SECONDS = 900  # longer than a hub may be silent, whose connections are retried where they are read
 
-class Loader(Protocol):
-    """Batches without end, and a position that can be saved: what training sees of any source.
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are made of a source.
 
     Attributes:
-        oddities: what was met in the data that the user should hear of, and how often.
+        length: T, tokens of a sequence.
+        batch_size: B, sequences of a batch, on each rank.
+        seed: of the order.
+        num_workers: processes that read ahead; 0 reads in this one.
+        pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
+        eot_id: see ``Batch.of_rows``.
+        shuffle_buffer: sequences of a stream among which the next one is drawn; 1 keeps the order.
+        rank, world_size: this process and how many share the data.
     """
+
+    length: int
+    batch_size: int
+    seed: int
+    num_workers: int = 0
+    pin_memory: bool = False
+    eot_id: int | None = None
+    shuffle_buffer: int = 1024
+    rank: int = 0
+    world_size: int = 1
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The batch of some sequences ``[B, T + 1]``."""
+        batch = Batch.of_rows(rows.long(), self.eot_id)
+        return batch.pin_memory() if self.pin_memory else batch
+
+
+class Loader(Protocol):
+    """Batches without end, and a position in the data that can be saved: what training sees of any source."""
 
     @property
     def warnings(self) -> Counter[str]:
-        """See above."""
+        """What was met in the data that the user should hear of, and how often."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors; what was merely read ahead does not count."""
+        """The position, in plain values and tensors; what was merely read ahead does not count."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position: of this rank, or of all of them (``merge_states``)."""
+        """Goes to a saved position: of this rank, or of all of them (``merge_states``).
+
+        Iterators made from now on start there. UserError if the order of the saved run was another one.
+        """
 
     def go_near(self, state: dict[str, Any]) -> None:
         """Goes to about the place that ``state`` had in other data."""
@@ -54,110 +91,123 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """The order of ``n`` things in ``epoch``; another seed or epoch gives an unrelated one."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 class BatchLoader:
-    """Iterates forever over batches; epoch after epoch, each in an order of its own.
+    """Iterates forever over batches of a row of tokens; epoch after epoch, each in an order of its own.
 
     Sample k of a run is ``permutation(seed, epoch=k // n)[k % n]``, whatever the number of workers and ranks: every
     B samples go to the next rank, and a batch may straddle two epochs. So the position is k alone, and a resume
     finds it exactly.
 
-    Args:
-        sequences: n sequences of one length.
-        batch_size: B, of one rank.
-        num_workers: processes that read ahead; 0 reads in this one.
-        pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
-        eot_id: see ``Batch.of_rows``.
-        rank, world_size: this process and how many share the data.
-
     Attributes:
+        sequences: n sequences of T tokens.
         samples: k, sequences handed out so far to all ranks (those merely read ahead do not count).
-        oddities: none: tokens were looked at when they were made.
+        warnings: none: tokens were looked at when they were made.
 
     Raises:
         UserError: there are fewer sequences than the batches of all ranks hold.
     """
 
-    def __init__(
-        self,
-        sequences: PackedSequences,
-        batch_size: int,
-        *,
-        seed: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        eot_id: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if len(sequences) < batch_size * world_size:
-            raise UserError(too_few(batch_size, len(sequences), sequences.length, world_size))
-        self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
-        self.num_workers, self.pin_memory, self.eot_id = num_workers, pin_memory, eot_id
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, tokens: TokenRow | NDArray[Any], options: LoaderOptions) -> None:
+        self.sequences, self.options = PackedSequences(tokens, options.length), options
+        if len(self.sequences) < options.batch_size * options.world_size:
+            raise UserError(too_few(options.batch_size, len(self.sequences), options.length, options.world_size))
         self.samples = 0
         self.warnings: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present position on.
+        """Batches from the present position on; RunError if a worker died or hangs, or a file was truncated."""
+        # Arrays of whole batches go through a pipe several times as fast as tensors through shared memory.
+        for rows in read_ahead(self.sequences.batch, self._indices(), self.options.num_workers):
+            self.samples += self.options.batch_size * self.options.world_size
+            yield self.options.batch(torch.from_numpy(rows))
 
-        Raises:
-            RunError: a worker died or hangs, or a file was truncated.
+    def _indices(self) -> Iterator[list[int]]:
+        """The sequences of this rank's batches, without end.
+
+        The batches of all ranks are cut from one order. This runs ahead of ``samples`` where workers do.
         """
-        together = self.batch_size * self.world_size
-        first = self.rank * self.batch_size
-        order = _Order(len(self.sequences), together, slice(first, first + self.batch_size), self.seed, self.samples)
-        for ids in read_ahead(_Batches(self.sequences), order, self.num_workers):
-            self.samples += together
-            batch = Batch.of_rows(torch.from_numpy(ids).long(), self.eot_id)
-            yield batch.pin_memory() if self.pin_memory else batch
+        n, size = len(self.sequences), self.options.batch_size
+        first = size * self.options.rank
+        epoch, position = divmod(self.samples, n)
+        joint: list[int] = []
+        while True:
+            for index in permutation(self.options.seed, epoch, n)[position:]:
+                joint.append(int(index))
+                if len(joint) == size * self.options.world_size:
+                    yield joint[first : first + size]
+                    joint = []
+            epoch, position = epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it depends on."""
         return {"samples": self.samples, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position; iterators made from now on start there.
-
-        Raises:
-            UserError: the order of the saved run was another one.
-        """
         require_same_order(state, self._order())
         self.samples = state["samples"]
 
     def go_near(self, state: dict[str, Any]) -> None:
-        """Goes as many samples far as the other run was."""
         self.samples = state.get("samples", 0)
 
     def _order(self) -> dict[str, int]:
-        return {"sequences": len(self.sequences), "length": self.sequences.length, "seed": self.seed}
+        return {"sequences": len(self.sequences), "length": self.options.length, "seed": self.options.seed}
 
 
-class _Batches(Dataset[NDArray[np.int32]]):
-    """Whole batches as arrays, which go through a pipe several times as fast as tensors through shared memory."""
+class MixLoader:
+    """Batches whose sequences come from several loaders in fixed shares.
 
-    def __init__(self, sequences: PackedSequences) -> None:
-        self.sequences = sequences
+    Of the sources that have given less than their share, the next sequence comes from the one that would first lack a
+    whole sequence. So after k sequences each has given its weight times k, less than one more or less, on every rank
+    (Baruah et al. 1996, Proportionate progress): shares without chance need no state but counts.
 
-    def __getitem__(self, indices: list[int]) -> NDArray[np.int32]:
-        return self.sequences.batch(indices)
+    Args:
+        sources: by name the weight, above 0, and what makes the source's loader.
+    """
 
+    def __init__(
+        self, sources: Mapping[str, tuple[float, Callable[[LoaderOptions], Loader]]], options: LoaderOptions
+    ) -> None:
+        weights = {name: Fraction(str(weight)) for name, (weight, _) in sources.items()}  # 0.7 is meant as 7/10
+        self.shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        one = replace(options, batch_size=1, pin_memory=False, eot_id=None)
+        self.loaders = {name: loader(one) for name, (_, loader) in sources.items()}
+        self.options = options
+        self._counts = dict.fromkeys(sources, 0)
 
-class _Order:
-    """Indices of one rank's part of every joint batch, from sample ``start`` on, without end."""
+    @property
+    def warnings(self) -> Counter[str]:
+        return sum((loader.warnings for loader in self.loaders.values()), Counter())
 
-    def __init__(self, n: int, batch_size: int, part: slice, seed: int, start: int) -> None:
-        self.n, self.batch_size, self.part, self.seed, self.start = n, batch_size, part, seed, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, position = divmod(self.start, self.n)
-        batch: list[int] = []
+    def __iter__(self) -> Iterator[Batch]:
+        sources = {name: iter(loader) for name, loader in self.loaders.items()}
         while True:
-            for index in permutation(self.seed, epoch, self.n)[position:]:
-                batch.append(int(index))
-                if len(batch) == self.batch_size:
-                    yield batch[self.part]
-                    batch = []
-            epoch, position = epoch + 1, 0
+            rows = [next(sources[self._next()]).rows() for _ in range(self.options.batch_size)]
+            yield self.options.batch(torch.cat(rows))
+
+    def _next(self) -> str:
+        reached = sum(self._counts.values()) + 1
+        short = [name for name, share in self.shares.items() if share * reached > self._counts[name]]
+        name = min(short, key=lambda name: (self._counts[name] + 1) / self.shares[name])
+        self._counts[name] += 1
+        return name
+
+    def state_dict(self) -> dict[str, Any]:
+        sources = {name: loader.state_dict() for name, loader in self.loaders.items()}
+        return {"counts": dict(self._counts), "sources": sources}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, loader in self.loaders.items():
+            loader.load_state_dict(state["sources"][name])
+        self._counts = dict(state["counts"])
+
+    def go_near(self, state: dict[str, Any]) -> None:
+        for name, loader in self.loaders.items():
+            if name in state.get("sources", {}):
+                loader.go_near(state["sources"][name])
 
 
 def evenly_spread(n: int, limit: int) -> list[int]:
@@ -185,3 +235,64 @@ def too_few(batch_size: int, n_sequences: int, length: int, world_size: int = 1)
         f"--batch_size is {batch_size}{ranks} but the text makes only {n_sequences} sequences of "
         f"{length} tokens: use more text, a smaller batch or a smaller max_seq_length"
     )
+
+
+# ---- worker processes ---------------------------------------------------------------------------
+
+
+def read_ahead(read: Callable[[Asked], Answer], wanted: Iterable[Asked], num_workers: int) -> Iterator[Answer]:
+    """``read(item)`` for each item that is ``wanted``, in their order; item i is read by worker i modulo their number.
+
+    Workers may be done in any order; torch's DataLoader hands their answers out in the order of the items. It keeps
+    two items per worker on their way: enough to hide a slow one, and few enough for memory, and for the items that
+    are read twice when a run is stopped and goes on.
+
+    Args:
+        read: gives arrays; each worker has a copy of it, as it was at the start.
+        num_workers: processes that read ahead; 0 reads in this one.
+
+    Raises:
+        RunError: a worker died or hangs.
+        UserError, RunError: as ``read`` raises them.
+    """
+    try:
+        for answer in DataLoader(
+            _Reader(read),
+            sampler=wanted,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            timeout=TIMEOUT_SECONDS if num_workers else 0,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # or it would draw from the run's random numbers
+        ):
+            if isinstance(answer, (UserError, RunError)):
+                raise answer
+            yield answer
+    except RuntimeError as error:
+        if not num_workers:
+            raise
+        reason = str(error).strip().splitlines()[-1]  # the line after the worker's traceback
+        raise RunError(f"a data worker failed ({reason}): lower --num_workers") from error
+
+
+class _Reader(Dataset[Any]):
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.read(item)
+        except (UserError, RunError) as error:
+            return error  # raised in a worker it would come wrapped in a traceback
+
+
+def _unchanged(answer: Any) -> Any:  # a lambda could not be sent to a worker that is not forked
+    return answer
+
+
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group: the parent ends its workers once the step is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers themselves are what is parallel

@@ -45,13 +45,11 @@ class LocalDocuments:
         self._stamps = {path: _stamp(path) for path in self.files}
 
     @property
-    def n_bytes(self) -> int | None:
-        """Size of the files on disk."""
+    def n_bytes(self) -> int:
         return sum(size for size, _ in self._stamps.values())
 
     @property
     def n_parts(self) -> int:
-        """How many parts there are."""
         return len(self._parts)
 
     @property
@@ -65,7 +63,6 @@ class LocalDocuments:
         return [self.stamps, self.form.text_column, self.form.errors, self.split_up and PART_BYTES]
 
     def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
-        """The pieces of one part from ``start`` on; see ``Documents``."""
         for number, span in enumerate(self._parts[part]):
             if number < start.span:
                 continue
@@ -79,7 +76,6 @@ class LocalDocuments:
             self._require_unchanged(span.path)
 
     def _require_unchanged(self, path: Path) -> None:
-        """Raises UserError when the file was written to since it was first looked at."""
         if _stamp(path) != self._stamps[path]:
             raise UserError(f"{path}: {CHANGED}")
 
@@ -98,6 +94,11 @@ class LocalDocuments:
                 parts[-1].append(span)
                 room -= length
         return parts
+
+
+def cache_home() -> Path:
+    """The user's cache folder for what nanokimi makes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokimi"
 
 
 def find_files(path: str, flag: str) -> list[Path]:
@@ -151,30 +152,26 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _slices(path: Path, size: int) -> Iterator[Span]:
     """A file in slices of about ``PART_BYTES`` that begin at lines, at documents where possible."""
-    whole = is_compressed(path) or inner_suffix(path) == ".parquet"
     start = 0
-    if not whole:
+    if not is_compressed(path) and inner_suffix(path) != ".parquet":
         for nominal in range(PART_BYTES, size, PART_BYTES):
             if nominal <= start:
                 continue
-            end = _boundary(_bytes_at(path, nominal - 1), documents=inner_suffix(path) not in JSON_LINES)
+            try:
+                with path.open("rb") as file:
+                    file.seek(nominal - 1)
+                    data = file.read(SEARCHED_BYTES)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}: repair or replace it") from error
+            end = _boundary(data, documents=inner_suffix(path) not in JSON_LINES)
             if end and nominal - 1 + end < size:
                 yield Span(path, start, nominal - 1 + end)
                 start = nominal - 1 + end
     yield Span(path, start, None)
 
 
-def _bytes_at(path: Path, position: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(position)
-            return file.read(SEARCHED_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}: repair or replace it") from error
-
-
 def _boundary(data: bytes, *, documents: bool) -> int:
-    """The first place in ``data`` behind a document's end, else behind a line end; 0 if there is neither."""
+    """The first place in ``data`` after a document's end, else after a line end; 0 if there is neither."""
     separator = _SEPARATOR.search(data) if documents else None
     if documents and not separator and len(data) < SEARCHED_BYTES:
         return 0  # the document ends with the file

@@ -6,29 +6,24 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.data.corpus import CachedText, Corpus, Log, StreamedText
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.prepared import PreparedText, corpus_of
-from nanokimi.data.sources import Source, choose_tokenizer, text_of, with_sample
-from nanokimi.data.streamed import StreamedText
-from nanokimi.data.token_bin import TokenFile, TokenFileError
-from nanokimi.data.token_set import MANIFEST, Manifest, TokenSet, write_token_set
+from nanokimi.data.sources import choose_tokenizer, text_of, with_sample
+from nanokimi.data.token_file import TokenFile, TokenFileError
+from nanokimi.data.token_set import MANIFEST, TOKENIZER, Manifest, TokenSet, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.files import disk_errors_explained
 
-TOKENIZER = "tokenizer.json"
-
-Say = Callable[[str], None]
-
 
 def prepare_tokens(
-    train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, log: Say
+    train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, log: Log
 ) -> str:
     """Tokenises what ``nanokimi train`` would read with the same settings; killed, it goes on when called again.
 
@@ -53,7 +48,7 @@ def prepare_tokens(
         raise UserError(f"{what}: prepare one source of text; several, or tokens, are for `nanokimi train`")
     with _own(output), disk_errors_explained("token set", output):
         text = text_of(with_sample(config, log), log)
-        source: Source = PreparedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text, 0)
+        source = CachedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text)
         tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)
         _require_same_tokenizer(output, tokenizer)
         before, started = _bytes_in(output), time.monotonic()
@@ -63,7 +58,7 @@ def prepare_tokens(
 
 
 def _summary(found: TokenSet, tokenizer: Tokenizer, output: Path, n_bytes: int, seconds: float) -> Iterator[str]:
-    yield corpus_of(found, tokenizer).summary
+    yield Corpus.of_set(found, tokenizer).summary
     left_out = f"; left out {found.manifest.n_blank:,} documents without text" if found.manifest.n_blank else ""
     nuls = f"; {found.manifest.nuls:,} NUL bytes: is it really text?" if found.manifest.nuls else ""
     n_files = sum(map(len, found.manifest.shards))
@@ -76,7 +71,6 @@ def _summary(found: TokenSet, tokenizer: Tokenizer, output: Path, n_bytes: int, 
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of text in the complete shards."""
     try:
         shards = Manifest.read(folder).shards
     except TokenFileError:

@@ -1,47 +1,31 @@
-"""The values of ``--dataset``: from settings to tokens to train on and tokens that are held out."""
+"""The values of ``--dataset`` and ``--mix``: from settings to tokens to train on and tokens that are held out."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nanokimi.config import TrainConfig
-from nanokimi.data.corpus import Corpus, Mixed
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import BPE_CHARACTERS, TRAINING, CachedText, Corpus, Log, StreamedText, TrainData
+from nanokimi.data.documents import short_hash
 from nanokimi.data.formats import Format
-from nanokimi.data.hub import FINEWEB, FINEWEB_CONFIG, HubDocuments
-from nanokimi.data.hub_sample import fetch_sample
+from nanokimi.data.hub import FINEWEB, FINEWEB_CONFIG, HubDocuments, fetch_sample
+from nanokimi.data.loader import MixLoader
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.packing import TokenRow
-from nanokimi.data.prepared import PreparedText
-from nanokimi.data.streamed import BPE_CHARACTERS, StreamedText
-from nanokimi.data.text import Text
-from nanokimi.data.token_source import TokenBin
+from nanokimi.data.split import Text
+from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
 from nanokimi.files import disk_errors_explained
 
 DATASETS = ("local", "localstreaming", "hfstreaming", "fineweb", "tokenbin")
 
-Say = Callable[[str], None]
-
-
-class Source(Protocol):
-    """A source before its tokenizer is known."""
-
-    def find_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that it brings along."""
-
-    def training_text(self, characters: int) -> Iterator[str]:
-        """The first ``characters`` of what is trained on; UserError where there is only something else than text."""
-
-    def train_bpe(self, size: int) -> Tokenizer:
-        """A byte-level BPE of what is trained on."""
-
-    def open(self, tokenizer: Tokenizer, log: Say) -> Corpus:
-        """The source as training sees it; tells ``say`` what is odd about it."""
+Source = CachedText | StreamedText | TokenBin  # before its tokenizer is known
 
 
 def open_corpus(
@@ -50,16 +34,16 @@ def open_corpus(
     *,
     tokenizer: Tokenizer | None = None,
     named: bool = False,
-    log: Say = print,
+    log: Log = print,
 ) -> Corpus:
     """Opens the source, or the mixture of sources, that ``config`` names.
 
     Args:
         config: its fields from ``dataset`` to ``encoding_errors``.
-        tokenizer_name: ``bpe:N`` trains one on the training part; for the rest see ``load_tokenizer``.
+        tokenizer_name: ``bpe:N`` trains one on the training split; for the rest see ``load_tokenizer``.
         tokenizer: use this one, whatever ``tokenizer_name`` says (a checkpoint carries its own).
         named: the user chose ``tokenizer_name``: it wins over one that the source brings along.
-        say: takes warnings, a line each.
+        log: takes warnings, a line each.
 
     Raises:
         UserError: missing, empty, blank or undecodable data, an unknown tokenizer, nowhere to write a cache.
@@ -75,7 +59,9 @@ def open_corpus(
         log(f"note: the text yields only {tokenizer.vocab_size} of the {wanted} entries of {tokenizer.name}")
     if not config.mix:
         return next(iter(corpora.values()))
-    train = Mixed({name: (shares[name][0], corpus.train) for name, corpus in corpora.items()})
+    parts = {name: (shares[name][0], corpus.train) for name, corpus in corpora.items()}
+    identity = short_hash([[name, weight, data.identity] for name, (weight, data) in parts.items()])
+    train = TrainData(identity, partial(MixLoader, {name: (w, data.loader) for name, (w, data) in parts.items()}))
     val = [corpus.val for corpus in corpora.values() if corpus.val is not None]
     val = val[:1] if config.val_path else val  # of sources that share one held-out file
     summary = "\n".join(f"{shares[name][0]:g} of {name}: {corpus.summary}" for name, corpus in corpora.items())
@@ -89,7 +75,7 @@ def parse_mix(config: TrainConfig) -> dict[str, tuple[float, TrainConfig]]:
     ``tokenbin:data/books=0.3``, ``fineweb=0.5``.
 
     Raises:
-        UserError: an item without a weight above 0, or one that stands there twice.
+        UserError: an item without a weight above 0, or one that is there twice.
     """
     if not config.mix:
         return {"": (1.0, config)}
@@ -104,11 +90,11 @@ def parse_mix(config: TrainConfig) -> dict[str, tuple[float, TrainConfig]]:
             raise UserError(f"--mix {item.strip()}: write it as PATH=WEIGHT with a weight above 0, as in a=0.7,b=0.3")
         if name in shares:
             raise UserError(f"--mix names {name} twice: add the weights up")
-        kind, _, place = name.partition(":")
+        kind, _, path = name.partition(":")
         if kind not in DATASETS:
-            kind, place = config.dataset, name
+            kind, path = config.dataset, name
         field = "data_path" if kind in ("local", "localstreaming", "tokenbin") else "hf_repo_name"
-        values: dict[str, Any] = {"mix": "", "dataset": kind, field: place}
+        values: dict[str, Any] = {"mix": "", "dataset": kind, field: path}
         if config.val_path and (kind == "tokenbin") != _is_tokens(config.val_path):
             values |= {"val_path": "", "val_fraction": 0.0}  # another source holds it out
         shares[name] = weight, dataclasses.replace(config, **values)
@@ -121,17 +107,16 @@ def _is_tokens(path: str) -> bool:
     return path.endswith(".bin") or any(Path(path).glob("*.bin"))
 
 
-def _source(config: TrainConfig, log: Say) -> Source:
-    """The one source that ``config`` names."""
+def _source(config: TrainConfig, log: Log) -> Source:
     if config.dataset == "tokenbin":
         return TokenBin(config.data_path, config.val_path, config.val_fraction)
     config = with_sample(config, log)
     if config.dataset == "local":
-        return PreparedText(text_of(config, log))
+        return CachedText(text_of(config, log))
     return StreamedText(text_of(config, log, split_up=True), config.val_tokens)
 
 
-def text_of(config: TrainConfig, log: Say, *, split_up: bool = False) -> Text:
+def text_of(config: TrainConfig, log: Log, *, split_up: bool = False) -> Text:
     """The documents that ``config`` names, local ones or those of the hub, and what is held out.
 
     Args:
@@ -148,18 +133,21 @@ def text_of(config: TrainConfig, log: Say, *, split_up: bool = False) -> Text:
     return Text(documents, val, fraction, in_full=not split_up)
 
 
-def hub_documents(config: TrainConfig, log: Say) -> HubDocuments:
+def hub_documents(config: TrainConfig, log: Log) -> HubDocuments:
     """The rows of a hub data set that ``config`` names: the first ``--num_samples``, or all for 0."""
-    fineweb = config.dataset == "fineweb"
+    default = config.dataset == "fineweb" and not config.hf_repo_name
     return HubDocuments(
-        config.hf_repo_name or (FINEWEB if fineweb else ""),
-        config=config.hf_config or (FINEWEB_CONFIG if fineweb and not config.hf_repo_name else ""),
-        split=config.hf_split, text_column=config.text_column, limit=config.num_samples,
-        revision=config.hf_revision, log=log,
-    )  # fmt: skip
+        FINEWEB if default else config.hf_repo_name,
+        config=config.hf_config or (FINEWEB_CONFIG if default else ""),
+        split=config.hf_split,
+        text_column=config.text_column,
+        limit=config.num_samples,
+        revision=config.hf_revision,
+        log=log,
+    )
 
 
-def with_sample(config: TrainConfig, log: Say) -> TrainConfig:
+def with_sample(config: TrainConfig, log: Log) -> TrainConfig:
     """The same settings, but a sample of FineWeb is a local text from here on: fetched, unless it is there."""
     if config.dataset != "fineweb" or config.streaming:
         return config
@@ -170,16 +158,23 @@ def with_sample(config: TrainConfig, log: Say) -> TrainConfig:
 
 def choose_tokenizer(sources: Sequence[Source], name: str, *, named: bool) -> Tokenizer:
     """The tokenizer to use: what the user chose, else what a source brings along, else ``name``."""
-    brought = [found for source in sources if not named and (found := source.find_tokenizer()) is not None]
-    if brought:
-        return brought[0]
+    for source in sources:
+        if isinstance(source, TokenBin) and not named and (found := source.find_tokenizer()) is not None:
+            return found
     size = bpe_size(name)
     if size is None:
         return load_tokenizer(name)
-    if len(sources) == 1:
-        return sources[0].train_bpe(size)
-    texts: Iterable[str] = chain.from_iterable(source.training_text(BPE_CHARACTERS) for source in sources)
-    return train_bpe(texts, size)
+    texts = []
+    for source in sources:
+        if isinstance(source, TokenBin):
+            raise UserError(
+                f"--data_path {source.path}: no tokenizer can be trained on tokens: put the tokenizer.json that made "
+                "them beside them, or name it with --set tokenizer_name=..."
+            )
+        if len(sources) == 1:
+            return source.train_bpe(size)
+        texts.append(source.text.training_text(TRAINING, BPE_CHARACTERS))
+    return train_bpe(chain.from_iterable(texts), size)
 
 
 def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *, val_fraction: float = 0.05) -> str:
@@ -193,7 +188,7 @@ def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *,
     """
     output = Path(output)
     text = Text(LocalDocuments(path, "FILE"), None, val_fraction, "FILE")
-    tokenizer = train_bpe(text.training_text("training the tokenizer on"), vocab_size)
+    tokenizer = train_bpe(text.training_text(TRAINING), vocab_size)
     with disk_errors_explained("tokenizer", output):
         output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output)

@@ -1,36 +1,44 @@
-"""Packed sequences out of documents that are never all in memory, from any position on.
+"""Endless batches out of documents that are read and tokenised while training goes on, from any position on.
 
-The parts of a source are dealt out to a fixed number of lanes; each lane reads its parts one after the other and cuts
-what it reads into sequences. Which sequences a lane makes depends on the data and the seed alone, so lanes can live
-in any process, be handed to another, and go on at a position that is a handful of numbers.
+The parts of a source are dealt out to a fixed number of lanes. A lane reads its parts one after the other and cuts what
+it reads into sequences; those go through a shuffle buffer and become batches. Which sequences a lane makes depends on
+the data and the seed alone, so any process can make them, and a lane's position is a handful of numbers.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from nanokimi.data.documents import START, Cursor, Documents, Piece
-from nanokimi.data.shuffle import permutation
-from nanokimi.data.split import Split, divide, is_blank
+from nanokimi.data.batch import Batch, too_short
+from nanokimi.data.documents import START, Cursor, Piece
+from nanokimi.data.loader import LoaderOptions, permutation, read_ahead, require_same_order, too_few
+from nanokimi.data.split import Text, is_blank
 from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.errors import UserError
 
 LANES = 8
 CHUNK_CHARACTERS = 1 << 16
+DRAWS = 1024  # of one random generator
 
 NO_TEXT = "documents without text were passed over"
 NULS = "NUL bytes were in the data: is it really text?"
 
-# T sequence length
+# B batch, T sequence length
+
+Sequence = NDArray[np.int32]
 
 
 class Position(NamedTuple):
-    """Where a sequence begins: ``skip`` tokens behind the start of a piece.
+    """Where a sequence begins: ``skip`` tokens after the start of a piece.
 
     Attributes:
         epoch, ordinal: which of the lane's parts of which epoch.
@@ -44,10 +52,6 @@ class Position(NamedTuple):
     piece: int = 0
     skip: int = 0
 
-    @property
-    def cursor(self) -> Cursor:
-        return Cursor(self.span, self.at, self.piece)
-
 
 @dataclass
 class Chunk:
@@ -56,48 +60,37 @@ class Chunk:
     Attributes:
         lane, epoch: what was asked for.
         sequences: ``[n, T + 1]`` int32 ids (they stay below 2^31).
-        positions: ``[n, 6]``, for each sequence the ``Position`` of the one behind it.
+        positions: ``[n, 6]``, for each sequence the ``Position`` of the next one.
         n_tokens: tokens read, whether or not they filled a sequence.
-        oddities: how often something was met that the user should hear of.
         ends_epoch: whether the lane has nothing more for this epoch.
+        warnings: how often something was met that the user should hear of.
     """
 
     lane: int
     epoch: int
     sequences: NDArray[np.int32]
     positions: NDArray[np.int64]
-    n_tokens: int = 0
+    n_tokens: int
+    ends_epoch: bool
     warnings: Counter[str] = field(default_factory=Counter)
-    ends_epoch: bool = False
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Documents, what of them is held out, and the tokenizer: all that is needed to make lanes.
+    """A text, its tokenizer and ``options``, of which T and the seed count: all that decides what lanes make."""
 
-    Args:
-        length: T, the model's context.
-        seed: of the order of the parts.
-    """
-
-    documents: Documents
-    split: Split
+    text: Text
     tokenizer: Tokenizer
-    length: int
-    seed: int
+    options: LoaderOptions
 
     @property
     def n_lanes(self) -> int:
         """How many lanes there are: never more than parts."""
-        return min(LANES, self.documents.n_parts)
+        return min(LANES, self.text.documents.n_parts)
 
     def parts(self, lane: int, epoch: int) -> NDArray[np.int64]:
         """The parts that ``lane`` reads in ``epoch``, in this order."""
-        return permutation(self.seed, epoch, self.documents.n_parts)[lane :: self.n_lanes]
-
-    def lane(self, number: int, position: Position) -> Lane:
-        """Lane ``number`` from ``position`` on."""
-        return Lane(self, number, position)
+        return permutation(self.options.seed, epoch, self.text.documents.n_parts)[lane :: self.n_lanes]
 
 
 class Lane:
@@ -108,64 +101,54 @@ class Lane:
         self.epoch = position.epoch
         self._skip = position.skip
         self._pieces = self._read(position)
-        self._rest: deque[tuple[Position, NDArray[np.int32]]] = deque()  # tokens that fill no sequence yet
+        self._rest: deque[tuple[Position, Sequence]] = deque()  # tokens that fill no sequence yet
         self._n_rest = 0
-        self._oddities: Counter[str] = Counter()
+        self._warnings: Counter[str] = Counter()
 
     def chunk(self, epoch: int) -> Chunk:
         """The next sequences of ``epoch``: none when they were all made, and ``ends_epoch`` with the last."""
-        sequences, positions, n_tokens = [], [], 0
+        length, sequences, positions, n_tokens = self.stream.options.length, [], [], 0
         while self.epoch < epoch:  # what is left of an earlier epoch fills no sequence
             self._fill()
         if self.epoch == epoch:
             n_tokens = self._fill()
-        while self._n_rest > self.stream.length:
-            sequences.append(self._cut())
+        while self._n_rest > length:
+            sequences.append(self._cut(length))
             positions.append([*self._rest[0][0]])
-        return Chunk(
-            self.number, epoch,
-            np.array(sequences, np.int32).reshape(-1, self.stream.length + 1),
-            np.array(positions, np.int64).reshape(-1, len(Position._fields)),
-            n_tokens, self._taken_oddities(), self.epoch > epoch,
-        )  # fmt: skip
+        warnings, self._warnings = self._warnings, Counter()
+        rows = np.array(sequences, np.int32).reshape(-1, length + 1)
+        places = np.array(positions, np.int64).reshape(-1, len(Position._fields))
+        return Chunk(self.number, epoch, rows, places, n_tokens, self.epoch > epoch, warnings)
 
     def _fill(self) -> int:
         """Tokenises about CHUNK_CHARACTERS, or up to the end of the epoch; returns the number of tokens."""
         batch: list[tuple[Position, Piece]] = []
-        size = 0
-        for place in self._pieces:
-            if place is None:
+        size = n_tokens = 0
+        for found in self._pieces:
+            if found is None:
                 self.epoch += 1
                 break
-            batch.append(place)
-            size += len(place[1].text)
+            batch.append(found)
+            size += len(found[1].text)
             if size >= CHUNK_CHARACTERS:
                 break
-        n_tokens = 0
         texts = [piece.text for _, piece in batch]
         if nuls := sum(text.count("\0") for text in texts):
-            self._oddities[NULS] += nuls
+            self._warnings[NULS] += nuls
         encoded = self.stream.tokenizer.encode_batch(texts)
         for (position, piece), ids in zip(batch, encoded, strict=True):
             tokens = np.array([*ids, self.stream.tokenizer.eot_id] if piece.ends_document else ids, np.int32)
             n_tokens += len(tokens)
-            self._add(position, tokens)
+            left = tokens[self._skip :]
+            if len(left):
+                self._rest.append((position._replace(skip=self._skip), left))
+                self._n_rest += len(left)
+            self._skip = 0
         return n_tokens
 
-    def _taken_oddities(self) -> Counter[str]:
-        taken, self._oddities = self._oddities, Counter()
-        return taken
-
-    def _add(self, position: Position, tokens: NDArray[np.int32]) -> None:
-        tokens, skipped = tokens[self._skip :], self._skip
-        self._skip = 0
-        if len(tokens):
-            self._rest.append((position._replace(skip=skipped), tokens))
-            self._n_rest += len(tokens)
-
-    def _cut(self) -> NDArray[np.int32]:
-        """Takes the next T tokens away and returns them with the one behind them, which opens the next sequence."""
-        need, parts = self.stream.length, []
+    def _cut(self, length: int) -> Sequence:
+        """Takes the next T tokens away and returns them with the one after them, which opens the next sequence."""
+        need, parts = length, []
         self._n_rest -= need
         while need:
             position, tokens = self._rest.popleft()
@@ -178,16 +161,14 @@ class Lane:
         return np.concatenate(parts)
 
     def _read(self, start: Position) -> Iterator[tuple[Position, Piece] | None]:
-        """Every piece to train on, epoch after epoch, and None behind the last of each epoch."""
-        epoch, ordinal, cursor = start.epoch, start.ordinal, start.cursor
+        """Every piece to train on, epoch after epoch, and None after the last of each epoch."""
+        epoch, ordinal, cursor = start.epoch, start.ordinal, Cursor(start.span, start.at, start.piece)
         while True:
             parts = self.stream.parts(self.number, epoch)
             for number in range(ordinal, len(parts)):
-                part = int(parts[number])
-                pieces = self.stream.documents.read(part, cursor)
-                for held_out, piece in divide(pieces, part, self.stream.split):
+                for held_out, piece in self.stream.text.read(int(parts[number]), cursor):
                     if is_blank(piece):
-                        self._oddities[NO_TEXT] += 1
+                        self._warnings[NO_TEXT] += 1
                     elif not held_out:
                         yield Position(epoch, number, *piece.cursor), piece
                 cursor = START
@@ -196,18 +177,215 @@ class Lane:
 
 
 class LaneReader:
-    """Answers requests for chunks of lanes; a worker process has one of its own.
+    """Makes chunks of any lane; a worker process has one of its own.
 
-    A map-style data set for torch's DataLoader whose index is a pair of lane and epoch: each lane must always be
-    asked in the same process, and its epochs in their order.
+    A lane is a state: files that are open, tokens that fill no sequence yet. So one worker must make all chunks of a
+    lane, in their order.
     """
 
     def __init__(self, stream: TokenStream, positions: dict[int, Position]) -> None:
         self._stream, self._positions = stream, positions
         self._lanes: dict[int, Lane] = {}
 
-    def __getitem__(self, request: tuple[int, int]) -> Chunk:
-        number, epoch = request
+    def chunk(self, wanted: tuple[int, int]) -> Chunk:
+        """The next chunk of the lane ``wanted[0]`` in the epoch ``wanted[1]``."""
+        number, epoch = wanted
         if number not in self._lanes:
-            self._lanes[number] = self._stream.lane(number, self._positions[number])
+            self._lanes[number] = Lane(self._stream, number, self._positions[number])
         return self._lanes[number].chunk(epoch)
+
+
+class StreamLoader:
+    """Iterates forever over batches of a stream of documents.
+
+    Lanes give one sequence each in turn until all have ended their epoch; what fills no sequence opens the next
+    epoch. Each sequence goes through a shuffle buffer, which is emptied at the end of an epoch. The order is the same
+    for any number of workers. Ranks share the lanes between them; where there are fewer lanes than ranks, every rank
+    reads all and keeps its share.
+
+    Attributes:
+        num_workers: as many of those wanted as can each have the same number of lanes.
+        warnings: such as documents without text, as often as they came by.
+    """
+
+    def __init__(self, text: Text, tokenizer: Tokenizer, options: LoaderOptions) -> None:
+        self.stream, self.options = TokenStream(text, tokenizer, options), options
+        n_lanes, rank, world_size = self.stream.n_lanes, options.rank, options.world_size
+        self._lanes = list(range(n_lanes)[rank::world_size] if n_lanes >= world_size else range(n_lanes))
+        self._keep_one_of = 1 if n_lanes >= world_size else world_size
+        # Item i goes to worker i modulo their number: a lane stays with one worker if that number divides the lanes.
+        fitting = (n for n in range(1, options.num_workers + 1) if len(self._lanes) % n == 0)
+        self.num_workers = max(fitting, default=0)
+        self._positions = {lane: Position() for lane in self._lanes}
+        self._epochs = dict.fromkeys(self._lanes, 0)  # the one that a lane's next sequence belongs to
+        self._turn = 0
+        self._buffer: list[Sequence] = []
+        self._draws = 0
+        self._epoch_over = False  # and ``_kept`` has not passed it on yet
+        self._emptying = False
+        self.warnings: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the present position on.
+
+        Raises:
+            UserError: the data cannot be read, or an epoch of it does not fill a sequence or a batch.
+            RunError: the network or a worker failed for good.
+        """
+        sequences = self._shuffled()
+        while True:
+            rows = np.stack([next(sequences) for _ in range(self.options.batch_size)])
+            yield self.options.batch(torch.from_numpy(rows))
+
+    @property
+    def epoch(self) -> int:
+        """How many times all of it was read: at the last sequence drawn, which may wait in the shuffle buffer."""
+        return min(self._epochs.values())
+
+    # ---- from chunks to batches -----------------------------------------------------------------
+
+    def _shuffled(self) -> Iterator[Sequence]:
+        kept = self._kept()
+        while True:
+            while not self._emptying and len(self._buffer) < self.options.shuffle_buffer:
+                sequence = next(kept)
+                if sequence is None:
+                    self._emptying = True
+                else:
+                    self._buffer.append(sequence)
+            if self._buffer:
+                at = draw(self.options.seed, self.options.rank, self._draws, len(self._buffer))
+                self._buffer[at], self._buffer[-1] = self._buffer[-1], self._buffer[at]
+                self._draws += 1
+                yield self._buffer.pop()
+            self._emptying = self._emptying and bool(self._buffer)
+
+    def _kept(self) -> Iterator[Sequence | None]:
+        """The sequences of this rank, and None after the last of each epoch."""
+        group: list[Sequence] = []
+        for sequence in self._in_turn():
+            if sequence is not None:
+                group.append(sequence)
+            if len(group) == self._keep_one_of:  # a group may reach into the next epoch
+                yield group[self.options.rank % self._keep_one_of]
+                group = []
+            if self._epoch_over and not group:
+                self._epoch_over = False
+                yield None
+
+    def _in_turn(self) -> Iterator[Sequence | None]:
+        """The sequences of all lanes in turn, and None where an epoch is over.
+
+        The state of the loader moves with each sequence that is handed out, never with what workers made ahead: so a
+        saved position does not depend on them.
+        """
+        if self._epoch_over:
+            yield None
+        reader = LaneReader(self.stream, dict(self._positions))
+        chunks = read_ahead(reader.chunk, self._wanted_chunks(), self.num_workers)
+        queues: dict[int, deque[tuple[Sequence, NDArray[np.int64]]]] = {lane: deque() for lane in self._lanes}
+        ended = dict.fromkeys(self._lanes, -1)  # epoch whose last sequences are in the queue
+        from_start = all(position == Position() for position in self._positions.values())
+        n_sequences = n_tokens = 0
+        while True:
+            epoch, lane = self.epoch, self._lanes[self._turn]
+            self._turn = (self._turn + 1) % len(self._lanes)
+            if self._epochs[lane] > epoch:
+                continue
+            # Chunks come lane after lane, whichever is short of sequences: those of other lanes wait in their queues.
+            while not queues[lane] and ended[lane] < epoch:
+                chunk = next(chunks)
+                queues[chunk.lane].extend(zip(chunk.sequences, chunk.positions, strict=True))
+                ended[chunk.lane] = max(ended[chunk.lane], chunk.epoch if chunk.ends_epoch else -1)
+                n_tokens += chunk.n_tokens
+                self.warnings += chunk.warnings
+            if queues[lane]:
+                n_sequences += 1
+                sequence, position = queues[lane].popleft()
+                self._positions[lane] = Position(*position.tolist())
+                yield sequence
+                continue
+            self._epochs[lane] = epoch + 1
+            self._epoch_over = self._epoch_over or self.epoch > epoch
+            if self._epoch_over:
+                if from_start:
+                    self._require_enough(n_sequences // self._keep_one_of, n_tokens)
+                from_start = False
+                yield None
+
+    def _wanted_chunks(self) -> Iterator[tuple[int, int]]:
+        """Lane after lane. A chunk that is asked for ahead may be of an epoch that its lane has ended: it is empty."""
+        while True:
+            for lane in self._lanes:
+                yield lane, self.epoch
+
+    def _require_enough(self, n_sequences: int, n_tokens: int) -> None:
+        if n_tokens <= self.options.length:
+            raise UserError(too_short(self.options.length, n_tokens))
+        if n_sequences < self.options.batch_size:
+            raise UserError(too_few(self.options.batch_size, n_sequences, self.options.length))
+
+    # ---- the state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, what it depends on, and the shuffle buffer (int32 ``[n, T + 1]``)."""
+        empty = np.empty((0, self.options.length + 1), np.int32)
+        own = {
+            "lanes": {lane: [self._epochs[lane], *self._positions[lane]] for lane in self._lanes},
+            "turn": self._turn,
+            "draws": self._draws,
+            "epoch_over": self._epoch_over,
+            "emptying": self._emptying,
+            "buffer": torch.from_numpy(np.stack(self._buffer) if self._buffer else empty),
+        }
+        return {**self._order(), "ranks": [own]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position.
+
+        On as many ranks as before the rest of the run is the same to the bit; on another number of them no sequence is
+        lost or repeated.
+        """
+        require_same_order(state, self._order())
+        ranks, rank, world_size = state["ranks"], self.options.rank, self.options.world_size
+        own = ranks[rank] if len(ranks) == world_size else _dealt_out(ranks, rank, world_size)
+        for lane in self._lanes:
+            self._epochs[lane], *position = own["lanes"][lane]
+            self._positions[lane] = Position(*position)
+        self._turn, self._draws = own["turn"], own["draws"]
+        self._epoch_over, self._emptying = own["epoch_over"], own["emptying"]
+        self._buffer = list(own["buffer"].numpy())
+
+    def go_near(self, state: dict[str, Any]) -> None:
+        """Goes to the place of the same number where this stream is laid out alike, else to the start."""
+        with suppress(UserError, KeyError):
+            self.load_state_dict(state)
+
+    def _order(self) -> dict[str, int]:
+        n_parts = self.stream.text.documents.n_parts
+        return {"length": self.options.length, "seed": self.options.seed, "parts": n_parts}
+
+
+def _dealt_out(ranks: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """The state of one rank of ``world_size``, out of the states of another number of them."""
+    lanes: dict[int, list[int]] = {}
+    for state in ranks:
+        lanes |= state["lanes"]
+    return {
+        "lanes": lanes,
+        "turn": 0,
+        "draws": max(state["draws"] for state in ranks),
+        "epoch_over": False,
+        "emptying": False,
+        "buffer": torch.cat([state["buffer"] for state in ranks])[rank::world_size],
+    }
+
+
+def draw(seed: int, rank: int, number: int, n: int) -> int:
+    """Draw ``number`` of a row of random indices below ``n``: the number is all that has to be saved."""
+    return int(_uniform(seed, rank, number // DRAWS)[number % DRAWS] * n)
+
+
+@lru_cache(maxsize=16)
+def _uniform(seed: int, rank: int, block: int) -> NDArray[np.float64]:
+    return np.random.default_rng([seed, rank, block, DRAWS]).random(DRAWS)

@@ -1,48 +1,39 @@
-"""A folder of token files made from documents: in shards, so that a large one can be resumed after a kill.
+"""A folder of token files made from a text, one after the other, so that a large one can go on after a kill.
 
-``manifest.json`` says what the folder was made from, which shards are complete and where the next one begins; it is
-replaced, atomically, whenever a shard is done. ``train-00000.bin`` and so on are what to train on, ``val-00000.bin``
-what is held out, ``tokenizer.json`` is the tokenizer behind them.
+``manifest.json`` says what the folder was made from, which pairs of files are complete and where the next one begins;
+it is replaced, atomically, whenever a pair is done. ``train-00000.bin`` and so on are what to train on,
+``val-00000.bin`` what is held out, ``tokenizer.json`` is the tokenizer that made them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanokimi.console import progress_bar
 from nanokimi.data.documents import START, Advance, Cursor, Piece
-from nanokimi.data.progress import reading
-from nanokimi.data.split import is_blank
-from nanokimi.data.text import Role, Text
-from nanokimi.data.token_bin import TokenFile, TokenFileError, TokenWriter, write_tokens
+from nanokimi.data.split import Text, is_blank
+from nanokimi.data.token_file import TokenFile, TokenFileError, TokenWriter, write_tokens
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
 
 VERSION = 1
-BATCH_CHARACTERS = 1 << 21
+BATCH_CHARACTERS = 1 << 21  # enough to keep all cores busy, little enough for any memory
 SHARD_TOKENS = 100_000_000
-MANIFEST = "manifest.json"
-
-
-class CacheSlots(NamedTuple):
-    """Where in the roles a piece stands."""
-
-    role: int = 0
-    part: int = 0
-    cursor: Cursor = START
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 
 
 class Task(NamedTuple):
-    """One piece on its way to a token file."""
+    """One piece, of a part of the text, on its way to a token file."""
 
+    part: int
     held_out: bool
     piece: Piece
-    place: CacheSlots
 
 
 @dataclass
@@ -52,10 +43,11 @@ class Manifest:
     Attributes:
         identity: hash of documents, split and tokenizer.
         about: what is held out, in words.
-        next: ``Place`` of the first piece that is in no complete shard.
+        next: of the first piece that is in no complete file: whether it is of the held-out documents of their own
+            (0 or 1), its part of those or the others, its cursor.
         bytes_read: of the source, up to about there.
         n_blank, nuls: documents without text, which are left out, and NUL characters.
-        shards: names of the files of each complete shard.
+        shards: names of the complete files, the one to train on with the held-out one.
     """
 
     identity: str
@@ -83,14 +75,8 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest of ``folder``."""
         with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps(asdict(self), indent=1).encode())
-
-    @property
-    def place(self) -> CacheSlots:
-        """``next`` as it is used."""
-        return CacheSlots(self.next[0], self.next[1], Cursor(*self.next[2])) if self.next else CacheSlots()
 
 
 class TokenSet(NamedTuple):
@@ -116,27 +102,38 @@ class TokenSet(NamedTuple):
         files = [TokenFile.open(folder / name) for names in manifest.shards for name in names]
         for file in files if verify else []:
             file.verify()
-        by_kind = {kind: [f for f in files if f.path.name.startswith(kind)] for kind in ("train", "val")}
-        if not by_kind["train"]:
+        train, val = ([f for f in files if f.path.name.startswith(kind)] for kind in ("train", "val"))
+        if not train:
             raise TokenFileError(f"{folder}: nothing is left to train on: hold out less")
-        return cls(by_kind["train"], by_kind["val"], manifest)
+        return cls(train, val, manifest)
 
 
 def write_token_set(text: Text, tokenizer: Tokenizer, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -> TokenSet:
     """Tokenises ``text`` into ``folder``, on all cores; goes on where an earlier try with the same input ended.
 
+    Args:
+        shard_tokens: begin another file after about so many.
+
     Raises:
         UserError: the text cannot be read, is blank, or was changed meanwhile; ``folder`` holds another one.
         OSError: the disk is full.
     """
-    roles = text.roles  # looks at the text: what is wrong with it shows before anything is written
-    manifest = _begun(text, tokenizer, folder)
+    about = text.about_split  # looks at the text: what is wrong with it shows before anything is written
+    manifest = _begun(text, about, tokenizer, folder)
     if not manifest.complete:
-        with reading(f"tokenising {text.name}", text.n_bytes, done=manifest.bytes_read) as advance:
-            batches = _batches(_tasks(roles, manifest, advance))
+        with progress_bar(f"tokenising {text.name}", text.n_bytes, done=manifest.bytes_read) as advance:
+            batches = _batches(text, manifest, advance)
             batch = next(batches, [])
             while batch:
-                batch = _write_shard(batch, batches, tokenizer, folder, manifest, shard_tokens)
+                with _Shard(folder, len(manifest.shards), tokenizer) as shard:
+                    batch = _fill(shard, batch, batches, manifest, shard_tokens)
+                if batch:
+                    in_val = batch[0].part >= text.documents.n_parts
+                    part = batch[0].part - in_val * text.documents.n_parts
+                    manifest.next = [int(in_val), part, batch[0].piece.cursor]
+                manifest.shards.append(shard.names)
+                manifest.complete = not batch  # in one step: `next` is of no use once there is nothing next
+                manifest.write(folder)
     return TokenSet.open(folder, verify=False)
 
 
@@ -149,7 +146,7 @@ def can_go_on(folder: Path, identity: str) -> bool:
     return manifest.identity == identity and not manifest.complete
 
 
-def _begun(text: Text, tokenizer: Tokenizer, folder: Path) -> Manifest:
+def _begun(text: Text, about: str, tokenizer: Tokenizer, folder: Path) -> Manifest:
     """The manifest of an earlier try, or a new one."""
     identity = text.identity(tokenizer)
     if (folder / MANIFEST).exists() or any(folder.glob("*.bin")):
@@ -158,39 +155,31 @@ def _begun(text: Text, tokenizer: Tokenizer, folder: Path) -> Manifest:
             raise UserError(f"{folder} holds the tokens of another text, tokenizer or split: choose another folder")
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / "tokenizer.json")
-    manifest = Manifest(identity, text.about_split)
+    tokenizer.save(folder / TOKENIZER)
+    manifest = Manifest(identity, about)
     manifest.write(folder)
     return manifest
 
 
-def _tasks(roles: Sequence[Role], manifest: Manifest, advance: Advance) -> Iterator[Task]:
-    """Every piece from the manifest's place on."""
+def _batches(text: Text, manifest: Manifest, advance: Advance) -> Iterator[list[Task]]:
+    """Every piece from the manifest's place on, in groups of about BATCH_CHARACTERS."""
 
     def count(n_bytes: int) -> None:
         manifest.bytes_read += n_bytes
         advance(n_bytes)
 
-    first = manifest.place
-    for number in range(first.role, len(roles)):
-        role = roles[number]
-        begun = number == first.role
-        for part in range(first.part if begun else 0, role.documents.n_parts):
-            start = first.cursor if begun and part == first.part else START
-            for held_out, piece in role.pieces(part, start, count):
-                yield Task(held_out, piece, CacheSlots(number, part, piece.cursor))
-
-
-def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """Groups of about BATCH_CHARACTERS: enough to keep all cores busy, little enough for any memory."""
+    in_val, first, cursor = manifest.next or (0, 0, START)
+    first += in_val * text.documents.n_parts
     batch: list[Task] = []
     size = 0
-    for task in tasks:
-        batch.append(task)
-        size += len(task.piece.text) + 1
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+    for part in range(first, text.n_parts):
+        start = Cursor(*cursor) if part == first else START
+        for held_out, piece in text.read(part, start, count):
+            batch.append(Task(part, held_out, piece))
+            size += len(piece.text) + 1
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
@@ -201,6 +190,7 @@ class _Shard(ExitStack):
     def __init__(self, folder: Path, number: int, tokenizer: Tokenizer) -> None:
         super().__init__()
         self._folder, self._number, self._tokenizer = folder, number, tokenizer
+        self.names: list[str] = []
         self._writers: dict[str, TokenWriter] = {}
 
     def add(self, batch: list[Task]) -> None:
@@ -220,36 +210,21 @@ class _Shard(ExitStack):
         train.goes_on = batch[0].piece.cursor.piece > 0
         return True
 
-    @property
-    def names(self) -> list[str]:
-        """The files' names."""
-        return [self._name(kind) for kind in self._writers]
-
     def _writer(self, kind: str) -> TokenWriter:
         if kind not in self._writers:
-            files = write_tokens(self._folder / self._name(kind), self._tokenizer, {})
-            self._writers[kind] = self.enter_context(files)
+            self.names.append(f"{kind}-{self._number:05d}.bin")
+            self._writers[kind] = self.enter_context(write_tokens(self._folder / self.names[-1], self._tokenizer))
         return self._writers[kind]
 
-    def _name(self, kind: str) -> str:
-        return f"{kind}-{self._number:05d}.bin"
 
-
-def _write_shard(
-    batch: list[Task], more: Iterator[list[Task]], tokenizer: Tokenizer, folder: Path, manifest: Manifest, limit: int
-) -> list[Task]:
-    """Writes one shard, ``batch`` first; returns the batch that opens the next one, [] when there is none."""
-    with _Shard(folder, len(manifest.shards), tokenizer) as shard:
-        while batch:
-            with_text = [task for task in batch if not is_blank(task.piece)]
-            manifest.n_blank += len(batch) - len(with_text)
-            manifest.nuls += sum(task.piece.text.count("\0") for task in batch)
-            shard.add(with_text)
-            batch = next(more, [])
-            if batch and shard.ends_before(batch, limit):
-                manifest.next = list(batch[0].place)
-                break
-    manifest.shards.append(shard.names)
-    manifest.complete = not batch  # in one step: `next` is of no use once there is nothing next
-    manifest.write(folder)
+def _fill(shard: _Shard, batch: list[Task], more: Iterator[list[Task]], manifest: Manifest, limit: int) -> list[Task]:
+    """Writes ``batch`` and what follows into a shard; returns the batch that opens the next one, [] for none."""
+    while batch:
+        with_text = [task for task in batch if not is_blank(task.piece)]
+        manifest.n_blank += len(batch) - len(with_text)
+        manifest.nuls += sum(task.piece.text.count("\0") for task in batch)
+        shard.add(with_text)
+        batch = next(more, [])
+        if batch and shard.ends_before(batch, limit):
+            break
     return batch

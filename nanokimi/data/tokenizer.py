@@ -30,7 +30,7 @@ _ALTERNATIVES = "--set tokenizer_name=byte, --set tokenizer_name=bpe:4096, or th
 
 
 class Tokenizer:
-    """A ``tokenizers.Tokenizer`` that knows its end of text and the bytes behind every token.
+    """A ``tokenizers.Tokenizer`` that knows its end of text and the bytes that every token stands for.
 
     Args:
         inner: the tokenizer; padding and truncation, which its file may carry, are switched off.
@@ -105,12 +105,12 @@ class Tokenizer:
         return self._specials[token].encode() if token in self._specials else self.token_bytes[token]
 
     def count_bytes(self, tokens: Tensor) -> int:
-        """UTF-8 bytes of text behind ``tokens`` (ids of any shape, on the CPU); special tokens have none."""
+        """UTF-8 bytes of text that ``tokens`` stand for (ids of any shape, on the CPU); special tokens have none."""
         return int(self._byte_counts[tokens].sum())
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of text behind every id [vocab_size]; ``b""`` for special tokens and unused ids."""
+        """The bytes of text of every id [vocab_size]; ``b""`` for special tokens and unused ids."""
         table = [b""] * self.vocab_size
         added = self._inner.get_added_tokens_decoder()
         for token, token_id in self._vocabulary.items():
@@ -157,7 +157,6 @@ class Tokenizer:
             file.write(self.to_json().encode())
 
     def to_json(self) -> str:
-        """The contents of its ``tokenizer.json``."""
         return str(self._inner.to_str(pretty=True))
 
 
@@ -239,7 +238,7 @@ def bpe_size(name: str) -> int | None:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """Every byte its own token with its own value, behind them the end of text: a BPE without merges."""
+    """Every byte its own token with its own value, then the end of text: a BPE without merges."""
     inner = _byte_level(models.BPE(vocab={char: byte for char, byte in _BYTE_OF.items()}, merges=[]))
     inner.add_special_tokens([END_OF_TEXT])
     return Tokenizer(inner, "byte")
@@ -289,7 +288,6 @@ def _download(name: str) -> Path:
 
 
 def hub_problem(error: Exception) -> str:
-    """Why the hub gave nothing, in words for the user."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):

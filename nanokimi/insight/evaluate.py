@@ -15,9 +15,8 @@ import torch
 
 from nanokimi import __version__, checkpoint
 from nanokimi.config import TrainConfig, from_dict
-from nanokimi.console import aligned, log, show
-from nanokimi.data.prepared import describe
-from nanokimi.data.progress import reading
+from nanokimi.console import aligned, log, progress_bar, show
+from nanokimi.data.corpus import describe
 from nanokimi.device import has_fast_bf16, out_of_memory_explained, resolve_device
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write, disk_errors_explained, require_writable
@@ -191,7 +190,7 @@ class Evaluation:
         """Bits per byte and perplexity of one text."""
         stride, max_tokens = self.options.stride, self.options.max_tokens
         began = time.monotonic()
-        with reading(f"scoring {text.name}", text.n_bytes) as advance:
+        with progress_bar(f"scoring {text.name}", text.n_bytes) as advance:
             parts = text.read(advance)
             found = score_text(self.model, self.tokenizer, parts, self.scoring, stride=stride, max_tokens=max_tokens)
         seconds = time.monotonic() - began
@@ -208,7 +207,7 @@ class Evaluation:
 
     def answer(self, file: str, questions: Sequence[Question]) -> None:
         """The share of right answers to the questions of one file."""
-        with reading(f"answering {file}", sum(question.size for question in questions)) as advance:
+        with progress_bar(f"answering {file}", sum(question.size for question in questions)) as advance:
             found = answer(self.model, self.tokenizer, questions, self.scoring, advance)
         results: dict[str, Any] = {"path": file, "n": found.n}
         for name, share in (("acc", found.acc), ("acc_norm", found.acc_norm)):

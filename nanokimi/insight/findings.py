@@ -13,29 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanokimi.data.corpus import Corpus, Reading
-from nanokimi.data.loader import BatchLoader, Loader
-from nanokimi.data.mixture import MixLoader
-from nanokimi.data.packing import TokenRow
-from nanokimi.data.shuffle import permutation
-from nanokimi.data.stream_loader import StreamLoader
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions, MixLoader, permutation
+from nanokimi.data.stream import StreamLoader
 
 BLOCK_TOKENS = 1 << 14
-LOOK_AROUND = 1 << 20  # tokens before and behind a sequence among which the ends of its documents are looked for
-
-# T sequence length
+LOOK_AROUND = 1 << 20  # tokens before and after a sequence among which the ends of its documents are looked for
 
 Tokens = NDArray[np.int64]
 
 
 class Document(NamedTuple):
-    """A document, or what is seen of one.
-
-    Attributes:
-        n_tokens: without its end of text.
-        whole: whether its beginning and its end are known.
-        digest: equal for equal tokens.
-    """
+    """A document, or what is seen of one: its length without the end of text, and a digest of its tokens."""
 
     n_tokens: int
     whole: bool
@@ -69,10 +59,11 @@ class Findings:
     epoch: int = 0
 
 
-def look_at(corpus: Corpus, reading: Reading, wanted: int, *, keep: int) -> Findings:
-    """Reads up to ``wanted`` sequences and measures them; keeps the first ``keep``."""
-    loader, tokenizer = corpus.train.loader(reading), corpus.tokenizer
-    places = _Places(loader)
+def look_at(corpus: Corpus, options: LoaderOptions, wanted: int, *, keep: int) -> Findings:
+    """Reads up to ``wanted`` sequences, one a batch, and measures them; keeps the first ``keep``."""
+    loader, tokenizer = corpus.train.loader(options), corpus.tokenizer
+    sources = loader.loaders.values() if isinstance(loader, MixLoader) else [loader]
+    rows = [source for source in sources if isinstance(source, BatchLoader)]
     found = Findings(np.zeros(tokenizer.vocab_size, np.int64))
     for sequence in _once(loader, wanted):
         inputs = sequence[:-1]
@@ -83,20 +74,17 @@ def look_at(corpus: Corpus, reading: Reading, wanted: int, *, keep: int) -> Find
         found.copies[_digest(sequence)] += 1
         if len(found.samples) < keep:
             found.samples.append(sequence)
-        if not places.note():
+        if sum(row.samples for row in rows) + found.from_stream < found.n_sequences:  # no row gave it
             found.from_stream += 1
             found.documents += seen_documents(sequence, tokenizer.eot_id)
-    for source, indices in zip(places.loaders, places.indices, strict=True):
-        row, length = source.sequences.tokens, source.sequences.length
-        found.documents += whole_documents(row, sorted(indices), length, tokenizer.eot_id)
+    for row in rows:
+        indices = sorted(permutation(row.options.seed, 0, len(row.sequences))[: row.samples].tolist())
+        found.documents += whole_documents(row.sequences.tokens, indices, options.length, tokenizer.eot_id)
     if isinstance(loader, BatchLoader):
         found.epoch = len(loader.sequences)
     if isinstance(loader, MixLoader):
         found.by_source = loader.state_dict()["counts"]
     return found
-
-
-# ---- from the loader, at most once --------------------------------------------------------------
 
 
 def _once(loader: Loader, wanted: int) -> Iterator[Tokens]:
@@ -115,35 +103,7 @@ def _left(loader: Loader) -> int:
         return max(0, len(loader.sequences) - loader.samples)
     assert isinstance(loader, StreamLoader)
     (state,) = loader.state_dict()["ranks"]
-    in_buffer = len(state["buffer"])
-    began_again = min(epoch for epoch, *_ in state["lanes"].values()) > 0
-    return in_buffer if began_again else max(1, in_buffer)
-
-
-class _Places:
-    """Where in their rows of tokens the sequences lie that a loader gives.
-
-    Attributes:
-        loaders: those of the sources that are rows.
-        indices: for each of them the sequences it gave, in the order of its first epoch.
-    """
-
-    def __init__(self, loader: Loader) -> None:
-        every = loader.loaders.values() if isinstance(loader, MixLoader) else [loader]
-        self.loaders = [source for source in every if isinstance(source, BatchLoader)]
-        self.indices: list[list[int]] = [[] for _ in self.loaders]
-        self._orders = [permutation(source.seed, 0, len(source.sequences)) for source in self.loaders]
-
-    def note(self) -> bool:
-        """Takes down the sequence that was just given; False when it came from a stream."""
-        for source, order, indices in zip(self.loaders, self._orders, self.indices, strict=True):
-            if source.samples > len(indices):
-                indices.append(int(order[len(indices)]))
-                return True
-        return False
-
-
-# ---- documents ----------------------------------------------------------------------------------
+    return len(state["buffer"]) if loader.epoch else max(1, len(state["buffer"]))
 
 
 def seen_documents(sequence: Tokens, eot: int) -> Iterator[Document]:
@@ -151,7 +111,8 @@ def seen_documents(sequence: Tokens, eot: int) -> Iterator[Document]:
     inputs, start = sequence[:-1], 0
     for end in map(int, [*np.flatnonzero(inputs == eot), len(inputs)]):
         if end > start or 0 < start < len(inputs):  # at an edge, nothing of a document is no document
-            yield _document(inputs[start:end], whole=start > 0 and int(sequence[end]) == eot)
+            whole = start > 0 and int(sequence[end]) == eot
+            yield Document(end - start, whole, _digest(inputs[start:end]))
         start = end + 1
 
 
@@ -160,17 +121,17 @@ def whole_documents(row: TokenRow, indices: Sequence[int], length: int, eot: int
 
     Only one that reaches further than ``LOOK_AROUND`` beyond its sequence may be cut.
     """
-    behind = 0  # all up to here was given
+    given = 0  # all up to here was given
     for index in indices:
         stop = (index + 1) * length
-        if stop <= behind:
+        if stop <= given:
             continue
-        start = _start_of_document(row, behind, max(behind, index * length), eot)
+        start = _start_of_document(row, given, max(given, index * length), eot)
         for end in _ends(row, start, stop, eot):
             begins = start == 0 or int(row.read(start - 1, start)[0]) == eot
             finishes = end == len(row) or int(row.read(end, end + 1)[0]) == eot
-            yield _document(row.read(start, end) if end > start else np.empty(0, np.int64), whole=begins and finishes)
-            start = behind = end + finishes
+            yield Document(end - start, begins and finishes, _digest(row.read(start, end)))
+            start = given = end + finishes
 
 
 def _start_of_document(row: TokenRow, low: int, position: int, eot: int) -> int:
@@ -188,19 +149,14 @@ def _start_of_document(row: TokenRow, low: int, position: int, eot: int) -> int:
 def _ends(row: TokenRow, start: int, stop: int, eot: int) -> Iterator[int]:
     """Where the documents from ``start`` on end, up to that of the token before ``stop``: at an end of text."""
     limit = min(len(row), stop + LOOK_AROUND)
-    last = start
     for at in range(start, limit, BLOCK_TOKENS):
-        for end in np.flatnonzero(row.read(at, min(limit, at + BLOCK_TOKENS)) == eot) + at:
-            yield int(end)
-            last = int(end) + 1
-            if last >= stop:
+        for end in (np.flatnonzero(row.read(at, min(limit, at + BLOCK_TOKENS)) == eot) + at).tolist():
+            yield end
+            start = end + 1
+            if start >= stop:
                 return
-    if last < limit:
+    if start < limit:
         yield limit
-
-
-def _document(tokens: Tokens, *, whole: bool) -> Document:
-    return Document(len(tokens), whole, _digest(tokens))
 
 
 def _digest(tokens: Tokens) -> bytes:

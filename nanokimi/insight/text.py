@@ -13,13 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from nanokimi.config import TrainConfig, field_names
-from nanokimi.data.corpus import Finite
-from nanokimi.data.documents import START, Advance
-from nanokimi.data.packing import TokenRow
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.documents import START, Advance, Piece
 from nanokimi.data.sources import parse_mix, text_of, with_sample
-from nanokimi.data.split import Split, is_blank
-from nanokimi.data.text import Role
-from nanokimi.data.token_source import TokenBin, find_token_files
+from nanokimi.data.split import Text, is_blank, settled
+from nanokimi.data.tokenbin import TokenBin, find_token_files
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 
@@ -91,27 +89,30 @@ def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool,
     config = with_sample(config, log)
     text = text_of(config, log, split_up=config.dataset == "localstreaming")
     if not held_out:
-        role, name = Role(text.documents, Split()), text.name
-    elif text.about_split:
-        role, name = text.roles[-1], f"{text.name}, held out {text.about_split}"
-    else:
+        return ChosenText(
+            text.name, text.documents.n_bytes, partial(_text_parts, partial(_all_pieces, text), tokenizer)
+        )
+    if not text.about_split:
         raise _nothing_held_out(config, text.name)
-    return ChosenText(name, role.documents.n_bytes, partial(_text_parts, role, held_out, tokenizer))
+    n_bytes = text.documents.n_bytes if text.val is None else text.val.n_bytes
+    name = f"{text.name}, held out {text.about_split}"
+    return ChosenText(name, n_bytes, partial(_text_parts, text.held_out_pieces, tokenizer))
 
 
-def _text_parts(role: Role, held_out: bool, tokenizer: Tokenizer, advance: Advance) -> Iterator[Part]:
-    """The documents of ``role`` that are held out, or those that are not."""
-    first, cursor = role.split.cut[:2] if role.split.cut else (0, START)
+def _all_pieces(text: Text, advance: Advance) -> Iterator[Piece]:
+    for part in range(text.documents.n_parts):
+        yield from settled(text.documents.read(part, START, advance))
+
+
+def _text_parts(read: Callable[[Advance], Iterator[Piece]], tokenizer: Tokenizer, advance: Advance) -> Iterator[Part]:
+    """The documents that the pieces make up."""
     waiting: list[str] = []
-    for number in range(first, role.documents.n_parts):
-        for is_held_out, piece in role.pieces(number, cursor if number == first else START, advance):
-            if is_held_out != held_out:
-                continue
-            waiting.append("" if is_blank(piece) else piece.text)
-            if piece.ends_document or sum(map(len, waiting)) >= ENCODED_CHARACTERS:
-                text = "".join(waiting)
-                yield Part(tokenizer.encode(text), len(text.encode()), piece.ends_document)
-                waiting = []
+    for piece in read(advance):
+        waiting.append("" if is_blank(piece) else piece.text)
+        if piece.ends_document or sum(map(len, waiting)) >= ENCODED_CHARACTERS:
+            text = "".join(waiting)
+            yield Part(tokenizer.encode(text), len(text.encode()), piece.ends_document)
+            waiting = []
 
 
 # ---- tokens -------------------------------------------------------------------------------------
@@ -134,7 +135,6 @@ def _all_rows(path: str, tokenizer: Tokenizer, log: Log) -> list[TokenRow]:
     """Everything in the files of ``path``; what lies in a folder's ``val*`` files is a row of its own."""
     has_val = os.path.isdir(path) and any(file.name.startswith("val") for file in find_token_files(path, "--data_path"))
     corpus = TokenBin(path, "", TrainConfig.val_fraction if has_val else 0.0).open(tokenizer, log)
-    assert isinstance(corpus.train, Finite)
     return [row for row in (corpus.train.tokens, corpus.val) if row is not None]
 
 

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanokimi.data.batch import Batch
+from nanokimi.data.batch import Batch, PackedSequences
 from nanokimi.data.loader import evenly_spread
-from nanokimi.data.packing import PackedSequences
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.model.transformer import Transformer
 from nanokimi.parallel.ranks import Ranks, current_ranks

@@ -18,10 +18,9 @@ from nanokimi.checkpoint.run import Checkpoints, SavedRun
 from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig, TrainConfig, field_names
 from nanokimi.console import printable
-from nanokimi.data.batch import Batch
-from nanokimi.data.corpus import Corpus, Reading
-from nanokimi.data.loader import merge_states
-from nanokimi.data.packing import PackedSequences
+from nanokimi.data.batch import Batch, PackedSequences
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import LoaderOptions, merge_states
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.model.transformer import Transformer
@@ -129,7 +128,7 @@ class Trainer:
         self.model = self.parallel.model
         self.optimizer = make_optimizer(self.model, config, orthogonalise=self.parallel.orthogonalise)
         self.step = TrainingStep(self.model, self.optimizer, config, device, parallel=self.parallel)
-        reading = Reading(
+        options = LoaderOptions(
             model_config.max_seq_length,
             self.step.parts.batch_size,
             config.seed,
@@ -140,7 +139,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.size,
         )
-        self.batches = corpus.train.loader(reading)
+        self.batches = corpus.train.loader(options)
         self.held_out = self._held_out_sequences()
         self._check_sample_prompt()
         self.metrics = MetricsLog(output if self.ranks.is_main else None, state=history)

@@ -20,16 +20,15 @@ import torch
 from streams import LENGTH, corpus, inputs, loader, sequences, take
 
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.data.corpus import Corpus, Streamed
-from nanokimi.data.loader import BatchLoader, merge_states
-from nanokimi.data.shuffle import permutation
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import BatchLoader, merge_states, permutation
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.split import is_blank
-from nanokimi.data.stream import TokenStream
+from nanokimi.data.stream import StreamLoader
 from nanokimi.training.step import cross_entropy
 from nanokimi.training.trainer import Trainer
 
-STOPS = (0, 1, 7, 40)
+STOPS = (0, 7, 40)
 N_BATCHES = 60
 
 
@@ -81,7 +80,7 @@ def ranks(folder: Path, values: dict[str, Any]) -> None:
         ]
         for batches in both:
             batches.load_state_dict(state)
-        in_lanes = isinstance(source.train, Streamed) and source.train.role.documents.n_parts > 1
+        in_lanes = isinstance(alone, StreamLoader) and alone.stream.n_lanes > 1
         if in_lanes:  # each rank has lanes of its own
             rest = [row for batches in both for row in rest_of_epoch(batches)]
             assert Counter([*seen, *rest]) == Counter(rest_of_epoch(loader(source, batch_size=1, shuffle_buffer=1)))
@@ -115,7 +114,7 @@ def documents(folder: Path, values: dict[str, Any]) -> None:
                 assert Counter(found[:-1]) == Counter(t.encode() for t in texts[: len(found) - 1])
                 assert texts[len(found) - 1].encode().startswith(found[-1])  # what was cut is the last remainder
                 assert sum(map(len, texts)) + len(texts) - n * LENGTH <= LENGTH
-        elif source.train.role.documents.n_parts == 1:  # type: ignore[attr-defined]
+        elif batches.stream.n_lanes == 1:  # type: ignore[attr-defined]
             text = b"".join(inputs(islice(iter(batches), 600)))
             found = text.split(b"\xff")
             for epoch in range(2):
@@ -129,15 +128,14 @@ def documents(folder: Path, values: dict[str, Any]) -> None:
 
 def reference_epoch(source: Corpus) -> tuple[Counter[tuple[int, ...]], list[str]]:
     """The sequences of the first epoch, put together in the most obvious way; and the documents in them."""
-    assert isinstance(source.train, Streamed)
-    stream = TokenStream(source.train.role.documents, source.train.role.split, source.tokenizer, LENGTH, 5)
+    stream = loader(source).stream  # type: ignore[attr-defined]
     expected: Counter[tuple[int, ...]] = Counter()
     texts: list[str] = []
     for lane in range(stream.n_lanes):
         row: list[int] = []
         for part in stream.parts(lane, 0):
             text = ""
-            for piece in stream.documents.read(int(part)):
+            for piece in stream.text.documents.read(int(part)):
                 text += piece.text
                 row += (
                     [] if is_blank(piece) else [*piece.text.encode(), *[source.tokenizer.eot_id] * piece.ends_document]
@@ -155,9 +153,18 @@ def labels(folder: Path, values: dict[str, Any], *, unshifted: bool = False) -> 
     if values["dataset"] == "fineweb":
         values |= {"hf_repo_name": "org/fineweb-noise", "hf_config": "sample-10BT"}
     config = TrainConfig(
-        **values, preset="debug", val_fraction=0.0, batch_size=8, gradient_accumulation=1, warmup_steps=5, max_steps=70,
-        schedule="constant", eval_interval=0, output_dir=str(folder), shuffle_buffer=64,
-    )  # fmt: skip
+        **values,
+        preset="debug",
+        val_fraction=0.0,
+        batch_size=8,
+        gradient_accumulation=1,
+        warmup_steps=5,
+        max_steps=70,
+        schedule="constant",
+        eval_interval=0,
+        output_dir=str(folder),
+        shuffle_buffer=64,
+    )
     tokenizer_name = str(folder / "noise-tokenizer.json")
     source = open_corpus(config, tokenizer_name, named=True, log=lambda line: None)
     shape = ModelConfig.preset("debug", vocab_size=source.tokenizer.vocab_size, max_seq_length=64)

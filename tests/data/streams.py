@@ -17,9 +17,9 @@ from torch import Tensor
 from nanokimi.config import TrainConfig
 from nanokimi.data import documents, local, stream
 from nanokimi.data.batch import Batch
-from nanokimi.data.corpus import Corpus, Reading
+from nanokimi.data.corpus import Corpus
 from nanokimi.data.documents import Piece
-from nanokimi.data.loader import Loader
+from nanokimi.data.loader import Loader, LoaderOptions
 from nanokimi.data.sources import open_corpus
 
 LENGTH = 24
@@ -54,7 +54,7 @@ def corpus(**settings: Any) -> Corpus:
 
 
 def loader(source: Corpus, *, batch_size: int = 3, seed: int = 5, shuffle_buffer: int = 10, **options: Any) -> Loader:
-    return source.train.loader(Reading(LENGTH, batch_size, seed, shuffle_buffer=shuffle_buffer, **options))
+    return source.train.loader(LoaderOptions(LENGTH, batch_size, seed, shuffle_buffer=shuffle_buffer, **options))
 
 
 def take(batches: Loader, count: int) -> list[Any]:

@@ -3,12 +3,12 @@
 Where each number of the list of data faults is tested besides, by modules of this folder:
 
 1 empty or blank text: sources, local, token_set · 2 shorter than the context: packing, stream_loader · 3 fewer
-sequences than a batch: loader, stream_loader · 4 missing file, 5 directory: local, documents, token_source · 6 not
+sequences than a batch: loader, stream_loader · 4 missing file, 5 directory: local, documents, tokenbin · 6 not
 UTF-8: documents, formats, sources · 8 byte order mark, 9 CRLF: documents, formats · 10 NUL bytes: sources, token_set,
 prepare · 11 a long line: documents, formats, local, streamed (memory) · 12 edited text: sources, local, stream_loader,
 streamed, prepare · 13 another tokenizer: sources, mixture, prepare · 14 damaged cache: sources, token_set · 15
 read-only folder: sources, hub_sample · 17 odd length, 18 empty, 19 uint32, 20 text, 21 unknown id, 23 truncated:
-token_source, token_bin, packing · 24 another context: stream_loader, streamed · 25 to 29 the hub: hub, hub_sample,
+tokenbin, token_file, packing · 24 another context: stream_loader, streamed · 25 to 29 the hub: hub, hub_sample,
 tokenizer, formats · 30 documents without text: split, formats, token_set, prepare · 31 padding: here.
 """
 
@@ -36,10 +36,8 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.data import stream
 from nanokimi.data.batch import Batch
-from nanokimi.data.corpus import Finite
-from nanokimi.data.loader import BatchLoader
-from nanokimi.data.shuffle import permutation
-from nanokimi.data.token_bin import write_tokens
+from nanokimi.data.loader import BatchLoader, permutation
+from nanokimi.data.token_file import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 
@@ -107,7 +105,7 @@ def ids(*tokens: int, dtype: str = "<u2") -> Write:
 
 
 def ours(path: Path, *, keep: float = 1.0, tokenizer_name: str = "byte") -> None:
-    with write_tokens(path, load_tokenizer(tokenizer_name), {}) as writer:
+    with write_tokens(path, load_tokenizer(tokenizer_name)) as writer:
         writer.add([*range(200)] * 5, 1000)
     os.truncate(path, int(path.stat().st_size * keep))
 
@@ -141,7 +139,13 @@ TEXT_FAULTS: list[tuple[int, str, Write | None, tuple[str, ...], str]] = [
     (5, "t.txt", Path.mkdir, (), "--data_path t.txt is a directory without text: it needs .txt"),
     (5, "t.txt", holds(b"x" * 99), ("--val_path", "nothing"), "--val_path nothing is a directory without text"),
     (6, "t.txt", bad_utf8, (), "t.txt: not UTF-8 at byte 8: convert it (iconv -t utf-8), or go on with --encoding_err"),
-    (6, "t.jsonl", bad_utf8, (), "t.jsonl: not UTF-8 at byte 30: convert it, or go on with --encoding_errors replace"),
+    (
+        6,
+        "t.jsonl",
+        bad_utf8,
+        (),
+        "t.jsonl: not UTF-8 at byte 30: convert it (iconv -t utf-8), or go on with --encoding_errors replace",
+    ),
     (6, "t.parquet", bad_utf8, (), "t.parquet row 1: not UTF-8 at byte 3 of the text: go on with --encoding_errors"),
     (28, "t.jsonl", table(a=["x"], b=["y"]), (), "which column holds the text? Name it with --text_column; there are"),
     (28, "t.parquet", table(a=["x"], b=["y"]), (), "Name it with --text_column; there are: a (string), b (string)"),
@@ -183,9 +187,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("dataset", "number", "name", "write", "more", "message"), CASES,
+    ("dataset", "number", "name", "write", "more", "message"),
+    CASES,
     ids=[f"{case[1]}-{case[0]}-{case[2]}-{i}" for i, case in enumerate(CASES)],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_data_is_one_line(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
@@ -282,7 +287,7 @@ def test_a_position_in_another_context_or_split_is_refused(
 def tokens_of(dataset: str, path: Path) -> list[int]:
     """What the first epoch of a source trains on, in its order, as far as it fills sequences."""
     source = corpus(dataset=dataset, data_path=path, val_fraction=0.0)
-    if isinstance(source.train, Finite):
+    if source.train.tokens is not None:
         return source.train.tokens.read(0, len(source.train.tokens)).tolist()
     found: list[int] = []
     batches: Any = loader(source, batch_size=1, shuffle_buffer=1)

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.text import Text
+from nanokimi.data.split import Text
 from nanokimi.data.token_set import write_token_set
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
@@ -99,14 +99,18 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     (folder / "sources.json").write_text(json.dumps(SOURCES))
     of_texts, of_noise = repositories(texts), repositories(letters)
     served = {
-        "org/texts": of_texts["files"], "org/noise": of_noise["files"],
-        "HuggingFaceFW/fineweb": of_texts["fineweb"], "org/fineweb-noise": of_noise["fineweb"],
-    }  # fmt: skip
+        "org/texts": of_texts["files"],
+        "org/noise": of_noise["files"],
+        "HuggingFaceFW/fineweb": of_texts["fineweb"],
+        "org/fineweb-noise": of_noise["fineweb"],
+    }
     with LoopbackHub(served) as hub:
-        paths = os.pathsep.join([str(TESTS), str(TESTS / "data")])
+        paths = os.pathsep.join(map(str, [TESTS.parent, TESTS, TESTS / "data"]))
         environment = hub_environment(hub.url, folder / "hf") | {
-            "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"),
-        }  # fmt: skip
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
         done = subprocess.run(
             [sys.executable, source_checks.__file__, "."], cwd=folder, env=environment, capture_output=True, text=True
         )

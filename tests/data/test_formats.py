@@ -78,9 +78,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def every_format(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """DOCUMENTS in every format there is."""
     path = tmp_path / str(request.param)
-    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](
-        CONTENTS[formats.inner_suffix(path)](DOCUMENTS)
-    ))  # fmt: skip
+    path.write_bytes(
+        COMPRESS[path.suffix if path.suffix in COMPRESS else ""](CONTENTS[formats.inner_suffix(path)](DOCUMENTS))
+    )
     return path
 
 

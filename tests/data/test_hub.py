@@ -24,6 +24,7 @@ CHILD = """
 import functools, json, multiprocessing, pickle, sys, time
 import huggingface_hub.hf_file_system as file_system
 from torch.utils.data import DataLoader, IterableDataset
+from nanokimi import console
 from nanokimi.data import hub
 from nanokimi.data.documents import Cursor, START
 from nanokimi.errors import RunError, UserError
@@ -79,9 +80,14 @@ class Child:
         script, self._errors = folder / "child.py", folder / "stderr.txt"
         script.write_text(CHILD)
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
-            stderr=self._errors.open("w"), env=hub_environment(url, folder / "home"),
-        )  # fmt: skip
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            stderr=self._errors.open("w"),
+            env=hub_environment(url, folder / "home"),
+        )
 
     def ask(self, code: str, **values: Any) -> Any:
         """What ``result`` is after ``code``; ``kept`` is there the next time as well."""
@@ -378,8 +384,11 @@ def test_a_cut_in_the_last_row_groups_repeats_and_loses_nothing(child: Child, se
     assert 0 < broken[0] < len(BIG)
     assert broken == [broken[0]] * 4
     assert [line.split("attempt ")[1] for line in said] == [
-        "1 of 6 in 0.01 s", "2 of 6 in 0.02 s", "3 of 6 in 0.04 s", "4 of 6 in 0.08 s",
-    ]  # fmt: skip
+        "1 of 6 in 0.01 s",
+        "2 of 6 in 0.02 s",
+        "3 of 6 in 0.04 s",
+        "4 of 6 in 0.08 s",
+    ]
 
 
 def test_short_breaks_are_healed_by_the_library_itself(child: Child, server: LoopbackHub) -> None:
@@ -437,7 +446,7 @@ except UserError as error:
 
 def test_it_reads_in_workers_that_were_forked_or_spawned(child: Child) -> None:
     code = """
-documents = opened(**source, say=hub.tell)
+documents = opened(**source, log=console.log)
 copy = pickle.loads(pickle.dumps(documents))
 whole = parts(copy)
 result = [sum(whole, [])]
@@ -485,7 +494,7 @@ class Flaky(HubDocuments):
     """Rows whose connection breaks after so many of them, in turn."""
 
     def __init__(self, breaks: list[int], said: list[str]) -> None:
-        self.limit, self.name, self._breaks, self._say = 0, "flaky", breaks, said.append
+        self.limit, self.name, self._breaks, self._log = 0, "flaky", breaks, said.append
 
     def _texts(self, part: int, row: int) -> Iterator[str | None]:
         for number in range(self._breaks.pop(0) if self._breaks else 1000):

@@ -17,7 +17,7 @@ from nanokimi.config import TrainConfig
 from nanokimi.data import documents, sources
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_text, ignore
-from nanokimi.data.hub_sample import fetch_sample
+from nanokimi.data.hub import fetch_sample
 from nanokimi.data.sources import open_corpus
 from nanokimi.errors import RunError, UserError
 
@@ -40,9 +40,14 @@ class Rows:
     name, n_bytes, n_parts = "owner/name (config default, split train)", None, 1
 
     def __init__(
-        self, texts: list[str] = TEXTS, *, commit: str = "1", breaks_at: int = 1 << 30,
-        error: BaseException = BROKEN, before_row: Callable[[int], object] = ignore,
-    ) -> None:  # fmt: skip
+        self,
+        texts: list[str] = TEXTS,
+        *,
+        commit: str = "1",
+        breaks_at: int = 1 << 30,
+        error: BaseException = BROKEN,
+        before_row: Callable[[int], object] = ignore,
+    ) -> None:
         self.texts, self.identity, self.breaks_at, self.error = texts, ["repo", commit], breaks_at, error
         self.starts: list[Cursor] = []
         self.before_row = before_row
@@ -146,7 +151,7 @@ def test_interruptions_may_follow_one_another(cache: Path, capsys: pytest.Captur
     assert texts_in(path) == WANTED
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "fetching owner/name (config default, split train)"
-    assert all(line.startswith(said[0] + ", going on behind 0.0 MB") for line in said[1:])
+    assert all(line.startswith(said[0] + ", going on after 0.0 MB") for line in said[1:])
     assert len(said) == 4
 
 

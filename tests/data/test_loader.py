@@ -9,15 +9,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from nanokimi.data.loader import BatchLoader, evenly_spread, permutation
-from nanokimi.data.packing import PackedSequences
+from nanokimi.data.batch import PackedSequences
+from nanokimi.data.loader import BatchLoader, LoaderOptions, evenly_spread, permutation
 from nanokimi.errors import RunError, UserError
 
 N, LENGTH, BATCH = 10, 4, 3
 
 
 def loader(*, seed: int = 0, num_workers: int = 0, n: int = N) -> BatchLoader:
-    return BatchLoader(PackedSequences(np.arange(n * LENGTH + 1), LENGTH), BATCH, seed=seed, num_workers=num_workers)
+    return BatchLoader(np.arange(n * LENGTH + 1), LoaderOptions(LENGTH, BATCH, seed, num_workers=num_workers))
 
 
 def take(batches: BatchLoader, count: int) -> list[list[list[int]]]:
@@ -91,29 +91,24 @@ def test_fewer_sequences_than_a_batch_says_the_counts() -> None:
         loader(n=2)
 
 
-class Dying(PackedSequences):
-    def batch(self, indices: Sequence[int]) -> NDArray[np.int32]:
-        os._exit(3)
-
-
-def test_a_worker_that_dies_is_a_run_error() -> None:
-    batches = BatchLoader(Dying(np.arange(41), LENGTH), BATCH, seed=0, num_workers=1)
+def test_a_worker_that_dies_is_a_run_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedSequences, "batch", lambda *_: os._exit(3))
+    batches = loader(num_workers=1)
     with pytest.raises(RunError, match="data worker") as error:
         next(iter(batches))
     assert "\n" not in str(error.value)
 
 
-class Truncated(PackedSequences):
-    def batch(self, indices: Sequence[int]) -> NDArray[np.int32]:
-        raise RunError("tokens.bin: truncated")
+def truncated(sequences: PackedSequences, indices: Sequence[int]) -> NDArray[np.int32]:
+    raise RunError("tokens.bin: truncated")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_a_worker_has_to_say_is_one_line(num_workers: int) -> None:
+def test_what_a_worker_has_to_say_is_one_line(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 23."""
-    batches = BatchLoader(Truncated(np.arange(41), LENGTH), BATCH, seed=0, num_workers=num_workers)
+    monkeypatch.setattr(PackedSequences, "batch", truncated)
     with pytest.raises(RunError) as error:
-        next(iter(batches))
+        next(iter(loader(num_workers=num_workers)))
     assert str(error.value) == "tokens.bin: truncated"
 
 

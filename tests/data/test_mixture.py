@@ -23,10 +23,10 @@ from nanokimi.cli import main
 from nanokimi.config import TrainConfig
 from nanokimi.data import stream
 from nanokimi.data.batch import Batch
-from nanokimi.data.corpus import Corpus, Finite, Mixed, Streamed
-from nanokimi.data.loader import merge_states
-from nanokimi.data.mixture import MixLoader
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import BatchLoader, LoaderOptions, MixLoader, merge_states
 from nanokimi.data.sources import open_corpus, parse_mix
+from nanokimi.data.stream import StreamLoader
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.errors import UserError
 from nanokimi.training.trainer import Trainer
@@ -48,8 +48,10 @@ class Numbered:
 
 
 def mixed(*weights: float, batch_size: int = 1) -> MixLoader:
-    sources: dict[str, tuple[float, Any]] = {str(i): (weight, Numbered(i)) for i, weight in enumerate(weights)}
-    return MixLoader(sources, batch_size)
+    sources: dict[str, tuple[float, Any]] = {
+        str(i): (weight, lambda options, i=i: Numbered(i)) for i, weight in enumerate(weights)
+    }
+    return MixLoader(sources, LoaderOptions(1, batch_size, 0))
 
 
 def documents(letter: str, count: int = 120) -> list[str]:
@@ -267,11 +269,11 @@ def test_the_name_of_a_source_may_hold_whatever_a_path_does() -> None:
 
 
 def test_a_prefix_names_the_kind_of_a_source_and_dataset_that_of_the_others(folder: Path) -> None:
-    for dataset, kind in (("local", Finite), ("localstreaming", Streamed)):
+    for dataset, kind in (("local", BatchLoader), ("localstreaming", StreamLoader)):
         source = corpus(dataset=dataset, mix="a.txt=1,localstreaming:b.jsonl=2,tokenbin:c=3")
-        assert isinstance(source.train, Mixed)
-        kinds = [type(data) for _, data in source.train.sources.values()]
-        assert kinds == [kind, Streamed, Finite]
+        found = loader(source)
+        assert isinstance(found, MixLoader)
+        assert [type(part) for part in found.loaders.values()] == [kind, StreamLoader, BatchLoader]
         lines = source.summary.splitlines()
         assert [line.split(":")[0] for line in lines] == ["1 of a.txt", "2 of localstreaming", "3 of tokenbin"]
 
@@ -281,7 +283,7 @@ def opened(mix: str, tokenizer_name: str, **options: Any) -> Corpus:
 
 
 def decoded(source: Corpus) -> str:
-    assert isinstance(source.train, Finite)
+    assert source.train.tokens is not None
     row = source.train.tokens
     return source.tokenizer.decode(row.read(0, len(row)).tolist()).replace("<|endoftext|>", "")
 

@@ -6,34 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
-from nanokimi.data.packing import PackedSequences, TokenRow
+from nanokimi.data.batch import PackedSequences, TokenRow
 from nanokimi.errors import RunError, UserError
 
 
 def test_every_token_but_the_first_is_a_label_exactly_once() -> None:
     sequences = PackedSequences(np.arange(41, dtype=np.uint16), 8)
-    labels = torch.cat([sequences[i][1:] for i in range(len(sequences))])
-    assert labels.tolist() == list(range(1, 41))
-
-
-def test_labels_are_the_inputs_one_token_later() -> None:
-    sequences = PackedSequences(np.arange(100, 142, dtype=np.uint16), 8)
-    for i in range(len(sequences)):
-        inputs, labels = sequences[i][:-1], sequences[i][1:]
-        assert labels.tolist() == (inputs + 1).tolist()
-        assert inputs.dtype == torch.int64
+    labels = sequences.batch(range(len(sequences)))[:, 1:]
+    assert labels.reshape(-1).tolist() == list(range(1, 41))
 
 
 @pytest.mark.parametrize(("n_tokens", "count"), [(9, 1), (16, 1), (17, 2), (24, 2), (25, 3)])
 def test_only_the_last_remainder_is_dropped(n_tokens: int, count: int) -> None:
     assert len(PackedSequences(np.zeros(n_tokens, np.uint16), 8)) == count
-
-
-def test_iterating_ends_behind_the_last_sequence() -> None:
-    assert len(list(PackedSequences(np.zeros(25, np.uint16), 8))) == 3
 
 
 def test_a_text_shorter_than_the_context_says_need_and_have() -> None:
@@ -43,7 +30,7 @@ def test_a_text_shorter_than_the_context_says_need_and_have() -> None:
 
 
 def test_large_ids_survive() -> None:
-    assert PackedSequences(np.array([0, 65535, 70000], np.uint32), 2)[0].tolist() == [0, 65535, 70000]
+    assert PackedSequences(np.array([0, 65535, 70000], np.uint32), 2).batch([0]).tolist() == [[0, 65535, 70000]]
 
 
 def test_a_pickled_mapped_file_is_mapped_again_and_not_copied(tmp_path: Path) -> None:
@@ -53,9 +40,9 @@ def test_a_pickled_mapped_file_is_mapped_again_and_not_copied(tmp_path: Path) ->
     sequences = PackedSequences(mapped, 8)
     data = pickle.dumps(sequences)
     assert len(data) < 2000
-    assert torch.equal(pickle.loads(data)[5], sequences[5])
+    assert pickle.loads(data).batch([5]).tolist() == sequences.batch([5]).tolist()
     part = PackedSequences(mapped[50:100], 8)  # a slice has no file of its own
-    assert torch.equal(pickle.loads(pickle.dumps(part))[1], part[1])
+    assert pickle.loads(pickle.dumps(part)).batch([1]).tolist() == part.batch([1]).tolist()
 
 
 # ---- rows ------------------------------------------------------------------------------------------------

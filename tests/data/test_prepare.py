@@ -23,9 +23,8 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
 from nanokimi.data import token_set
-from nanokimi.data.corpus import Finite
 from nanokimi.data.sources import open_corpus
-from nanokimi.data.token_bin import TokenFile, TokenWriter
+from nanokimi.data.token_file import TokenFile, TokenWriter
 from nanokimi.data.token_set import Manifest, TokenSet
 from nanokimi.data.tokenizer import load_tokenizer
 
@@ -120,7 +119,7 @@ def test_the_tokens_are_those_that_a_local_run_trains_on(
     output = tmp_path / "tokens"
     assert main(flags(here, output, "--val_fraction", "0.1", "--set", f"tokenizer_name={tokenizer}", *more)) == 0
     local = open_corpus(TrainConfig(data_path=str(there), val_fraction=0.1), tokenizer, log=lambda line: None)
-    assert isinstance(local.train, Finite)
+    assert local.train.tokens is not None
     assert local.val is not None
     row = local.train.tokens
     assert of_set(output) == (row.read(0, len(row)).tolist(), local.val.read(0, len(local.val)).tolist())
@@ -219,7 +218,7 @@ def assert_it_goes_on(output: Path, text: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(flags(text, output, *SHARDS)) == 0
     said = capsys.readouterr()
-    assert f"going on behind {left.bytes_read / 1e6:.1f} MB" in said.err
+    assert f"going on after {left.bytes_read / 1e6:.1f} MB" in said.err
     assert re.search(r"MB in .* MB/s", said.out)
     assert [path.stat().st_mtime_ns for path in done] == before
     whole = output.with_name("whole")

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from nanokimi.config import TrainConfig
-from nanokimi.data import documents, prepared, sources, token_set
-from nanokimi.data.corpus import Corpus, Finite
-from nanokimi.data.packing import TokenRow
+from nanokimi.data import corpus as corpus_module
+from nanokimi.data import documents, sources, token_set
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import train_tokenizer_on
-from nanokimi.data.text import Text
+from nanokimi.data.split import Text
 from nanokimi.data.token_set import TokenSet, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError, UserError
@@ -45,7 +46,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(folder)
         return write_token_set(text, tokenizer, folder)
 
-    monkeypatch.setattr(prepared, "write_token_set", counted)
+    monkeypatch.setattr(corpus_module, "write_token_set", counted)
     return made
 
 
@@ -58,7 +59,7 @@ def open_corpus(
 
 
 def train_row(corpus: Corpus) -> TokenRow:
-    assert isinstance(corpus.train, Finite)
+    assert corpus.train.tokens is not None
     return corpus.train.tokens
 
 
@@ -252,7 +253,7 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing_half_made(path: Path, mon
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanokimi.data.token_bin.TokenWriter.add", full)
+    monkeypatch.setattr("nanokimi.data.token_file.TokenWriter.add", full)
     with pytest.raises(RunError, match="disk is full"):
         open_corpus(path, "byte")
     (folder,) = path.with_name("train.txt.nanokimi").iterdir()

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 
-from nanokimi.data.documents import Cursor, Piece
-from nanokimi.data.split import MOST_BLANK_PIECES, Survey, choose_split, divide, is_blank, settled, survey
+from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore
+from nanokimi.data.split import MOST_BLANK_PIECES, HoldOutRule, Text, divide, is_blank, settled
 from nanokimi.errors import UserError
 
 
@@ -17,16 +18,29 @@ def placed(texts: Iterable[tuple[str, bool]]) -> Iterator[Piece]:
         at, number = at + len(text), 0 if ends else number + 1
 
 
-def surveyed(parts: list[list[Piece]], fraction: float, *, in_full: bool = True) -> Survey:
-    pieces = ((part, piece) for part, pieces in enumerate(parts) for piece in settled(pieces))
-    return survey(pieces, fraction, in_full=in_full)
+class Pieces:
+    """Documents in memory; ``n_read`` of their pieces were read."""
+
+    name, n_bytes, identity, n_read = "pieces", None, list[Any](), 0
+
+    def __init__(self, parts: list[list[Piece]]) -> None:
+        self.parts, self.n_parts = parts, len(parts)
+
+    def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
+        for piece in self.parts[part]:
+            self.n_read += 1
+            yield piece
+
+
+def rule_of(parts: list[list[Piece]], fraction: float) -> HoldOutRule:
+    return Text(Pieces(parts), fraction=fraction).rule
 
 
 def divided(texts: list[tuple[str, bool]], fraction: float, n_parts: int = 1) -> tuple[str, str]:
     """Training text and held-out text of pieces that lie in ``n_parts`` parts."""
     size = -(-len(texts) // n_parts)
     parts = [list(placed(texts[i : i + size])) for i in range(0, len(texts), size)]
-    split = choose_split(surveyed(parts, fraction))
+    split = rule_of(parts, fraction)
     sides = ["", ""]
     for part, pieces in enumerate(parts):
         for held_out, piece in divide(pieces, part, split):
@@ -83,13 +97,13 @@ def test_without_a_line_start_near_the_cut_is_exact() -> None:
 
 def test_a_document_that_is_cut_ends_on_both_sides() -> None:
     pieces = list(placed([("x" * 100, True)]))
-    split = choose_split(surveyed([pieces], 0.5))
+    split = rule_of([pieces], 0.5)
     assert [piece.ends_document for _, piece in divide(pieces, 0, split)] == [True, True]
 
 
 def test_a_part_that_is_read_from_the_middle_is_divided_at_the_same_place() -> None:
     pieces = list(placed([(f"{i:04}", False) for i in range(100)] + [("", True)]))
-    split = choose_split(surveyed([pieces], 0.25))
+    split = rule_of([pieces], 0.25)
     whole = list(divide(pieces, 0, split))
     for start in range(0, 75, 5):
         assert list(divide(pieces[start:], 0, split)) == whole[start:]
@@ -98,9 +112,11 @@ def test_a_part_that_is_read_from_the_middle_is_divided_at_the_same_place() -> N
 def test_a_look_at_the_beginning_chooses_the_rule_that_the_whole_would() -> None:
     parts = [list(placed(documents(99))), list(placed(documents(150)))]
     for few in (parts[:1], parts):
-        brief, full = (choose_split(surveyed(few, 0.2, in_full=in_full)) for in_full in (False, True))
+        brief, full = (Text(Pieces(few), fraction=0.2, in_full=in_full).rule for in_full in (False, True))
         assert brief == full
-    assert surveyed(parts, 0.2, in_full=False).n_documents == 100
+    documents_read = Pieces(parts)
+    assert Text(documents_read, fraction=0.2, in_full=False).rule
+    assert documents_read.n_read == 100
 
 
 def test_no_share_holds_out_nothing() -> None:
@@ -111,7 +127,7 @@ def test_no_share_holds_out_nothing() -> None:
 def test_blank_documents_are_skipped_and_counted() -> None:
     """Fault 30."""
     texts = [(" \n", False), ("\t", True), ("", True), ("\n", False), ("a\n", True)]
-    assert surveyed([list(placed(texts))], 0.0).n_blank == 2
+    assert sum(map(is_blank, settled(placed(texts)))) == 2
     assert divided(texts, 0.0) == ("\na\n", "")
 
 
@@ -125,7 +141,3 @@ def test_an_empty_part_is_an_error(fraction: float) -> None:
     """Fault 41."""
     with pytest.raises(UserError, match=r"--val_fraction .* holds out \d+ of 120 documents"):
         divided(documents(120), fraction)
-
-
-def test_nul_bytes_are_counted() -> None:
-    assert surveyed([list(placed([("a\0b", False), ("\0", True)]))], 0.0).nuls == 2

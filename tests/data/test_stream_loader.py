@@ -23,9 +23,9 @@ from streams import (
 )
 
 from nanokimi.data import local, stream
-from nanokimi.data.corpus import Corpus, Streamed
+from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import merge_states
-from nanokimi.data.stream import LaneReader, Position, TokenStream
+from nanokimi.data.stream import LaneReader, Position
 from nanokimi.errors import RunError, UserError
 
 N_DOCUMENTS = 120
@@ -108,13 +108,12 @@ def test_the_shuffle_buffer_moves_sequences_and_loses_none(path: Path, monkeypat
 
 
 def test_a_lane_reader_that_was_pickled_reads_the_same(source: Corpus) -> None:
-    assert isinstance(source.train, Streamed)
-    made = TokenStream(source.train.role.documents, source.train.role.split, source.tokenizer, LENGTH, 5)
+    made = loader(source).stream  # type: ignore[attr-defined]
     reader = LaneReader(made, dict.fromkeys(range(made.n_lanes), Position()))
     copy = pickle.loads(pickle.dumps(reader))
     for lane in range(made.n_lanes):
         for _ in range(5):
-            assert copy[lane, 0].sequences.tolist() == reader[lane, 0].sequences.tolist()
+            assert copy.chunk((lane, 0)).sequences.tolist() == reader.chunk((lane, 0)).sequences.tolist()
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------

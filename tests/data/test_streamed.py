@@ -22,7 +22,7 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
 from nanokimi.data import documents, local, stream
-from nanokimi.data.corpus import Corpus, Streamed
+from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.training import trainer
@@ -163,7 +163,7 @@ def test_a_bpe_is_that_of_a_local_run_and_is_kept_for_the_resume(tmp_path: Path,
 
 
 def test_a_bpe_of_a_long_text_is_made_of_its_beginning(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanokimi.data.streamed.BPE_CHARACTERS", 2000)
+    monkeypatch.setattr("nanokimi.data.corpus.BPE_CHARACTERS", 2000)
     streamed, whole = (
         open_corpus(TrainConfig(dataset=dataset, data_path=str(path)), "bpe:400", log=lambda line: None)
         for dataset in ("localstreaming", "local")
@@ -224,7 +224,6 @@ def test_no_batch_of_many_epochs_and_lanes_holds_a_held_out_document(path: Path)
     starts = {document.split(b" ")[0] + b" " for document in apart}  # such as "0.17.0 "
     assert len(starts) > 15
     seen = b"|".join(inputs(islice(iter(loader(source)), 1500)))
-    assert isinstance(source.train, Streamed)
     assert not [start for start in starts if b"\xff" + start in seen or b"\n" + start in seen]
     assert b"\xff0.0.0 " in seen or b"\xff0.1.0 " in seen
 
@@ -273,7 +272,7 @@ def test_a_share_that_holds_out_nothing_is_one_line(
 ) -> None:
     """Fault 41."""
     line = refused(capsys, flags(path, tmp_path / "run", "--val_fraction", "1e-9"))
-    assert f"--val_fraction holds out no document of {path}: choose a larger share" in line
+    assert f"--val_fraction 1e-09 holds out no document of {path}: choose another share" in line
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -282,7 +281,7 @@ PEAKS = """
 import json, sys
 from itertools import islice
 from nanokimi.config import TrainConfig
-from nanokimi.data.corpus import Reading
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 
 def peak():
@@ -292,8 +291,8 @@ def peak():
 found = []
 for path in sys.argv[1:]:
     config = TrainConfig(dataset="localstreaming", data_path=path)
-    source = open_corpus(config, "byte", say=lambda line: None)
-    n_tokens = sum(batch.rows().numel() for batch in islice(iter(source.train.loader(Reading(128, 8, 5))), 30))
+    source = open_corpus(config, "byte", log=lambda line: None)
+    n_tokens = sum(batch.rows().numel() for batch in islice(iter(source.train.loader(LoaderOptions(128, 8, 5))), 30))
     found.append([n_tokens, peak()])
 print(json.dumps(found))
 """

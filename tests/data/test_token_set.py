@@ -12,8 +12,8 @@ import pytest
 
 from nanokimi.data import documents, formats, token_set
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.text import Text
-from nanokimi.data.token_bin import TokenFile, TokenFileError, TokenWriter
+from nanokimi.data.split import Text
+from nanokimi.data.token_file import TokenFile, TokenFileError, TokenWriter
 from nanokimi.data.token_set import Manifest, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
@@ -338,7 +338,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "document end": (lambda folder: flip(folder / "train-00001.bin", -8), r"train-00001\.bin: .*checksum"),
     "held-out token": (lambda folder: flip(next(folder.glob("val-*.bin")), 16_385), r"val-\d+\.bin: .*checksum"),
     "header": (lambda folder: flip(folder / "train-00001.bin", 12), r"train-00001\.bin: its header is damaged"),
-}  # fmt: skip
+}
 
 
 def flip(path: Path, at: int) -> None:
@@ -388,7 +388,7 @@ def test_a_set_with_nothing_to_train_on_is_refused_each_time(tmp_path: Path, byt
 def test_a_text_edited_after_its_set_was_begun_is_refused(path: Path, tmp_path: Path, byte: Tokenizer) -> None:
     """Fault 12."""
     text = text_of(path)
-    assert text.roles
+    assert text.about_split
     path.write_text("another text")
     with pytest.raises(UserError, match="was changed while it was read"):
         write_token_set(text, byte, tmp_path / "set")

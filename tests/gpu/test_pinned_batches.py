@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanokimi.config import TrainConfig
-from nanokimi.data.corpus import Reading
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 
 
@@ -23,7 +23,7 @@ def test_batches_are_page_locked_and_reach_the_device(
     path.write_text("some words of a text\n" * 2000)
     values = {name: value.format(path=path) for name, value in settings.items()}
     corpus = open_corpus(TrainConfig(data_path=str(path), **values), "byte", log=lambda line: None)
-    batch = next(iter(corpus.train.loader(Reading(64, 4, 0, num_workers=num_workers, pin_memory=True))))
+    batch = next(iter(corpus.train.loader(LoaderOptions(64, 4, 0, num_workers=num_workers, pin_memory=True))))
     there = batch.to(torch.device("cuda"))
     for here, copy in ((batch.tokens, there.tokens), (batch.labels, there.labels)):
         assert here.is_pinned()

@@ -16,7 +16,7 @@ from scored import document_log_prob, log_prob, save_model
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
 from nanokimi.data.sources import open_corpus, text_of
-from nanokimi.data.token_bin import write_tokens
+from nanokimi.data.token_file import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
 from nanokimi.insight import scoring
@@ -222,7 +222,7 @@ def test_a_named_text_is_scored_in_full(evaluate: Eval, debug_model: Transformer
 def test_every_source_gives_the_same(evaluate: Eval, folder: Path) -> None:
     whole = evaluate("--data_path", "text.txt")["texts"][0]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"n": 1, "body": text}) + "\n" for text in TEXTS))
-    with write_tokens(folder / "text.bin", BYTE, {}) as writer:
+    with write_tokens(folder / "text.bin", BYTE) as writer:
         for text in TEXTS_WITH_WORDS:
             writer.add(BYTE.encode(text), len(text.encode()))
             writer.end_document()
@@ -262,7 +262,7 @@ def test_tokens_are_read_in_blocks_and_ends_of_text_at_their_edges_are_no_docume
     folder: Path, debug_model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["abcd", "e", "fgh", "ij"]
-    with write_tokens(folder / "text.bin", BYTE, {}) as writer:
+    with write_tokens(folder / "text.bin", BYTE) as writer:
         for text in texts:
             writer.add(BYTE.encode(text), len(text))
             writer.end_document()
@@ -298,7 +298,7 @@ def test_both_parts_make_up_the_whole(evaluate: Eval, folder: Path, dataset: str
     path = "many.txt"
     if dataset == "tokenbin":
         path = "many.bin"
-        with write_tokens(folder / path, BYTE, {}) as writer:
+        with write_tokens(folder / path, BYTE) as writer:
             for line in lines:
                 writer.add(BYTE.encode(line), len(line))
                 writer.end_document()
@@ -307,8 +307,8 @@ def test_both_parts_make_up_the_whole(evaluate: Eval, folder: Path, dataset: str
     assert whole["documents"] == 150
     assert 0 < held_out["documents"] < 30
     if dataset != "tokenbin":
-        (role,) = text_of(TrainConfig(data_path=path), print).roles
-        assert held_out["n_bytes"] == sum(len(piece.text) for is_out, piece in role.pieces(0) if is_out)
+        text = text_of(TrainConfig(data_path=path), print)
+        assert held_out["n_bytes"] == sum(len(piece.text) for is_out, piece in text.read(0) if is_out)
 
 
 def test_held_out_documents_of_their_own_and_mixtures(evaluate: Eval, folder: Path, debug_model: Transformer) -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
-from nanokimi.data.corpus import Corpus, Reading
-from nanokimi.data.packing import TokenRow
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 from nanokimi.insight import findings
 from nanokimi.insight.findings import Document, Findings, look_at, seen_documents, whole_documents
-from nanokimi.insight.length_plot import plot_lengths
+from nanokimi.insight.inspect_data import plot_lengths
 
 EOT = 256  # of the byte tokenizer
 SEPARATOR = "\n<|endoftext|>\n"
@@ -65,7 +66,7 @@ def opened(path: Path, dataset: str = "local") -> Corpus:
 
 
 def looked_at(path: Path, dataset: str = "local", *, length: int = 16, sequences: int = 10**6, **how: Any) -> Findings:
-    return look_at(opened(path, dataset), Reading(length, 1, **{"seed": 3, **how}), sequences, keep=1)
+    return look_at(opened(path, dataset), LoaderOptions(length, 1, **{"seed": 3, **how}), sequences, keep=1)
 
 
 def lengths(documents: list[Document]) -> list[int]:
@@ -89,7 +90,7 @@ def test_a_few_sequences_show_their_documents_in_full(made_up: Path) -> None:
     row = np.array([id_ for text in TEXTS for id_ in (*text.encode(), EOT)])
     belongs_to = np.concatenate([[0], np.cumsum(row == EOT)[:-1]])
     for seed in range(6):
-        found = look_at(opened(made_up), Reading(16, 1, seed=seed), 3, keep=3)
+        found = look_at(opened(made_up), LoaderOptions(16, 1, seed=seed), 3, keep=3)
         at = [next(i for i in range(0, len(row), 16) if (row[i : i + 17] == sample).all()) for sample in found.samples]
         touched = {int(number) for start in at for number in belongs_to[start : start + 16]}
         assert lengths(found.documents) == sorted(LENGTHS[number] for number in touched)
@@ -108,8 +109,13 @@ def test_a_stream_shows_what_its_sequences_show(made_up: Path) -> None:
     found = looked_at(made_up, "localstreaming", shuffle_buffer=1, length=48, sequences=3)
     # 48 tokens each: 5 | 40 | 1 of 5; 4 of 5 | 43 of 200; 48 of 200
     assert [(d.n_tokens, d.whole) for d in found.documents] == [
-        (5, False), (40, True), (1, False), (4, False), (43, False), (48, False),
-    ]  # fmt: skip
+        (5, False),
+        (40, True),
+        (1, False),
+        (4, False),
+        (43, False),
+        (48, False),
+    ]
     assert found.from_stream == found.n_sequences == 3
 
 
@@ -143,9 +149,9 @@ def test_a_stream_is_looked_at_once(made_up: Path) -> None:
 
 
 def test_what_is_looked_at_is_what_training_reads(library: Path) -> None:
-    corpus, reading = opened(library), Reading(128, 1, seed=11)
-    found = look_at(corpus, reading, 5, keep=5)
-    for sample, batch in zip(found.samples, corpus.train.loader(reading), strict=False):
+    corpus, options = opened(library), LoaderOptions(128, 1, seed=11)
+    found = look_at(corpus, options, 5, keep=5)
+    for sample, batch in zip(found.samples, corpus.train.loader(options), strict=False):
         assert (sample == batch.rows()[0].numpy()).all()
 
 
@@ -193,9 +199,19 @@ def test_parts_of_documents_are_no_copies_of_one_another(inspect: Inspect, tmp_p
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
 def test_real_text_is_shown_with_its_statistics(inspect: Inspect, library: Path, dataset: str, tokenizer: str) -> None:
     text = inspect(
-        "--data_path", str(library), "--dataset", dataset, "--set", f"tokenizer_name={tokenizer}",
-        "--sequences", "50", "--show", "3", "--set", "max_seq_length=64",
-    )  # fmt: skip
+        "--data_path",
+        str(library),
+        "--dataset",
+        dataset,
+        "--set",
+        f"tokenizer_name={tokenizer}",
+        "--sequences",
+        "50",
+        "--show",
+        "3",
+        "--set",
+        "max_seq_length=64",
+    )
     assert "Looked at 50 sequences" in text
     assert f"Tokenizer  {tokenizer}, {257 if tokenizer == 'byte' else 300} entries" in text
     assert re.search(r"^ +\d+\.\d % +\d+  ' '$", text, re.MULTILINE)
@@ -207,9 +223,17 @@ def test_real_text_is_shown_with_its_statistics(inspect: Inspect, library: Path,
 def test_token_files_can_be_looked_at(inspect: Inspect, tmp_path: Path) -> None:
     np.array([*b"first", EOT, *b"second\n", EOT] * 20, "<u2").tofile(tmp_path / "t.bin")
     text = inspect(
-        "--dataset", "tokenbin", "--data_path", "t.bin", "--val_fraction", "0", "--set", "tokenizer_name=byte",
-        "--set", "max_seq_length=14",
-    )  # fmt: skip
+        "--dataset",
+        "tokenbin",
+        "--data_path",
+        "t.bin",
+        "--val_fraction",
+        "0",
+        "--set",
+        "tokenizer_name=byte",
+        "--set",
+        "max_seq_length=14",
+    )
     assert "Looked at 19 sequences of an epoch of 19" in text
     assert "min 5   median 6   mean 6   90 % 7   max 7" in text
     assert "19 of 19 sequences (100.0 %) were seen more than once" in text
@@ -239,17 +263,27 @@ def test_a_long_sequence_is_shortened_in_the_middle(inspect: Inspect, tmp_path: 
     text = inspect("--data_path", "long.txt", "--val_fraction", "0", "--set", "max_seq_length=1000")
     lines = text[text.index("┌ start") : text.index("└ end")].splitlines()
     assert lines[1:] == [
-        "│ " + "a" * 200, "┊ ... 700 tokens left out, 1 end of text among them ...", "│ " + "b" * 100,
-    ]  # fmt: skip
+        "│ " + "a" * 200,
+        "┊ ... 700 tokens left out, 1 end of text among them ...",
+        "│ " + "b" * 100,
+    ]
 
 
 def test_no_control_character_reaches_the_terminal(inspect: Inspect, tmp_path: Path) -> None:
     name = "ev\x1b]0;il.txt"
     (tmp_path / name).write_text("\x1b]0;title\x07 \x1b[2J \x00 \x7f \x9b31m \x0b tab\there\n" * 9)
     text = inspect(
-        "--data_path", name, "--dataset", "localstreaming", "--val_fraction", "0", "--set", "max_seq_length=64",
-        "--show", "9",
-    )  # fmt: skip
+        "--data_path",
+        name,
+        "--dataset",
+        "localstreaming",
+        "--val_fraction",
+        "0",
+        "--set",
+        "max_seq_length=64",
+        "--show",
+        "9",
+    )
     assert "training on a stream of ev]0;il.txt" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
     assert "␛]0;title␇ ␛[2J ␀ ␡ \\x9b31m ␋ tab\there" in text
@@ -263,8 +297,12 @@ def test_the_picture_is_drawn_for_every_kind_of_length(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     blank = None
     for documents in (
-        [], [(0, True)], [(1, True)], [(7, False)], [(10**6, True), (1, True), (0, True), (300, False)] * 50,
-    ):  # fmt: skip
+        [],
+        [(0, True)],
+        [(1, True)],
+        [(7, False)],
+        [(10**6, True), (1, True), (0, True), (300, False)] * 50,
+    ):
         plot_lengths([Document(n, whole, b"") for n, whole in documents], 128, path)
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
         blue = int((pixels == (0x00, 0x72, 0xB2)).all(1).sum())

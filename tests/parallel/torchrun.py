@@ -261,7 +261,7 @@ def end_in_save(step: int) -> None:
 def note_sequences(path: Path) -> None:
     """Appends every batch, as int32, to the file ``path``."""
     from nanokimi.data.loader import BatchLoader
-    from nanokimi.data.stream_loader import StreamLoader
+    from nanokimi.data.stream import StreamLoader
 
     def noted(iterate: Any) -> Any:
         def batches(self: Any) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from test_run import assert_same_run, history, refused
 from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig, field_names
-from nanokimi.data.corpus import Reading
+from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
 from nanokimi.interop.loading import load
 from nanokimi.model.transformer import weight_shapes
@@ -68,7 +68,7 @@ def test_the_first_loss_is_the_sources_own_on_the_same_batch(source: Path, text:
     assert main(arguments(source, text, tmp_path, "--max_steps", "2", "--seed", "5")) == 0
     model, tokenizer = load(source)
     corpus = open_corpus(TrainConfig(data_path=str(text)), "byte", tokenizer=tokenizer, log=lambda line: None)
-    batches = iter(corpus.train.loader(Reading(model.config.max_seq_length, batch_size=2, seed=5)))
+    batches = iter(corpus.train.loader(LoaderOptions(model.config.max_seq_length, batch_size=2, seed=5)))
     with torch.no_grad():
         losses = [model(batch.tokens, batch.labels).cross_entropy.item() for batch in (next(batches), next(batches))]
     assert history(tmp_path)["train_ce_loss"][0] == pytest.approx(sum(losses) / 2, rel=1e-5)

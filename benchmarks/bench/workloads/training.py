@@ -27,8 +27,7 @@ from benchmarks.bench.workloads.setup import (
 )
 from nanokimi.config import ModelConfig
 from nanokimi.data.batch import Batch
-from nanokimi.data.loader import BatchLoader
-from nanokimi.data.packing import PackedSequences
+from nanokimi.data.loader import BatchLoader, LoaderOptions
 from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.qk_clip import qk_clip_
 from nanokimi.training.step import TrainingStep
@@ -77,7 +76,7 @@ class Network:
         if self._loader is None:
             batch_size, context = self.batch.tokens.shape
             tokens = random_tokens(self.model.config, BATCHES * batch_size * context + 1).numpy().astype(np.uint16)
-            self._loader = iter(BatchLoader(PackedSequences(tokens, context), batch_size, seed=SEED))
+            self._loader = iter(BatchLoader(tokens, LoaderOptions(context, batch_size, SEED)))
         loader = self._loader
         return {"seconds": seconds(lambda: next(loader), torch.device("cpu"))}
 

@@ -1,4 +1,4 @@
-"""Token files as a source: our own sets and files, and plain rows of ids as other projects write them."""
+"""The source ``--dataset tokenbin``: our own token files, and plain rows of ids as other projects write them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanokimi.data.corpus import Corpus, Finite
-from nanokimi.data.packing import TokenRow
-from nanokimi.data.prepared import corpus_of
-from nanokimi.data.progress import reading
-from nanokimi.data.split import ENOUGH_DOCUMENTS
-from nanokimi.data.text import short_hash
-from nanokimi.data.token_bin import MAGIC, TokenFile
-from nanokimi.data.token_set import MANIFEST, TokenSet
+from nanokimi.console import progress_bar
+from nanokimi.data.batch import TokenRow
+from nanokimi.data.corpus import Corpus
+from nanokimi.data.documents import short_hash
+from nanokimi.data.split import ENOUGH_DOCUMENTS, in_share, wrong_share
+from nanokimi.data.token_file import MAGIC, TokenFile
+from nanokimi.data.token_set import MANIFEST, TOKENIZER, TokenSet
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
 from nanokimi.errors import UserError
 
@@ -31,23 +30,6 @@ HASHED_TOKENS = 1 << 17
 LOOKED_AT_BYTES = 1 << 20
 _ASCII = b"\t\n\r" + bytes(range(0x20, 0x7F))
 _CONTROL = bytes(byte for byte in range(0x20) if byte not in b"\t\n\v\f\r\x1b")
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """The tokens of one file.
-
-    Attributes:
-        ends: position behind the last token of every document.
-        sha256: of the tokens.
-    """
-
-    path: Path
-    tokens: NDArray[Any]
-    ends: NDArray[Any]
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -70,27 +52,13 @@ class TokenBin:
     def find_tokenizer(self) -> Tokenizer | None:
         """The ``tokenizer.json`` beside the files, or the one that a header names, unless that must be trained."""
         first = self._paths[0][0]
-        beside = first.with_name("tokenizer.json")
+        beside = first.with_name(TOKENIZER)
         if beside.is_file():
             return load_tokenizer(str(beside))
         name = TokenFile.open(first).tokenizer if _is_ours(first) else ""
         return load_tokenizer(name) if name and bpe_size(name) is None else None
 
-    def training_text(self, characters: int) -> Iterator[str]:
-        """There is none."""
-        self._refuse()
-
-    def train_bpe(self, size: int) -> Tokenizer:
-        """It cannot."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise UserError(
-            f"--data_path {self.path}: no tokenizer can be trained on tokens: put the tokenizer.json that made them "
-            "beside them, or name it with --set tokenizer_name=..."
-        )
-
-    def open(self, tokenizer: Tokenizer, log: Say) -> Corpus:
+    def open(self, tokenizer: Tokenizer, log: Callable[[str], None]) -> Corpus:
         """Maps the files and divides them.
 
         Raises:
@@ -102,15 +70,16 @@ class TokenBin:
             for file in (*found.train, *found.val):
                 _require_tokenizer(file, tokenizer)
             if not self.val_path:
-                return corpus_of(found if self.fraction else found._replace(val=[]), tokenizer)
+                return Corpus.of_set(found if self.fraction else found._replace(val=[]), tokenizer)
         train, val = ([_open(path, tokenizer) for path in paths] for paths in self._paths)
-        kept, held_out, about = divide(train, 0.0 if val else self.fraction)
+        fraction = 0.0 if val else self.fraction
+        kept, held_out, about = divide_tokens(train, fraction)
         if val:
-            held_out, about = TokenRow([row.tokens for row in val]), "in " + ", ".join(row.path.name for row in val)
-        identity = short_hash([[row.sha256 for row in train], 0.0 if val else self.fraction])
-        shown = [f"training on {len(kept):,} tokens of {self.path}"]
-        shown.append(f"held out ({about}): {len(held_out):,} tokens" if held_out is not None else "nothing held out")
-        return Corpus(tokenizer, Finite(kept, identity), held_out, "; ".join(shown))
+            held_out, about = TokenRow([file.tokens for file in val]), "in " + ", ".join(file.path.name for file in val)
+        summary = f"training on {len(kept):,} tokens of {self.path}; "
+        summary += "nothing held out" if held_out is None else f"held out ({about}): {len(held_out):,} tokens"
+        identity = short_hash([[file.sha256 for file in train], fraction])
+        return Corpus.of_tokens(tokenizer, kept, identity, held_out, summary)
 
     @cached_property
     def _paths(self) -> tuple[list[Path], list[Path]]:
@@ -148,69 +117,56 @@ def find_token_files(path: str, flag: str) -> list[Path]:
     return files
 
 
-def divide(rows: list[Row], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
-    """What to train on, what is held out, and the rule in words.
+def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
+    """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids.
 
     Raises:
-        UserError: one of the two parts would be empty.
+        UserError: one of the two splits would be empty.
     """
-    arrays = [row.tokens for row in rows]
+    arrays = [file.tokens for file in files]
     everything = TokenRow(arrays)
     if not fraction:
         return everything, None, ""
-    if sum(len(row.ends) for row in rows) < ENOUGH_DOCUMENTS:
+    if sum(len(file.document_ends) for file in files) < ENOUGH_DOCUMENTS:
         cut = len(everything) - int(len(everything) * fraction)
         if cut == len(everything):
             return everything, None, ""
         return everything.part(0, cut), everything.part(cut, len(everything)), f"the last {fraction:g} of the tokens"
-    runs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    side: bool | None = None
-    for number, row in enumerate(rows):
-        run, side = _runs(number, row, fraction, side)
-        runs.append(run)
-    kept, held_out = (np.concatenate([run[side] for run in runs]) for side in (0, 1))
+    kept, held_out = (np.array(runs, np.int64).reshape(-1, 3) for runs in _runs(files, fraction))
     if not len(kept) or not len(held_out):
-        raise UserError(
-            f"--val_fraction {fraction:g} holds out {'all' if len(held_out) else 'none'} of the documents: choose "
-            "another share, 0 for no validation, or give --val_path"
-        )
+        raise wrong_share(fraction, f"{'all' if len(held_out) else 'none'} of the documents")
     return TokenRow(arrays, kept), TokenRow(arrays, held_out), "documents by hash"
 
 
-def _runs(
-    number: int, row: Row, fraction: float, side: bool | None
-) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], bool | None]:
-    """Stretches ``[n, 3]`` of documents that are kept, and of those that are held out.
-
-    ``side``, taken and returned: where a document is that the row before, or this one, leaves open; None for none.
-    """
-    is_open = not len(row.ends) or row.ends[-1] != len(row.tokens)
-    ends = [*row.ends, len(row.tokens)] if is_open else row.ends
+def _runs(files: list[TokenFile], fraction: float) -> tuple[list[list[int]], list[list[int]]]:
+    """Stretches of documents that are kept, and of those that are held out: file, first token and end of each."""
     runs: tuple[list[list[int]], list[list[int]]] = [], []
-    start = 0
-    for end in map(int, ends):
-        document = row.tokens[start : min(end, start + HASHED_TOKENS)].astype("<u4").tobytes()
-        digest = int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
-        held_out = digest < fraction * 2**64 if side is None else side
-        if runs[held_out] and runs[held_out][-1][2] == start:
-            runs[held_out][-1][2] = end
-        else:
-            runs[held_out].append([number, start, end])
-        start, side = end, held_out if is_open and end == len(row.tokens) else None
-    train, val = (np.array(run, np.int64).reshape(-1, 3) for run in runs)
-    return (train, val), side
+    open_side: bool | None = None  # of a document that goes on in the next file
+    for number, file in enumerate(files):
+        is_open = not len(file.document_ends) or file.document_ends[-1] != len(file.tokens)
+        start = 0
+        for end in map(int, [*file.document_ends, len(file.tokens)] if is_open else file.document_ends):
+            beginning = file.tokens[start : min(end, start + HASHED_TOKENS)].astype("<u4").tobytes()
+            held_out = in_share(beginning, fraction) if open_side is None else open_side
+            last = runs[held_out][-1] if runs[held_out] else None
+            if last and (last[0], last[2]) == (number, start):
+                last[2] = end
+            else:
+                runs[held_out].append([number, start, end])
+            start, open_side = end, held_out if is_open and end == len(file.tokens) else None
+    return runs
 
 
 # ---- opening one file -----------------------------------------------------------------------------------
 
 
-def _open(path: Path, tokenizer: Tokenizer) -> Row:
+def _open(path: Path, tokenizer: Tokenizer) -> TokenFile:
     if not _is_ours(path):
         return _open_plain(path, tokenizer)
     file = TokenFile.open(path)
     _require_tokenizer(file, tokenizer)
     file.verify()
-    return Row(path, file.tokens, file.document_ends, file.sha256)
+    return file
 
 
 def _require_tokenizer(file: TokenFile, tokenizer: Tokenizer) -> None:
@@ -236,7 +192,7 @@ def _is_ours(path: Path) -> bool:
     return start == MAGIC
 
 
-def _open_plain(path: Path, tokenizer: Tokenizer) -> Row:
+def _open_plain(path: Path, tokenizer: Tokenizer) -> TokenFile:
     """A file of nothing but ids: uint16, or uint32 for vocabularies above 65,536 or where ``FILE.json`` says so."""
     dtype = _sidecar_dtype(path) or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     size = path.stat().st_size
@@ -253,14 +209,15 @@ def _open_plain(path: Path, tokenizer: Tokenizer) -> Row:
         )
     tokens = np.memmap(path, dtype, "r")
     sha256, ends = hashlib.sha256(), []
-    with reading(f"checking {path}", size) as advance:
+    with progress_bar(f"checking {path}", size) as advance:
         for begin in range(0, len(tokens), BLOCK_TOKENS):
             block = np.asarray(tokens[begin : begin + BLOCK_TOKENS])
             _require_known(path, block, begin, tokenizer)
             sha256.update(block.tobytes())
             ends.append(np.flatnonzero(block == tokenizer.eot_id) + (begin + 1))
             advance(block.nbytes)
-    return Row(path, tokens, np.concatenate(ends), sha256.hexdigest())
+    name, fingerprint = tokenizer.name, tokenizer.fingerprint
+    return TokenFile(path, tokens, np.concatenate(ends), sha256.hexdigest(), name, fingerprint, tokenizer.vocab_size)
 
 
 def _require_known(path: Path, block: NDArray[Any], begin: int, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanokimi.data.token_bin import TokenFile, TokenFileError, write_tokens
+from nanokimi.data.token_file import TokenFile, TokenFileError, write_tokens
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -20,7 +20,7 @@ def byte() -> Tokenizer:
 def path(tmp_path: Path, byte: Tokenizer) -> Path:
     """Two documents, "abc" (added in two parts) and "é"."""
     path = tmp_path / "tokens.bin"
-    with write_tokens(path, byte, {"name": "test"}) as writer:
+    with write_tokens(path, byte) as writer:
         writer.add([97], 1)
         writer.add([98, 99], 2)
         writer.end_document()
@@ -34,13 +34,13 @@ def test_what_was_written_is_read(path: Path, byte: Tokenizer) -> None:
     assert file.tokens.tolist() == [97, 98, 99, 256, 0xC3, 0xA9, 256]
     assert file.document_ends.tolist() == [4, 7]
     assert (file.n_tokens, file.n_documents, file.n_bytes, file.vocab_size) == (7, 2, 5, 257)
-    assert (file.fingerprint, file.source) == (byte.fingerprint, {"name": "test"})
+    assert file.fingerprint == byte.fingerprint
     assert file.tokens.dtype == np.uint16
     file.verify()
 
 
 def test_a_document_left_open_is_ended(tmp_path: Path, byte: Tokenizer) -> None:
-    with write_tokens(tmp_path / "t", byte, {}) as writer:
+    with write_tokens(tmp_path / "t", byte) as writer:
         writer.add([97], 1)
     file = TokenFile.open(tmp_path / "t")
     assert file.tokens.tolist() == [97, 256]
@@ -49,7 +49,7 @@ def test_a_document_left_open_is_ended(tmp_path: Path, byte: Tokenizer) -> None:
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path, byte: Tokenizer) -> None:
     byte.vocab_size = 65_537
-    with write_tokens(tmp_path / "t", byte, {}) as writer:
+    with write_tokens(tmp_path / "t", byte) as writer:
         writer.add([65_536], 1)
     file = TokenFile.open(tmp_path / "t")
     assert file.tokens.dtype == np.uint32
@@ -57,7 +57,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path, byte: Token
 
 
 def test_nothing_appears_when_writing_fails(tmp_path: Path, byte: Tokenizer) -> None:
-    with suppress(KeyboardInterrupt), write_tokens(tmp_path / "t", byte, {}) as writer:
+    with suppress(KeyboardInterrupt), write_tokens(tmp_path / "t", byte) as writer:
         writer.add([97], 1)
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
@@ -80,7 +80,7 @@ def test_an_empty_a_missing_and_a_foreign_file_are_named(tmp_path: Path) -> None
 
 
 def test_a_file_without_tokens_is_an_error(tmp_path: Path, byte: Tokenizer) -> None:
-    with write_tokens(tmp_path / "t", byte, {}):
+    with write_tokens(tmp_path / "t", byte):
         pass
     with pytest.raises(TokenFileError, match="holds no tokens"):
         TokenFile.open(tmp_path / "t")

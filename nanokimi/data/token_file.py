@@ -1,7 +1,7 @@
 """Our token file: a header in JSON, the tokens, the ends of the documents; written once, then mapped into memory.
 
 Magic (8 bytes); header (JSON padded with spaces to byte 16,384); tokens, little-endian uint16 (uint32 for vocabularies
-above 65,536), padded to a multiple of 8 bytes; for every document the position behind its end of text, uint64.
+above 65,536), padded to a multiple of 8 bytes; for every document the position after its end-of-text token, uint64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,7 @@ FORMAT_VERSION = 1
 MAGIC = b"NKTOKENS"
 _START = 16384  # of the tokens
 _BLOCK = 1 << 20
-_FIELDS = {"n_tokens": int, "n_documents": int, "n_bytes": int, "vocab_size": int, "tokenizer": str, "fingerprint": str,
-           "source": dict, "sha256": str}  # fmt: skip
-_NO_ENDS = np.empty(0, np.dtype("<u8"))
+_COUNTS, _TEXTS = ("n_tokens", "n_documents", "n_bytes", "vocab_size"), ("tokenizer", "fingerprint", "sha256")
 
 
 class TokenFileError(UserError):
@@ -37,26 +35,25 @@ class TokenFileError(UserError):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file that is open for reading; nothing is read before it is used.
+    """A token file, ours or another project's, that is open for reading; nothing of ours is read before it is used.
 
     Attributes:
         tokens: ids [n_tokens], uint16 or uint32, mapped.
-        document_ends: position behind the last token of every document [n_documents], mapped.
-        n_bytes: UTF-8 bytes of the text.
+        document_ends: position after the last token of every document [n_documents], mapped.
+        sha256, ends_sha256: of ``tokens`` and ``document_ends``; the second is empty where it is not known.
         tokenizer, fingerprint: name and fingerprint of the tokenizer that made it.
-        source: where the text came from, as its writer described it.
+        n_bytes: UTF-8 bytes of the text; 0 where they are not known.
     """
 
     path: Path
     tokens: NDArray[np.unsignedinteger[Any]]
-    document_ends: NDArray[np.uint64]
-    n_bytes: int
-    vocab_size: int
+    document_ends: NDArray[Any]
+    sha256: str
     tokenizer: str
     fingerprint: str
-    source: dict[str, Any]
-    sha256: str
-    ends_sha256: str
+    vocab_size: int
+    n_bytes: int = 0
+    ends_sha256: str = ""
 
     @property
     def n_tokens(self) -> int:
@@ -82,20 +79,12 @@ class TokenFile:
             raise TokenFileError(f"{path}: truncated or damaged: {actual} bytes instead of {expected}: make it anew")
         if not count:
             raise TokenFileError(f"{path}: holds no tokens")
-        return cls(
-            path=path,
-            tokens=np.memmap(path, dtype, "r", _START, (count,)),
-            document_ends=np.memmap(path, np.dtype("<u8"), "r", ends_start, (n_documents,))
-            if n_documents
-            else _NO_ENDS,
-            n_bytes=header["n_bytes"],
-            vocab_size=header["vocab_size"],
-            tokenizer=header["tokenizer"],
-            fingerprint=header["fingerprint"],
-            source=header["source"],
-            sha256=header["sha256"],
-            ends_sha256=header.get("ends_sha256", ""),
-        )
+        ends: NDArray[Any] = np.empty(0, "<u8")  # nothing cannot be mapped
+        if n_documents:
+            ends = np.memmap(path, np.dtype("<u8"), "r", ends_start, (n_documents,))
+        kept = {name: header[name] for name in ("n_bytes", "vocab_size", *_TEXTS)}
+        tokens = np.memmap(path, dtype, "r", _START, (count,))
+        return cls(path, tokens, ends, **kept, ends_sha256=header.get("ends_sha256", ""))
 
     def verify(self) -> None:
         """Reads all tokens and ends and compares them with their checksums; TokenFileError if one bit differs."""
@@ -111,7 +100,7 @@ class TokenWriter:
     """Takes the tokens of one document after the other; made by ``write_tokens``.
 
     Attributes:
-        goes_on: set it when the last document goes on in another file: it gets no end of text here.
+        goes_on: set it when the last document goes on in another file: it gets no end-of-text token here.
     """
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
@@ -122,13 +111,8 @@ class TokenWriter:
         self.goes_on = False
         file.seek(_START)
 
-    @property
-    def n_documents(self) -> int:
-        """Documents that have ended."""
-        return len(self._ends)
-
     def add(self, tokens: Sequence[int], n_bytes: int) -> None:
-        """Appends part of the present document: its ids, and the UTF-8 bytes of text behind them."""
+        """Appends part of the present document: its ids, and how many UTF-8 bytes of text they stand for."""
         data = np.asarray(tokens, self._dtype).tobytes()
         self._sha256.update(data)
         self._file.write(data)
@@ -140,8 +124,8 @@ class TokenWriter:
         self.add([self._tokenizer.eot_id], 0)
         self._ends.append(self.n_tokens)
 
-    def finish(self, source: Mapping[str, Any]) -> None:
-        """Ends a document that is still open, unless it ``goes_on``, and writes what stands around the tokens."""
+    def finish(self) -> None:
+        """Ends a document that is still open, unless it ``goes_on``, and writes the ends and the header."""
         if not self.goes_on and self.n_tokens > (self._ends[-1] if self._ends else 0):
             self.end_document()
         self._file.write(bytes(_aligned(self._file.tell()) - self._file.tell()))
@@ -158,25 +142,19 @@ class TokenWriter:
             "fingerprint": self._tokenizer.fingerprint,
             "sha256": self._sha256.hexdigest(),
             "ends_sha256": hashlib.sha256(ends).hexdigest(),
-            "source": dict(source),
+            "source": {},  # asked for by earlier versions of this program
         }
-        text = json.dumps(header).encode()
-        assert len(text) <= _START - len(MAGIC), "the description of the source is too long"
         self._file.seek(0)
-        self._file.write(MAGIC + text.ljust(_START - len(MAGIC)))
+        self._file.write(MAGIC + json.dumps(header).encode().ljust(_START - len(MAGIC)))
 
 
 @contextmanager
-def write_tokens(path: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> Iterator[TokenWriter]:
-    """A writer whose file appears at ``path``, complete, when the block ends without an error; memory is bounded.
-
-    Args:
-        source: what the text was, in plain values; kept in the header.
-    """
+def write_tokens(path: Path, tokenizer: Tokenizer) -> Iterator[TokenWriter]:
+    """A writer whose file appears at ``path``, complete, when the block ends without an error; memory is bounded."""
     with atomic_write(path) as file:
         writer = TokenWriter(file, tokenizer)
         yield writer
-        writer.finish(source)
+        writer.finish()
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -196,7 +174,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise TokenFileError(f"{path}: its header is damaged: make it anew") from error
     if version != FORMAT_VERSION:
         raise TokenFileError(f"{path}: written in format {version}, this one reads {FORMAT_VERSION}")
-    known = all(isinstance(header.get(name), kind) for name, kind in _FIELDS.items())
+    known = all(isinstance(header.get(name), int) for name in _COUNTS)
+    known = known and all(isinstance(header.get(name), str) for name in _TEXTS)
     if not known or header.get("dtype") not in ("<u2", "<u4"):
         raise TokenFileError(f"{path}: its header is damaged: make it anew")
     return header

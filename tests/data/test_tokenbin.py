@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nanokimi.data import token_source
-from nanokimi.data.corpus import Corpus, Finite
+from nanokimi.data import tokenbin
+from nanokimi.data.batch import PackedSequences
+from nanokimi.data.corpus import Corpus, StreamedText
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.packing import PackedSequences
-from nanokimi.data.text import Text
-from nanokimi.data.token_bin import TokenFile, write_tokens
+from nanokimi.data.sources import choose_tokenizer
+from nanokimi.data.split import Text
+from nanokimi.data.token_file import TokenFile, write_tokens
 from nanokimi.data.token_set import TokenSet, write_token_set
-from nanokimi.data.token_source import TokenBin
+from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError, UserError
 
@@ -53,7 +54,7 @@ def flat(documents: list[list[int]]) -> list[int]:
 
 
 def write_ours(path: Path, tokenizer: Tokenizer, documents: list[list[int]]) -> None:
-    with write_tokens(path, tokenizer, {}) as writer:
+    with write_tokens(path, tokenizer) as writer:
         for document in documents:
             writer.add(document[:-1], len(document) - 1)
             writer.end_document()
@@ -69,7 +70,7 @@ def opened(path: str | Path, tokenizer: Tokenizer, val_path: str | Path = "", fr
 
 def rows(corpus: Corpus) -> tuple[list[int], list[int]]:
     """Tokens to train on, and held-out ones."""
-    assert isinstance(corpus.train, Finite)
+    assert corpus.train.tokens is not None
     sides = (corpus.train.tokens, corpus.val)
     train, val = ([] if row is None else row.read(0, len(row)).tolist() for row in sides)
     return train, val
@@ -316,7 +317,7 @@ def test_text_given_as_tokens_is_named(
     path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: bytes, looked_at: int
 ) -> None:
     """Fault 20."""
-    monkeypatch.setattr(token_source, "LOOKED_AT_BYTES", looked_at)
+    monkeypatch.setattr(tokenbin, "LOOKED_AT_BYTES", looked_at)
     byte.vocab_size = 50_257  # the ids of ASCII read as uint16 are all below
     path.write_bytes(text)
     with pytest.raises(UserError, match=r"tokens\.bin: this is text, not tokens: .*--dataset local"):
@@ -340,7 +341,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_position(
     path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Fault 21."""
-    monkeypatch.setattr(token_source, "BLOCK_TOKENS", 7)
+    monkeypatch.setattr(tokenbin, "BLOCK_TOKENS", 7)
     tokens: NDArray[np.uint16] = np.arange(100, dtype="<u2")
     tokens[at] = 257
     tokens.tofile(path)
@@ -351,7 +352,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_position(
 def test_blocks_change_nothing(path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     write_plain(path, draw_documents(300))
     whole = opened(path, byte)
-    monkeypatch.setattr(token_source, "BLOCK_TOKENS", 7)
+    monkeypatch.setattr(tokenbin, "BLOCK_TOKENS", 7)
     assert rows(opened(path, byte)) == rows(whole)
     assert opened(path, byte).train.identity == whole.train.identity
 
@@ -387,12 +388,12 @@ def test_a_file_that_is_truncated_during_the_run_ends_it_at_the_next_read(
         code = 1
         try:
             corpus = opened(path.parent if kind == "set" else path, byte)
-            assert isinstance(corpus.train, Finite)
+            assert corpus.train.tokens is not None
             sequences = PackedSequences(corpus.train.tokens, 16)
-            assert len(sequences[len(sequences) - 1]) == 17
+            assert sequences.batch([len(sequences) - 1]).shape == (1, 17)
             os.truncate(path, 4096)
             with pytest.raises(RunError, match=f"{path}: the token file was truncated while in use: make it anew"):
-                sequences[len(sequences) - 1]
+                sequences.batch([len(sequences) - 1])
             code = 0
         finally:
             os._exit(code)
@@ -490,7 +491,6 @@ def test_the_tokenizer_that_a_header_names_is_found_unless_it_must_be_trained(pa
 
 def test_no_tokenizer_is_trained_on_tokens(path: Path) -> None:
     write_plain(path, draw_documents(5))
-    source = TokenBin(str(path))
-    for act in (lambda: source.train_bpe(300), lambda: list(source.training_text(100))):
+    for sources in ([TokenBin(str(path))], [StreamedText(Text(LocalDocuments(path))), TokenBin(str(path))]):
         with pytest.raises(UserError, match=r"no tokenizer can be trained on tokens: .*--set tokenizer_name="):
-            act()
+            choose_tokenizer(sources, "bpe:300", named=False)
