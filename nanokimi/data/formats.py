@@ -122,8 +122,8 @@ class Format:
         with _opened(path, at, end, advance) as file:
             while line := file.readline(MAX_RECORD_BYTES + 1):
                 if len(line) > MAX_RECORD_BYTES:
-                    limit = f"{MAX_RECORD_BYTES >> 20} MiB"
-                    raise UserError(f"{path}: the line at byte {at} is longer than {limit}: is this JSON lines?")
+                    where = f"{path}: the line at byte {at}"
+                    raise UserError(f"{where} is longer than {MAX_RECORD_BYTES >> 20} MiB: is this JSON lines?")
                 if line.strip(b" \t\r\n\xef\xbb\xbf"):
                     yield at, self._record(line, path, at)
                 at += len(line)
