@@ -28,7 +28,7 @@ def test_the_comparison_finds_what_differs_and_nothing_else(tmp_path: Path) -> N
     same = compared(tmp_path)
     assert same.returncode == 0, same.stdout + same.stderr
     config = tmp_path / "nanokimi" / "config.py"
-    changed, count = re.subn(r"norm_eps: float = 1e-6", "norm_eps: float = 1.01e-6", config.read_text(encoding="utf-8"))
+    changed, count = re.subn(r"(?<=norm_eps: float = _positive\()1e-6", "1.01e-6", config.read_text(encoding="utf-8"))
     assert count == 1
     config.write_text(changed, encoding="utf-8")
     other = compared(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MOST_FILES = 31
+MOST_FILES = 18
 
 
 @pytest.mark.slow

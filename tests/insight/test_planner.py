@@ -17,7 +17,7 @@ from nanokimi.insight.planner import Job, Machine, Transfer, forward_flops, step
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.newton_schulz import newton_schulz_flops
 from nanokimi.optim.muonclip import STATE, MuonClip
-from nanokimi.parallel.distributed_muon import deal
+from nanokimi.parallel.distributed_muon import assign
 from nanokimi.parallel.layout import ONE, Layout, StepParts, share_of_step
 from nanokimi.parallel.memory_estimate import (
     CPU,
@@ -181,13 +181,13 @@ def test_the_work_of_the_ranks_is_what_the_optimizer_deals_out(layout: Layout) -
         alike = [m for m in parameters(DEBUG, layout) if m.role == role]
         held = [[slice(0, n) for n in m.rows_held()] for m in alike]
         flops, sizes = [0] * layout.ranks, [[0] * layout.replicas for _ in range(layout.shards)]
-        for piece in deal([torch.Size(m.shape) for m in alike], held, layout):
-            matrix, rows = alike[piece.number], piece.rows
+        for owned in assign([torch.Size(m.shape) for m in alike], held, layout):
+            matrix, rows = alike[owned.number], owned.rows
             count = 1 if rows is None else rows.stop - rows.start
-            flops[piece.replica * layout.shards + piece.shard] += count * newton_schulz_flops(*matrix.shape[-2:])
-            for shard in range(layout.shards) if rows is None else [piece.shard]:
+            flops[owned.replica * layout.shards + owned.shard] += count * newton_schulz_flops(*matrix.shape[-2:])
+            for shard in range(layout.shards) if rows is None else [owned.shard]:
                 here = matrix.rows_held()[shard] if rows is None else count * matrix.shape[1]
-                sizes[shard][piece.replica] += here * matrix.shape[-1]
+                sizes[shard][owned.replica] += here * matrix.shape[-1]
         assert work.flops == flops
         assert work.longest == ([max(of_replicas) for of_replicas in sizes] if layout.replicas > 1 else [])
 

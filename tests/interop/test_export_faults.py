@@ -30,6 +30,7 @@ from stored_models import (
 )
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.files import new_folder, partial_folder
 from nanokimi.interop import commands, gguf_file, hf_writer
@@ -37,7 +38,6 @@ from nanokimi.interop.engines import TEXT
 from nanokimi.interop.hf_reader import INDEX, OWN
 from nanokimi.interop.loading import load, read_model
 from nanokimi.interop.receipt import RECEIPT
-from nanokimi.interop.stored import build
 
 WEIGHTS = "model.safetensors"
 
@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     places: list[tuple[Any, str, Callable[..., None]]] = {
         "hf": [(hf_writer, "save_file", full_for_safetensors), (commands, "write_receipt", full)],
         "gguf": [(gguf_file, "_write_tensors", full_for_numpy), (commands, "write_receipt", full)],
-        "import": [(checkpoint, "_write", full)],
+        "import": [(checkpoint.file, "_write", full)],
     }[command]
     for module, name, fault in places:
         with monkeypatch.context() as broken:
@@ -326,4 +326,4 @@ def test_weights_of_a_folder_that_do_not_fit_are_refused_by_build(folder: Path) 
     stored = read_model(folder)
     weights = dict(stored.weights) | {"norm.weight": torch.ones(31)}
     with pytest.raises(checkpoint.CheckpointError, match=r"norm\.weight is \[31\]"):
-        build(folder, stored.config, weights)
+        build_model(folder, stored.config, weights)
