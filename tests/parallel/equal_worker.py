@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.sources import open_corpus
-from nanokimi.optim.qk_clip import local
+from nanokimi.optim import muonclip
+from nanokimi.optim.qk_clip import local, qk_clip_
 from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks, from_bytes, to_bytes
 from nanokimi.training.trainer import Trainer
@@ -95,19 +96,19 @@ def watch(trainer: Trainer) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
     """What the steps of ``trainer`` show, and by which factors QK-Clip changes the rows here, as they are made."""
     readings: list[dict[str, Any]] = []
     factors: list[list[Tensor]] = []
-    read, clip = trainer.step.read, trainer.optimizer._clip
+    read = trainer.step.read
 
     def reading(*arguments: Any) -> Any:
         found = read(*arguments)
         readings.append(found._asdict())
         return found
 
-    def clipping() -> None:
+    def clipping(*arguments: Any) -> None:
         before = row_norms(trainer)
-        clip()
+        qk_clip_(*arguments)
         factors.append([a / b for a, b in zip(row_norms(trainer), before, strict=True)])
 
-    trainer.step.read, trainer.optimizer._clip = reading, clipping  # type: ignore[method-assign]
+    trainer.step.read, muonclip.qk_clip_ = reading, clipping  # type: ignore[method-assign]
     trainer.save = lambda *_, **__: None  # type: ignore[method-assign]  # takes longer than all the steps
     return readings, factors
 
