@@ -37,18 +37,18 @@ def choose_layout(
 ) -> Layout:
     """What ``--parallel``, ``--replicate`` and ``--expert_parallel`` mean on these ranks.
 
-    ``auto`` shares nothing on one rank; on several every rank holds a replica where one fits, and a shard of one where
-    none does, or where replicas or experts are to be dealt out.
+    ``auto`` shards nothing on one rank. On several, every rank holds a replica if one fits, and a shard if none does or
+    if ``--replicate`` or ``--expert_parallel`` asks for shards.
 
     Raises:
         UserError: the numbers do not divide, or there is nobody to share with.
     """
     mode = config.parallel
-    dealt_out = config.replicate > 1 or config.expert_parallel > 0
-    if mode == "auto" and ranks.size == 1 and not dealt_out:
+    asks_for_shards = config.replicate > 1 or config.expert_parallel > 0
+    if mode == "auto" and ranks.size == 1 and not asks_for_shards:
         mode = "one"
     elif mode == "auto":
-        mode = "fsdp" if dealt_out or not replica_fits() else "ddp"
+        mode = "fsdp" if asks_for_shards or not replica_fits() else "ddp"
     if mode != "one" and not ranks.launched:
         raise UserError(
             "--parallel, --replicate and --expert_parallel need several processes: start them with "
@@ -61,15 +61,13 @@ def choose_layout(
 
 
 def replica_fits(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> bool:
-    """Whether all of the model trains on each of the ranks; where memory cannot be looked at, it is said to."""
+    """Whether each rank has the memory to train the whole model; True where the memory cannot be measured."""
     from nanokimi.parallel.memory_estimate import CPU, GPU, replica_bytes
 
     parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
     cuda = device.type == "cuda"
-    need = replica_bytes(
-        model_config, parts.batch_size, ranks=ranks.size, device=GPU if cuda else CPU,
-        checkpointing=config.activation_checkpointing,
-    )  # fmt: skip
+    kind, checkpointing = GPU if cuda else CPU, config.activation_checkpointing
+    need = replica_bytes(model_config, parts.batch_size, ranks=ranks.size, device=kind, checkpointing=checkpointing)
     if cuda:
         return need < REPLICA_SHARE * torch.cuda.get_device_properties(device).total_memory
     free = free_memory()
@@ -98,7 +96,7 @@ def about_layout(layout: Layout, config: TrainConfig) -> str:
         return ""
     parts = share_of_step(config.batch_size, config.gradient_accumulation, layout.ranks)
     kinds = [_count(layout.replicas, "replica"), f"each in {_count(layout.shards, 'shard')}"]
-    kinds += [f"experts dealt out over {_count(layout.expert_parallel, 'rank')}"] if layout.expert_parallel else []
+    kinds += [f"experts distributed over {_count(layout.expert_parallel, 'rank')}"] if layout.expert_parallel else []
     sequences = config.batch_size * config.gradient_accumulation
     return (
         f"{_count(layout.ranks, 'rank')}, {layout.mode}: {', '.join(kinds)}; a step's {sequences} sequences are "

@@ -26,7 +26,7 @@ from nanokimi.parallel.ranks import Ranks
 
 
 class Sharded:
-    """A model whose rows are dealt out.
+    """A model whose weights are sharded along their rows.
 
     Args:
         model: on the meta device: no rank ever holds all of it.
@@ -40,7 +40,7 @@ class Sharded:
         by_replica = torch.arange(ranks.size).view(layout.replicas, layout.shards)
         self._mesh = DeviceMesh(device.type, by_replica, mesh_dim_names=("replicate", "shard"))
         if layout.expert_parallel:
-            self._expert_mesh = self._deal_out_experts(by_replica, device)
+            self._expert_mesh = self._distribute_experts(by_replica, device)
         self._wrap()
         model.to_empty(device=device)
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -48,10 +48,10 @@ class Sharded:
         groups = (self._mesh.get_group("shard"), self._mesh.get_group("replicate"))
         self.orthogonalise = DistributedMuon(layout, self, ranks.rank, *groups).orthogonalise
 
-    # ---- laying out -----------------------------------------------------------------------------
+    # ---- setting up -----------------------------------------------------------------------------
 
-    def _deal_out_experts(self, by_replica: Tensor, device: torch.device) -> DeviceMesh:
-        """Leaves each rank the experts of its own, and sends tokens to the others'."""
+    def _distribute_experts(self, by_replica: Tensor, device: torch.device) -> DeviceMesh:
+        """Leaves each rank its own experts, and sends tokens to those of the others."""
         experts, n = self.layout.expert_parallel, self.model.config.n_routed_experts
         ranks = by_replica.view(self.layout.replicas, -1, experts).transpose(1, 2)
         mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("replicate", "expert", "expert_shard"))
@@ -62,13 +62,15 @@ class Sharded:
         return mesh
 
     def _wrap(self) -> None:
+        # Experts first: ranks of one expert group hold different experts, so their shards lie on a mesh of its own, and
+        # a module that is sharded already is left out when the block around it is.
         if self.layout.expert_parallel:
             for moe in self.model.moe_layers():
                 fully_shard(moe.experts, mesh=self._fsdp_mesh(self._expert_mesh, "expert_shard"))
         for module in (*self.model.blocks(), self.model):
             fully_shard(module, mesh=self._fsdp_mesh(self._mesh, "shard"))
         for part in self._fsdp_modules():
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+            part.set_force_sum_reduction_for_comms(True)  # gloo cannot compute a mean
 
     def _fsdp_mesh(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
         return mesh["replicate", shard] if self.layout.replicas > 1 else mesh[shard]
@@ -78,7 +80,7 @@ class Sharded:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """The weights that one process would begin with, drawn whole, one after the other."""
+        """Draws the weights that one process would begin with: each whole, one after the other, and keeps its rows."""
         for role, parameter in self.model.param_roles():
             name = self._names[id(parameter)]
             whole = torch.empty(self._shapes[name], dtype=parameter.dtype)
@@ -96,14 +98,17 @@ class Sharded:
         return self.model
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
+        # Within a replica gradients are reduced after every pass, for whole ones would not fit; between replicas the
+        # sum of all passes is enough.
         for module in self._fsdp_modules():
             module.set_requires_all_reduce(last, recurse=False)
         return nullcontext()
 
     def clip_gradients(self, limit: float) -> Tensor:
         gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
-        if experts := [grad for name, grad in gradients.items() if self._is_apart(name)]:
-            # They have the tokens of several ranks already, and FSDP divides by the others alone.
+        if experts := [grad for name, grad in gradients.items() if self._has_own_mesh(name)]:
+            # An expert has seen the tokens of all ranks of its group. FSDP averages over the ranks that hold the same
+            # experts, so the division by the size of the group is missing.
             torch._foreach_mul_(experts, 1 / self.layout.expert_parallel)
         grads = list(gradients.values())
         norms = torch.stack(torch._foreach_norm(grads)).double()
@@ -117,22 +122,22 @@ class Sharded:
         dist.all_reduce(numbers)
         return numbers
 
-    # ---- rows and wholes ------------------------------------------------------------------------
+    # ---- rows of shards and whole tensors -------------------------------------------------------
 
     def shard_rows(self, parameter: Tensor, shard: int) -> slice:
         return self._shard_rows(self._names[id(parameter)], shard)
 
     def _shard_rows(self, name: str, shard: int) -> slice:
         rows = self._shapes[name][0]
-        if not self._is_apart(name):
+        if not self._has_own_mesh(name):
             return rows_of(rows, self.layout.shards, shard)
-        group_rank, part = self.layout.expert_place(shard)
+        group_rank, part = self.layout.expert_position(shard)
         own = rows // self.layout.expert_parallel
         held = rows_of(own, self.layout.shards // self.layout.expert_parallel, part)
         return slice(group_rank * own + held.start, group_rank * own + held.stop)
 
-    def _is_apart(self, name: str) -> bool:
-        """Whether ``name`` is a stack of experts that are dealt out."""
+    def _has_own_mesh(self, name: str) -> bool:
+        """Whether ``name`` is a stack of experts that are distributed over ranks of their own."""
         return self.layout.expert_parallel > 0 and ".experts." in name
 
     def copy_rows(self, name: str, here: Tensor, whole: Tensor) -> None:
@@ -140,7 +145,7 @@ class Sharded:
         local(here.detach()).copy_(whole[rows])
 
     def as_dtensor(self, name: str, tensor: Tensor) -> Tensor:
-        if not self._is_apart(name):
+        if not self._has_own_mesh(name):
             return tensor
         shape = self._shapes[name]
         stride = torch.empty(shape, device="meta").stride()
@@ -154,7 +159,7 @@ class Sharded:
         for name, tensor in tensors.items():
             value = self.as_dtensor(name, tensor.detach())
             if isinstance(value, DTensor):
-                if value.device_mesh.ndim == 3:  # of experts apart; one dimension of the mesh after the other
+                if value.device_mesh.ndim == 3:  # of experts; gathered along one dimension of the mesh after the other
                     value = value.redistribute(placements=(Replicate(), Shard(0), Replicate()))
                 value = value.full_tensor()
             if self.ranks.is_main:

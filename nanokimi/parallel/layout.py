@@ -1,4 +1,4 @@
-"""How a model is laid out over the ranks: which of them hold the same, and which hold a part each."""
+"""How a model lies on the ranks: which of them hold the same, and which hold a part each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ class Layout:
     """Replicas of the model, each sharded over as many ranks; rank ``r * shards + s`` holds shard s of replica r.
 
     Attributes:
-        mode: ``ddp`` (every rank holds everything), ``fsdp``, or ``one`` process, which shares with nobody.
+        mode: ``ddp`` (every rank holds everything), ``fsdp``, or ``one`` process.
         ranks: processes in all.
         replicate: replicas under ``fsdp``; more than one is hybrid sharding.
-        expert_parallel: ranks over which the routed experts of a replica are dealt out; 0 leaves them with the rest.
+        expert_parallel: ranks over which the routed experts of a replica are distributed; 0 treats them like
+            all other weights.
 
     Raises:
         UserError: the numbers do not divide.
@@ -57,17 +58,17 @@ class Layout:
         return self.ranks // self.replicas
 
     def check_experts(self, n_routed_experts: int) -> None:
-        """Raises UserError unless the experts can be dealt out evenly."""
+        """Raises UserError unless every rank gets equally many experts."""
         if self.expert_parallel and n_routed_experts % self.expert_parallel:
             raise UserError(
                 f"--expert_parallel {self.expert_parallel} does not divide the {n_routed_experts} routed experts: "
                 "choose a divisor of them"
             )
 
-    def expert_place(self, shard: int) -> tuple[int, int]:
-        """Of shard rank ``shard``: its number in the group that experts are dealt out over, and its part of these.
+    def expert_position(self, shard: int) -> tuple[int, int]:
+        """Of shard rank ``shard``: its number in the group of ranks that share the experts, and which part it holds.
 
-        The ranks of one such group are neighbours: what they exchange stays inside a machine where it can.
+        The ranks of a group are neighbours, so that tokens travel inside a machine where possible.
         """
         part, group_rank = divmod(shard, self.expert_parallel)
         return group_rank, part

@@ -58,7 +58,7 @@ def test_replicas_times_shards_are_the_ranks(layout: Layout, replicas: int, shar
 
 def test_ranks_between_which_the_experts_are_dealt_out_are_neighbours() -> None:
     layout = Layout("fsdp", 16, 2, 4)
-    places = [layout.expert_place(shard) for shard in range(layout.shards)]
+    places = [layout.expert_position(shard) for shard in range(layout.shards)]
     assert places == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (3, 1)]
 
 

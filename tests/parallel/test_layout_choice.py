@@ -135,7 +135,7 @@ def test_one_process_has_all_of_the_model_and_nothing_else() -> None:
         (Layout("fsdp", 2), ("2 ranks, fsdp: ", "2 shards", "8 sequences are 1 x 4 on each rank")),
         (
             Layout("fsdp", 8, 2, 2),
-            ("8 ranks, fsdp: ", "2 replicas", "4 shards", "experts dealt out over 2 ranks", "1 x 1 on each rank"),
+            ("8 ranks, fsdp: ", "2 replicas", "4 shards", "experts distributed over 2 ranks", "1 x 1 on each rank"),
         ),
     ],
 )
