@@ -26,7 +26,7 @@ from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks, from_bytes, to_bytes
 from nanokimi.training.trainer import Trainer
 
-STEPS, FP32_STEPS, SEQUENCES, LENGTH, LIMIT = 16, 6, 8, 32, 1.0
+STEPS, FP32_STEPS, SEQUENCES, LENGTH, LIMIT = 30, 10, 8, 32, 1.0
 SMALL_PASSES = {"batch_size": 1, "gradient_accumulation": SEQUENCES}
 PLAIN = {"batch_size": 2, "gradient_accumulation": SEQUENCES // 2, "learning_rate": 0.05, "qk_clip_tau": 3.52}
 # Documents kept apart, blocks computed twice, and logits that grow until they are measured exactly.

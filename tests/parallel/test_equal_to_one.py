@@ -1,6 +1,6 @@
 """However a run is spread over ranks, it is the run of one process: same losses, same clipped heads, same weights.
 
-In fp64 nothing but the order of sums differs, and after 16 steps weights differ by about 1e-13. So a factor that is
+In fp64 nothing but the order of sums differs, and after 30 steps weights differ by about 1e-13. So a factor that is
 wrong anywhere, a reduction too few or a token at the wrong expert is far outside of these bounds.
 """
 
