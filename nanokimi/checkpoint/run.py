@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -51,7 +52,7 @@ class Checkpoints:
         self._group: Any = None  # of all ranks, for shards alone
         self._saved: tuple[int, Path] | None = None  # step and name of the last file that was written here
         self._wrote_latest = False  # then it was read back, and need not be again
-        self._pending: shards.Pending | None = None
+        self._pending: Future[None] | None = None
 
     # ---- saving ---------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ class Checkpoints:
         """Waits for what is still being written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.wait()
+            pending.result()
             if self.ranks.is_main:
                 shards.prune(self.folder, KEPT)
 

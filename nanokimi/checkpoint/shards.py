@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -44,37 +45,6 @@ T = TypeVar("T")
 Shape = tuple[torch.Size, torch.dtype]
 
 
-class Pending:
-    """A save that has begun."""
-
-    def __init__(self, work: Callable[[], None], *, background: bool) -> None:
-        self._error: BaseException | None = None
-        self._thread = Thread(target=self._run, args=(work, _device()), daemon=True) if background else None
-        if self._thread is None:
-            self._run(work, None)
-        else:
-            self._thread.start()
-
-    def wait(self) -> None:
-        """Returns when the folder has its name. It needs no other rank to come here.
-
-        Raises:
-            RunError: the same on all ranks; earlier folders are as they were.
-        """
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self, work: Callable[[], None], device: int | None) -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)  # each thread has its own
-            work()
-        except BaseException as error:
-            self._error = error
-
-
 def new_group(timeout: timedelta) -> dist.ProcessGroup | None:
     """A group of all ranks for ``begin_save`` alone; None where there is no process group. All ranks call it, once.
 
@@ -91,7 +61,7 @@ def begin_save(
     group: dist.ProcessGroup | None,
     *,
     asynchronous: bool,
-) -> Pending:
+) -> Future[None]:
     """Writes ``tensors`` and ``about`` as the folder ``folder``. All ranks call it, after the save before has ended.
 
     Args:
@@ -100,13 +70,33 @@ def begin_save(
             equal on all ranks.
         about: on rank 0 numbers, strings, lists, dicts and small tensors; what other ranks give is ignored.
         group: of ``new_group``.
-        asynchronous: return once all is copied to host memory, and write beside the training.
+        asynchronous: return once all is copied to host memory, and write while training goes on.
+
+    Returns:
+        a future that is done when the folder has its name. It raises RunError, the same on all ranks, if the folder
+        could not be written; earlier folders are as they were.
     """
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if asynchronous:
         kept = {name: tensor.to("cpu", copy=True) for name, tensor in kept.items()}
         about = copy.deepcopy(about)
-    return Pending(partial(_save, folder, kept, about, group), background=asynchronous)
+    device = torch.cuda.current_device() if asynchronous and torch.cuda.is_initialized() else None
+    saved: Future[None] = Future()
+
+    def save_all() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # each thread has its own
+            _save(folder, kept, about, group)
+            saved.set_result(None)
+        except BaseException as error:
+            saved.set_exception(error)
+
+    if asynchronous:
+        Thread(target=save_all, daemon=True).start()  # a daemon, so that a run that fails need not wait for other ranks
+    else:
+        save_all()
+    return saved
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -367,7 +357,3 @@ def _unwarned() -> Iterator[None]:
 
 def _partial(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
-
-
-def _device() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None

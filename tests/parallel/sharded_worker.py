@@ -62,7 +62,7 @@ def spread(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(folder: Path, seed: int, group: Any) -> None:
-    sharded.begin_save(folder, spread(whole(seed)), ABOUT, group, asynchronous=False).wait()
+    sharded.begin_save(folder, spread(whole(seed)), ABOUT, group, asynchronous=False).result()
 
 
 def save_while_training(folder: Path, seed: int, group: Any) -> None:
@@ -75,7 +75,7 @@ def save_while_training(folder: Path, seed: int, group: Any) -> None:
     about["losses"].append(0.0)
     for _ in range(200):
         dist.all_reduce(torch.ones(1))
-    pending.wait()
+    pending.result()
 
 
 def write(folder: Path, rank: int, group: Any) -> None:
@@ -117,7 +117,7 @@ def go_on(folder: Path, rank: int, group: Any) -> None:
         if isinstance(found, DTensor) and isinstance(expected, DTensor):
             found, expected = found.to_local(), expected.to_local()
         assert torch.equal(found, expected), name
-    sharded.begin_save(sharded.step_folder(folder, 50), tensors, ABOUT, group, asynchronous=True).wait()
+    sharded.begin_save(sharded.step_folder(folder, 50), tensors, ABOUT, group, asynchronous=True).result()
 
 
 def write_endlessly(folder: Path, rank: int, group: Any) -> None:
@@ -126,7 +126,7 @@ def write_endlessly(folder: Path, rank: int, group: Any) -> None:
         rows = distribute_tensor(torch.full((400, 300), float(step)), line, [Shard(0)])
         sharded.begin_save(
             sharded.step_folder(folder, 1), {"x": rows}, {"step": step}, group, asynchronous=False
-        ).wait()
+        ).result()
         if rank == 0:
             print(step, flush=True)
 

@@ -51,7 +51,7 @@ def step(written: Path, tmp_path: Path) -> Path:
 
 
 def save(folder: Path, value: float = 1.0, about: Any = None) -> None:
-    sharded.begin_save(folder, {"x": torch.full((3,), value)}, about or {}, None, asynchronous=False).wait()
+    sharded.begin_save(folder, {"x": torch.full((3,), value)}, about or {}, None, asynchronous=False).result()
 
 
 def is_whole(folder: Path, seed: int) -> bool:
@@ -76,7 +76,7 @@ def test_one_process_reads_what_two_ranks_wrote(written: Path) -> None:
 def test_names_of_version_1_are_read_as_the_present_ones(tmp_path: Path) -> None:
     folder, names = tmp_path / "step_00000001", ("model.embed", "optimizer.exp_avg.embed", "model.norm.weight")
     values = {name: torch.full((3, 2), float(i)) for i, name in enumerate(names)}
-    sharded.begin_save(folder, values, {}, None, asynchronous=False).wait()
+    sharded.begin_save(folder, values, {}, None, asynchronous=False).result()
     present = ("model.embed.weight", "optimizer.exp_avg.embed.weight", "model.norm.weight")
     assert tuple(sharded.shapes(folder)) == present
     found = sharded.read_tensors(folder, present)
