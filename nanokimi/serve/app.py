@@ -17,21 +17,10 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanokimi.errors import UserError
-from nanokimi.inference.inspection import TokenView, inspect_tokens
+from nanokimi.inference.inspection import inspect_tokens
+from nanokimi.serve import api
 from nanokimi.serve.answers import Answer, ChatAnswer, CompletionAnswer, EventStream, finite
-from nanokimi.serve.api import (
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    ErrorBody,
-    InspectBody,
-    Served,
-    chat_requests,
-    completion_requests,
-    on_error,
-    refused,
-)
+from nanokimi.serve.api import ApiError, ErrorBody, Served, on_error, refusing
 from nanokimi.serve.arguments import Rules
 from nanokimi.serve.metrics import CONTENT_TYPE, Metrics
 from nanokimi.serve.worker import RETRY, Worker
@@ -99,19 +88,7 @@ class Routes:
 
     def __init__(self, served: Served, worker: Worker, metrics: Metrics) -> None:
         self._served, self._worker, self._metrics = served, worker, metrics
-
-    async def models(self) -> JSONResponse:
-        """The one model there is."""
-        return JSONResponse({"object": "list", "data": [self._about()]})
-
-    async def model(self, name: str) -> JSONResponse:
-        """The model, if it has that name."""
-        self._served.check_name(name)
-        return JSONResponse(self._about())
-
-    def _about(self) -> dict[str, Any]:
-        served = self._served
-        return {
+        self._about = {
             "id": served.name,
             "object": "model",
             "created": served.created,
@@ -121,30 +98,47 @@ class Routes:
             "n_routed_experts": served.model.config.n_routed_experts if served.model.moe_layers() else 0,
         }
 
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def models(self) -> JSONResponse:
+        """The one model there is."""
+        return JSONResponse({"object": "list", "data": [self._about]})
+
+    async def model(self, name: str) -> JSONResponse:
+        """The model, if it has that name."""
+        self._served.check_name(name)
+        return JSONResponse(self._about)
+
+    async def completions(self, body: api.CompletionBody, request: Request) -> Response:
         """Continues one or more prompts."""
-        requests = await completion_requests(body, self._served)
-        return await self._respond(CompletionAnswer(self._worker, self._served, body, requests), body, request)
+        arguments = await api.completion_arguments(body, self._served)
+        return await self._respond(CompletionAnswer(self._worker, self._served, body, arguments), request)
 
-    async def chat(self, body: ChatBody, request: Request) -> Response:
+    async def chat(self, body: api.ChatBody, request: Request) -> Response:
         """Writes the next turn of a talk."""
-        requests = await chat_requests(body, self._served)
-        return await self._respond(ChatAnswer(self._worker, self._served, body, requests), body, request)
+        arguments = await api.chat_arguments(body, self._served)
+        return await self._respond(ChatAnswer(self._worker, self._served, body, arguments), request)
 
-    async def _respond(self, answer: Answer, body: CompletionBody | ChatBody, request: Request) -> Response:
+    async def _respond(self, answer: Answer, request: Request) -> Response:
         self._metrics.prompt_tokens += answer.prompt_tokens
-        return EventStream(answer) if body.stream else JSONResponse(await answer.whole(request.receive))
+        return EventStream(answer) if answer.body.stream else JSONResponse(await answer.whole(request.receive))
 
-    async def inspect(self, body: InspectBody) -> JSONResponse:
+    async def inspect(self, body: api.InspectBody) -> JSONResponse:
         """What the model expected instead of each token, and which experts each token visited."""
         served, top = self._served, 5 if body.top is None else body.top
         served.check_name(body.model)
         look = partial(inspect_tokens, served.model, served.tokenizer, body.tokens, start=body.start or 0, top=top)
-        try:
+        with refusing("tokens"):
             views = await self._worker.call(look)
-        except UserError as error:
-            raise refused(error, "tokens") from error
-        return JSONResponse({"tokens": [_view(view) for view in views]})
+        tokens = [
+            {
+                "id": view.id,
+                "text": view.text,
+                "logprob": finite(view.logprob),
+                "alternatives": [{"id": id, "text": text, "logprob": finite(p)} for id, text, p in view.likeliest],
+                "experts": view.experts,
+            }
+            for view in views
+        ]
+        return JSONResponse({"tokens": tokens})
 
     async def health(self) -> JSONResponse:
         """Whether new requests are accepted, and how busy the server is."""
@@ -164,16 +158,6 @@ class Routes:
             "engine_failures": (worker.failures, "How often the engine failed altogether."),
         }
         return Response(self._metrics.text(gauges), media_type=CONTENT_TYPE)
-
-
-def _view(view: TokenView) -> dict[str, Any]:
-    return {
-        "id": view.id,
-        "text": view.text,
-        "logprob": finite(view.logprob),
-        "alternatives": [{"id": token, "text": text, "logprob": finite(p)} for token, text, p in view.likeliest],
-        "experts": view.experts,
-    }
 
 
 # ---- guards -------------------------------------------------------------------------------------

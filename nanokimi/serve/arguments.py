@@ -12,6 +12,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,12 @@ _KEY = re.compile(r"[!-~]+")
 
 @dataclass(frozen=True)
 class Rules:
-    """Who may ask the server.
+    """Who may ask the server."""
 
-    Attributes:
-        host: the address that the server listens on.
-        allowed_hosts: further names of the server, in lower case.
-        allowed_origins: other sites whose scripts may use the server, such as ``https://example.org``.
-        api_key: None if no key is needed.
-    """
-
-    host: str = "127.0.0.1"
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    api_key: str | None = field(default=None, repr=False)
+    host: str = "127.0.0.1"  # the address that the server listens on
+    allowed_hosts: tuple[str, ...] = ()  # further names of the server, in lower case
+    allowed_origins: tuple[str, ...] = ()  # other sites whose scripts may use it, such as https://example.org
+    api_key: str | None = field(default=None, repr=False)  # None if no key is needed
 
     def host_is_ours(self, value: str) -> bool:
         """Whether a Host header names this server.
@@ -95,44 +89,35 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
-def _flag(default: Any, about: str, metavar: str | None = None, **more: Any) -> Any:
-    """A field that is a flag: its help, what the help calls its value, further arguments of ``add_argument``."""
-    return field(default=default, metadata={"help": about, "metavar": metavar, **more})
+def _flag(default: Any, about: str, **more: Any) -> Any:
+    """A field that is a flag: its help, further arguments of ``add_argument``, and the ``least`` that it may be."""
+    return field(default=default, metadata={"help": about, **more})
 
 
-def _count(default: int | None, about: str, least: int = 1) -> Any:
-    return field(default=default, metadata={"help": about, "metavar": "N", "type": int, "least": least})
+_count = partial(_flag, metavar="N", type=int)
+_seconds = partial(_flag, metavar="SECONDS", type=float)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the user asked of ``nanokimi serve``; checked.
-
-    Attributes:
-        max_tokens: None for the model's context.
-        model_name: empty for the name of the checkpoint's file or folder.
-        chat_template: see ``chat_template.chat_template_of``.
-
-    Raises:
-        UserError: a value is out of range; the message names the flag.
-    """
+    """What the user asked of ``nanokimi serve``; UserError names the flag whose value is out of range."""
 
     checkpoint: str
     rules: Rules
     port: int = _count(8000, "0 takes any free one (%(default)s)", least=0)
-    slots: int = _count(16, "sequences that are written together (%(default)s)")
+    slots: int = _count(16, "sequences that are written together (%(default)s)", least=1)
     max_queue: int = _count(128, "sequences that wait for a slot; more are refused (%(default)s)", least=0)
-    max_tokens: int | None = _count(None, "most tokens a request may ask for (default: the context)")
-    max_n: int = _count(8, "most choices for a prompt (%(default)s)")
-    max_body: int = _count(1 << 20, "bytes of a request (%(default)s)")
-    prefill_chunk: int = _count(PREFILL_CHUNK, "prompt tokens read between two tokens of other sequences (%(default)s)")
-    max_seconds: float = _flag(600.0, "most time for a request (%(default)g)", "SECONDS", type=float)
-    drain_seconds: float = _flag(
-        30.0, "most time for running requests after SIGTERM (%(default)g)", "SECONDS", type=float
+    max_tokens: int | None = _count(None, "most tokens a request may ask for (default: the context)", least=1)
+    max_n: int = _count(8, "most choices for a prompt (%(default)s)", least=1)
+    max_body: int = _count(1 << 20, "bytes of a request (%(default)s)", least=1)
+    prefill_chunk: int = _count(
+        PREFILL_CHUNK, "prompt tokens read between two tokens of other sequences (%(default)s)", least=1
     )
-    model_name: str = _flag("", "for clients (default: that of the file or folder)", "NAME")
+    max_seconds: float = _seconds(600.0, "most time for a request (%(default)g)")
+    drain_seconds: float = _seconds(30.0, "most time for running requests after SIGTERM (%(default)g)")
+    model_name: str = _flag("", "for clients (default: that of the file or folder)", metavar="NAME")
     chat_template: str = _flag(
-        "", "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)", "FILE"
+        "", "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)", metavar="FILE"
     )
     device: str = _flag("auto", "auto, cpu, cuda, cuda:N or mps (%(default)s)")
     weights: str = _flag("fp32", "what weights are kept in (%(default)s)", choices=WEIGHT_FORMATS)

@@ -7,6 +7,7 @@ import socket
 import time
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -42,14 +43,8 @@ def run_serve(options: ServeOptions) -> int:
     worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
     served = worker.ask(partial(prepare, options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=round(LAST_WORDS),
-    )
+    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=round(LAST_WORDS), **quiet)
     server = DrainingServer(config, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
     try:
         server.run(sockets=[listener])
@@ -71,22 +66,21 @@ def prepare(options: ServeOptions, worker: Worker) -> Served:
     limit_threads(model)
     log(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
     context, created = engine.max_length, int(time.time())
-    most = context if options.max_tokens is None else min(options.max_tokens, context)
+    most = min(options.max_tokens or context, context)
     return Served(options.served_name, model, tokenizer, template, context, most, options.max_n, created)
 
 
 def _decoder(model: Transformer, options: ServeOptions) -> Decoder:
     """UserError if the caches of all slots do not fit into memory: they are reserved, and filled only later."""
+    slots = f"--slots {options.slots}: their caches"
     try:
         decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
     except RuntimeError as error:
-        raise UserError(f"--slots {options.slots}: their caches cannot be had ({error}): lower it") from error
+        raise UserError(f"{slots} cannot be had ({error}): lower it") from error
     on_host = next(model.parameters()).device.type == "cpu"
     need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
     if free is not None and need > free:
-        raise UserError(
-            f"--slots {options.slots}: their caches take {need >> 20} MiB, and {free >> 20} MiB are free: lower it"
-        )
+        raise UserError(f"{slots} take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
     return decoder
 
 
@@ -95,16 +89,12 @@ class DrainingServer(uvicorn.Server):
 
     The first signal stops new requests, and the server ends when those that run are done or ``drain_seconds`` are
     over. A second signal ends it at once.
-
-    Attributes:
-        signal: number of the first, or None.
     """
 
     def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, about: str) -> None:
         super().__init__(config)
-        self.signal: int | None = None
-        self._worker, self._drain_seconds, self._about = worker, drain_seconds, about
-        self._deadline = 0.0
+        self.signal: int | None = None  # number of the first
+        self._worker, self._drain_seconds, self._about, self._deadline = worker, drain_seconds, about, 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says where."""
