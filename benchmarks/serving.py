@@ -39,10 +39,9 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.model.transformer import Transformer
-from nanokimi.serve.app import new_app
 from nanokimi.serve.arguments import ServeOptions, options_of
 from nanokimi.serve.metrics import Metrics
-from nanokimi.serve.run import bind, prepare
+from nanokimi.serve.server import bind, new_app, prepare
 from nanokimi.serve.worker import Worker
 
 log = partial(print, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from nanokimi.inference.engine import GenerationArguments, Token
 from nanokimi.serve.api import ApiError, ChatBody, CompletionBody, Served
-from nanokimi.serve.worker import Update, Worker, merged
+from nanokimi.serve.worker import Update, Worker
 
 LAST_WORDS = 5.0  # seconds that a client has to take the rest of an answer whose time is over
 EVENTS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold events back
@@ -54,15 +54,13 @@ class Answer(ABC):
 
     async def whole(self, receive: Receive) -> Json:
         """Waits for the end; ApiError if it was broken off, or the client has left."""
-        updates: list[Update] = []
         watch = asyncio.ensure_future(self._watch(receive))
         try:
-            while news := await self.job.news():
-                updates += news
+            news = await self.job.news(whole=True)
         finally:
             watch.cancel()
             self.worker.close(self.job)
-        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in sorted(merged(updates))]
+        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in sorted(news)]
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
     async def _watch(self, receive: Receive) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -138,8 +138,7 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
 # A stop string is short: the end of the text is compared with all beginnings of it, at every token.
-Stop = Annotated[str, Field(strict=True, min_length=1, max_length=200), AfterValidator(_unicode)]
-Flag = Annotated[bool, Field(strict=True)]
+Stop = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Choices = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
@@ -159,7 +158,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """``include_usage`` adds a last chunk with the counts of tokens."""
 
-    include_usage: Flag | None = None
+    include_usage: StrictBool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -221,10 +220,10 @@ class Sampling(Body):
         None, description="choice i draws with seed + i"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: Flag | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
-    return_token_ids: Flag | None = Field(None, description="add prompt_token_ids and token_ids to choices")
+    return_token_ids: StrictBool | None = Field(None, description="add prompt_token_ids and token_ids to choices")
 
 
 class CompletionBody(Sampling, UnsupportedCompletion):
@@ -271,7 +270,7 @@ class ChatBody(Sampling, UnsupportedChat):
 
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
-    logprobs: Flag | None = None
+    logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
     safety_identifier: Text | None = Field(None, description="the newer name of user")
 
@@ -313,11 +312,7 @@ class Served:
 
 
 async def completion_arguments(body: CompletionBody, served: Served) -> list[GenerationArguments]:
-    """What the engine is given for each choice: ``n`` for the first prompt, ``n`` for the next.
-
-    Raises:
-        ApiError: the model is another one, or something is over a limit.
-    """
+    """What the engine is given for each choice, prompt by prompt; ApiError if it is not what this server can do."""
     served.check_name(body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         message = "best_of is not supported: leave it out, or set it to n"

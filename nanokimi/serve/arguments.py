@@ -143,9 +143,9 @@ class ServeOptions:
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``options_of`` reads."""
-    add, host = parser.add_argument, Rules.host
+    add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder in Hugging Face format")
-    add("--host", default=host, help="address to listen on; any but loopback needs a key (%(default)s)")
+    add("--host", default=Rules.host, help="address to listen on; any but loopback needs a key (%(default)s)")
     for f in dataclasses.fields(ServeOptions):
         if f.metadata:
             more = {name: value for name, value in f.metadata.items() if name != "least"}
@@ -158,11 +158,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> ServeOptions:
-    """The options that the flags and the environment give.
-
-    Raises:
-        UserError: a value that cannot be used, or a package that is missing.
-    """
+    """What the flags and the environment ask for; UserError if it cannot be done, or a package is missing."""
     if not args.host:
         raise UserError("--host is empty: name an address to listen on, such as 127.0.0.1")
     for name in args.allowed_host:
@@ -186,17 +182,15 @@ def options_of(args: argparse.Namespace) -> ServeOptions:
 
 def _api_key(path: str) -> str | None:
     """The key; it is never a flag, which every user of the machine could see in the list of processes."""
+    key, source = os.environ.get(KEY_VARIABLE), f"${KEY_VARIABLE}"
     if path:
+        source = f"--api_key_file {path}"
         try:
-            key, source = Path(path).read_text(encoding="ascii").strip(), f"--api_key_file {path}"
+            key = Path(path).read_text(encoding="ascii").strip()
         except OSError as error:
-            raise UserError(f"--api_key_file {path}: {error.strerror}: name a file that holds the key") from error
+            raise UserError(f"{source}: {error.strerror}: name a file that holds the key") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"--api_key_file {path}: the key must be ASCII") from error
-    elif KEY_VARIABLE in os.environ:
-        key, source = os.environ[KEY_VARIABLE], f"${KEY_VARIABLE}"
-    else:
-        return None
-    if not _KEY.fullmatch(key):
+            raise UserError(f"{source}: the key must be ASCII") from error
+    if key is not None and not _KEY.fullmatch(key):
         raise UserError(f"{source}: the key must be one word of visible ASCII characters")
     return key

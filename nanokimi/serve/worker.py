@@ -39,17 +39,6 @@ class Update(NamedTuple):
     end: End | None = None
 
 
-def merged(updates: Sequence[Update]) -> list[Update]:
-    """One update for each choice."""
-    by_choice: dict[int, list[Update]] = {}
-    for update in updates:
-        by_choice.setdefault(update.choice, []).append(update)
-    return [
-        Update(choice, "".join(u.text for u in own), tuple(chain(*(u.tokens for u in own))), own[-1].end)
-        for choice, own in by_choice.items()
-    ]
-
-
 class Job:
     """The sequences of one request, as the event loop sees them; choice i comes from the i-th of ``arguments``."""
 
@@ -65,18 +54,25 @@ class Job:
         self._updates: list[Update] = []
         self._changed = asyncio.Event()
 
-    async def news(self) -> list[Update]:
-        """Waits for something new and takes it; empty once everything is taken, ``error`` if there was one.
+    async def news(self, *, whole: bool = False) -> list[Update]:
+        """Waits for something new, or for the end of the ``whole``, and takes it as one update for each choice.
 
-        Whoever asks late gets all that has come by then: what waits here is never more than the text itself.
+        Whoever asks late gets all that has come by then: what waits here is never more than the text itself. Once
+        everything is taken, there is ``error`` or an empty list.
         """
-        while not self._updates and self.running and self.error is None:
+        while self.running and self.error is None and (whole or not self._updates):
             self._changed.clear()
             await self._changed.wait()
-        if not self._updates and self.error is not None:
+        if self.error is not None and (whole or not self._updates):
             raise self.error
-        updates, self._updates = self._updates, []
-        return merged(updates)
+        by_choice: dict[int, list[Update]] = {}
+        for update in self._updates:
+            by_choice.setdefault(update.choice, []).append(update)
+        self._updates = []
+        return [
+            Update(choice, "".join(u.text for u in own), tuple(chain(*(u.tokens for u in own))), own[-1].end)
+            for choice, own in by_choice.items()
+        ]
 
     def add(self, update: Update) -> None:
         """Keeps what is new until it is asked for; nothing more once the job is broken off."""
@@ -162,10 +158,9 @@ class Worker:
         return max(0, self.outstanding - self.running)
 
     def submit(self, arguments: Sequence[GenerationArguments]) -> Job:
-        """Queues a sequence for each of ``arguments``, or none; whoever submits calls ``close``.
+        """Queues a sequence for each of ``arguments``; whoever submits calls ``close``.
 
-        Raises:
-            ApiError: 503 while draining, 429 when the queue has no room, 400 when it never will.
+        None is queued and ApiError is raised while draining (503), and if there is no room now (429) or ever (400).
         """
         self._reserve(len(arguments))
         job = Job(arguments)

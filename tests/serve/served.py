@@ -19,10 +19,9 @@ from nanokimi.inference.decoder import Decoder
 from nanokimi.inference.engine import Engine
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.api import Served
-from nanokimi.serve.app import new_app
 from nanokimi.serve.arguments import Rules
 from nanokimi.serve.metrics import Metrics
-from nanokimi.serve.run import DrainingServer, address, bind
+from nanokimi.serve.server import DrainingServer, address, bind, new_app
 from nanokimi.serve.worker import Worker
 
 EOT = 256
