@@ -172,7 +172,7 @@ async def _first_token(options: ServeOptions, rounds: int) -> dict[str, Any]:
     worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
     served = worker.ask(lambda: prepare(options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.1)

@@ -29,6 +29,7 @@ from nanokimi.model.transformer import Transformer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a reply in a chat may fill the context
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # OpenAI's
+Headers = Mapping[str, str] | None
 DRAWN_BY = ("temperature", "top_k", "top_p", "min_p", "seed")  # fields with the names of our options
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -53,13 +54,7 @@ class ApiError(HTTPException):
     """What the client is told, and with which status; ``body`` is JSON."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Headers = None
     ) -> None:
         super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import dataclasses
 import hmac
 import ipaddress
@@ -68,7 +67,7 @@ class Rules:
         if scheme.lower() == "basic":
             try:
                 value = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-            except (binascii.Error, ValueError):
+            except ValueError:
                 return False
         elif scheme.lower() != "bearer":
             return False

@@ -26,12 +26,11 @@ from nanokimi.console import log
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoder import Decoder, limit_threads, new_decoder, use_weights_
+from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
 from nanokimi.inference.inspection import inspect_tokens
 from nanokimi.interop.loading import load
 from nanokimi.memory import free_memory
-from nanokimi.model.transformer import Transformer
 from nanokimi.serve import api
 from nanokimi.serve.answers import LAST_WORDS, Answer, ChatAnswer, CompletionAnswer, EventStream, finite
 from nanokimi.serve.api import ApiError, ErrorBody, Served, on_error, refusing
@@ -280,13 +279,21 @@ def run_serve(options: ServeOptions) -> int:
 
 
 def prepare(options: ServeOptions, worker: Worker) -> Served:
-    """The model, ready to answer; called in the thread of ``worker``."""
+    """The model, ready to answer; called in the thread of ``worker``. UserError if memory does not hold all slots."""
     model, tokenizer = load(options.checkpoint, device=resolve_device(options.device))
     template = chat_template_of(tokenizer, options.chat_template)
     use_weights_(model, options.weights)
+    caches, on_host = f"--slots {options.slots}: their caches", next(model.parameters()).device.type == "cpu"
 
     def new_engine() -> Engine:
-        return Engine(model, tokenizer, decoder=_decoder(model, options), prefill_chunk=options.prefill_chunk)
+        try:
+            decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
+        except RuntimeError as error:
+            raise UserError(f"{caches} cannot be had ({error}): lower it") from error
+        need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
+        if free is not None and need > free:  # they are reserved, and filled only later
+            raise UserError(f"{caches} take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
+        return Engine(model, tokenizer, decoder=decoder, prefill_chunk=options.prefill_chunk)
 
     engine = worker.use(new_engine)
     limit_threads(model)
@@ -294,20 +301,6 @@ def prepare(options: ServeOptions, worker: Worker) -> Served:
     context, created = engine.max_length, int(time.time())
     most = min(options.max_tokens or context, context)
     return Served(options.served_name, model, tokenizer, template, context, most, options.max_n, created)
-
-
-def _decoder(model: Transformer, options: ServeOptions) -> Decoder:
-    """UserError if the caches of all slots do not fit into memory: they are reserved, and filled only later."""
-    slots = f"--slots {options.slots}: their caches"
-    try:
-        decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
-    except RuntimeError as error:
-        raise UserError(f"{slots} cannot be had ({error}): lower it") from error
-    on_host = next(model.parameters()).device.type == "cpu"
-    need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
-    if free is not None and need > free:
-        raise UserError(f"{slots} take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
-    return decoder
 
 
 class DrainingServer(uvicorn.Server):

@@ -91,20 +91,17 @@ class Worker:
 
     PyTorch's OpenMP runtime keeps a team of threads for each thread that ever computed something. More threads in all
     teams than there are cores, and the teams no longer spin between two steps: a small model takes twice as long.
-    The thread is a daemon: whatever it does, the program can end.
-
-    Sequences that wait or run are counted on the event loop, so that a full queue is known without asking the thread.
-
-    Args:
-        max_queue: most sequences that wait for a slot.
-        max_seconds: from a request's arrival to its end.
+    The thread is a daemon: whatever it does, the program can end. Sequences that wait or run are counted on the event
+    loop, so that a full queue is known without asking the thread.
     """
 
     _loop: asyncio.AbstractEventLoop
     _new_engine: Callable[[], Engine]
 
     def __init__(self, *, max_queue: int, max_seconds: float, metrics: Metrics) -> None:
-        self.max_queue, self.max_seconds, self._metrics = max_queue, max_seconds, metrics
+        self.max_queue = max_queue  # most sequences that wait for a slot
+        self.max_seconds = max_seconds  # from a request's arrival to its end
+        self._metrics = metrics
         self.slots = self.slot_bytes = 0  # of the engine
         self.capacity = 0  # most sequences that run or wait
         self.outstanding = 0  # sequences accepted and not ended
