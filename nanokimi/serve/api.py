@@ -164,7 +164,7 @@ class TextFormat(Body):
 
 
 class Unsupported(Body):
-    """Fields of OpenAI's that only take the value which asks for nothing."""
+    """Fields of OpenAI's that only take the value which asks for nothing; its subclasses hold those of one route."""
 
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
@@ -172,15 +172,11 @@ class Unsupported(Body):
 
 
 class UnsupportedCompletion(Unsupported):
-    """Such fields of completions."""
-
     suffix: Literal[""] | None = None
     echo: Literal[False] | None = None
 
 
 class UnsupportedChat(Unsupported):
-    """Such fields of chat completions."""
-
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None

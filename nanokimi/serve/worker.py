@@ -51,7 +51,7 @@ class Job:
         self.error: ApiError | None = None  # why there will be no (further) answer
         self.arrived = time.perf_counter()
         self.last_news: dict[int, float] = {}  # when the latest tokens of each choice came that has any
-        self._updates: list[Update] = []
+        self._updates: dict[int, list[Update]] = {}  # by choice
         self._changed = asyncio.Event()
 
     async def news(self, *, whole: bool = False) -> list[Update]:
@@ -65,19 +65,16 @@ class Job:
             await self._changed.wait()
         if self.error is not None and (whole or not self._updates):
             raise self.error
-        by_choice: dict[int, list[Update]] = {}
-        for update in self._updates:
-            by_choice.setdefault(update.choice, []).append(update)
-        self._updates = []
+        updates, self._updates = self._updates, {}
         return [
             Update(choice, "".join(u.text for u in own), tuple(chain(*(u.tokens for u in own))), own[-1].end)
-            for choice, own in by_choice.items()
+            for choice, own in updates.items()
         ]
 
     def add(self, update: Update) -> None:
         """Keeps what is new until it is asked for; nothing more once the job is broken off."""
         if self.error is None:
-            self._updates.append(update)
+            self._updates.setdefault(update.choice, []).append(update)
             self._changed.set()
 
     def fail(self, error: ApiError) -> None:
@@ -212,18 +209,20 @@ class Worker:
         """Takes over what a step has brought."""
         now = time.perf_counter()
         for job, update in news:
-            choice, error = update.choice, "" if update.end is None else update.end.error
+            choice, end = update.choice, update.end
             if update.tokens:
                 waited, first = now - job.last_news.get(choice, job.arrived), choice not in job.last_news
                 self._metrics.count_tokens(len(update.tokens), waited, first=first)
                 job.last_news[choice] = now
-            if update.end is not None:
+            if end is not None:
                 job.running -= 1
-                job.tokens += update.end.tokens
+                job.tokens += end.tokens
                 self.outstanding -= 1
-            job.add(update._replace(end=None) if error else update)
-            if error:
-                self._fail(job, ApiError(500, error))
+            if end is not None and end.error:
+                job.add(update._replace(end=None))
+                self._fail(job, ApiError(500, end.error))
+            else:
+                job.add(update)
 
     # ---- on the thread --------------------------------------------------------------------------
 
