@@ -246,7 +246,7 @@ async def _discard(receive: Receive) -> None:
         pass
 
 
-# ---- from flags to a server that listens, and to its end ------------------------------------------
+# ---- from flags to a server that listens, and to its end ----------------------------------------
 
 
 def run_serve(options: ServeOptions) -> int:
