@@ -39,10 +39,9 @@ from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.inference.decoder import Decoder, new_decoder
 from nanokimi.model.transformer import Transformer
-from nanokimi.serve.app import new_app
 from nanokimi.serve.arguments import ServeOptions, options_of
 from nanokimi.serve.metrics import Metrics
-from nanokimi.serve.run import bind, prepare
+from nanokimi.serve.server import bind, new_app, prepare
 from nanokimi.serve.worker import Worker
 
 log = partial(print, file=sys.stderr, flush=True)
@@ -173,7 +172,7 @@ async def _first_token(options: ServeOptions, rounds: int) -> dict[str, Any]:
     worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
     served = worker.ask(lambda: prepare(options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.1)

@@ -120,7 +120,7 @@ def add_serve(commands: Any) -> None:
 def serve(args: argparse.Namespace) -> int:
     options = options_of(args)
 
-    from nanokimi.serve.run import run_serve
+    from nanokimi.serve.server import run_serve
 
     return run_serve(options)
 

@@ -8,6 +8,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from starlette.responses import StreamingResponse
@@ -15,68 +16,51 @@ from starlette.types import Receive, Scope, Send
 
 from nanokimi.inference.engine import GenerationArguments, Token
 from nanokimi.serve.api import ApiError, ChatBody, CompletionBody, Served
-from nanokimi.serve.worker import Update, Worker, merged
+from nanokimi.serve.worker import Update, Worker
 
 LAST_WORDS = 5.0  # seconds that a client has to take the rest of an answer whose time is over
 EVENTS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold events back
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in
+Json = dict[str, Any]
 
 
 class Answer(ABC):
-    """The answer to one HTTP request; its subclasses know the fields of OpenAI's two interfaces.
+    """The answer to one request, submitted to ``worker``; subclasses know the fields of OpenAI's two interfaces.
 
-    Attributes:
-        job: what the engine writes for it; whoever makes an answer calls ``whole`` or sends its ``events``.
-        prompt_tokens: of every prompt once, whatever ``n`` is.
-
-    Raises:
-        ApiError: see ``Worker.submit``.
+    Whoever makes an answer calls ``whole`` or sends its ``events``.
     """
 
     id_prefix: str
     kind: str
     chunk_kind: str
-    opening: ClassVar[dict[str, Any]] = {}  # fields of a choice in a chunk before all text, if there must be one
+    opening: ClassVar[Json] = {}  # fields of a choice in a chunk before all text, if there must be one
 
     def __init__(
-        self, worker: Worker, served: Served, body: CompletionBody | ChatBody, requests: Sequence[GenerationArguments]
+        self, worker: Worker, served: Served, body: CompletionBody | ChatBody, arguments: Sequence[GenerationArguments]
     ) -> None:
-        self.worker, self.job, self._body = worker, worker.submit(requests), body
-        self.prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n or 1])
-        self._tokens = 0
+        self.worker, self.job, self.body = worker, worker.submit(arguments), body
+        self.prompt_tokens = sum(len(one.prompt) for one in arguments[:: body.n or 1])  # of every prompt once
         self._bytes_of = served.tokenizer.piece
         self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
-        self._chunk = {**self._head, "object": self.chunk_kind}
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     @abstractmethod
-    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+    def fields(self, text: str | None, *, whole: bool = False) -> Json:
         """The fields of a choice that hold more text, or the whole text; None in the last chunk."""
 
     @abstractmethod
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token]) -> Json:
         """The log-probabilities of ``tokens``."""
 
-    async def whole(self, receive: Receive) -> dict[str, Any]:
-        """Waits for the end.
-
-        Raises:
-            ApiError: it was broken off, or the client has left.
-        """
-        updates: list[Update] = []
+    async def whole(self, receive: Receive) -> Json:
+        """Waits for the end; ApiError if it was broken off, or the client has left."""
         watch = asyncio.ensure_future(self._watch(receive))
         try:
-            while news := await self.job.news():
-                updates += news
+            news = await self.job.news(whole=True)
         finally:
             watch.cancel()
             self.worker.close(self.job)
-        choices = []
-        for choice, text, tokens, end in sorted(merged(updates)):
-            assert end is not None
-            self._tokens += end.tokens
-            fields = self.fields(text, whole=True)
-            choices.append(self._choice(choice, fields, tokens, end.finish_reason, with_prompt=True))
+        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in sorted(news)]
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
     async def _watch(self, receive: Receive) -> None:
@@ -88,52 +72,47 @@ class Answer(ABC):
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events, those that are due together in one string; an error is the last one, without [DONE]."""
         try:
-            if self.opening or self._body.return_token_ids:
+            if self.opening or self.body.return_token_ids:
                 fields = self.opening or self.fields(None)
-                yield self._events([self._choice(i, fields, with_prompt=True) for i in range(len(self.job.requests))])
+                starts = [self._choice(Update(i), fields, prompt=True) for i in range(len(self.job.arguments))]
+                yield "".join(self._event([start]) for start in starts)
             while news := await self.job.news():
-                if events := self._events([choice for update in news for choice in self._choices(update)]):
+                if events := "".join(event for update in news for event in self._events(update)):
                     yield events
         except ApiError as error:
-            yield f"data: {error.json()}\n\n"
+            yield f"data: {error.body}\n\n"
             return
         if self._include_usage:
-            yield f"data: {json.dumps({**self._chunk, 'choices': [], 'usage': self._usage()})}\n\n"
+            yield self._event([], self._usage())
         yield "data: [DONE]\n\n"
 
-    def _events(self, choices: Sequence[dict[str, Any]]) -> str:
-        usage = {"usage": None} if self._include_usage else {}
-        return "".join(f"data: {json.dumps({**self._chunk, 'choices': [choice], **usage})}\n\n" for choice in choices)
-
-    def _choices(self, update: Update) -> Iterator[dict[str, Any]]:
-        """What is new as choices of chunks."""
+    def _events(self, update: Update) -> Iterator[str]:
+        """What is new of a choice: its text, its end."""
         if update.text or update.tokens:
-            yield self._choice(update.choice, self.fields(update.text), update.tokens or None)
+            yield self._event([self._choice(update._replace(end=None), self.fields(update.text))])
         if update.end is not None:
-            self._tokens += update.end.tokens
-            yield self._choice(update.choice, self.fields(None), reason=update.end.finish_reason)
+            yield self._event([self._choice(Update(update.choice, end=update.end), self.fields(None))])
 
-    def _choice(
-        self,
-        index: int,
-        fields: dict[str, Any],
-        tokens: Sequence[Token] | None = None,
-        reason: str | None = None,
-        *,
-        with_prompt: bool = False,
-    ) -> dict[str, Any]:
-        request = self.job.requests[index]
-        logprobs = None if tokens is None or request.logprobs is None else self.logprobs(tokens)
-        choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason}
-        if self._body.return_token_ids:
-            if with_prompt:
-                choice["prompt_token_ids"] = request.prompt
-            choice["token_ids"] = [token.id for token in tokens or ()]
+    def _event(self, choices: Sequence[Json], usage: Json | None = None) -> str:
+        chunk = {**self._head, "object": self.chunk_kind, "choices": choices}
+        if self._include_usage:
+            chunk["usage"] = usage
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    def _choice(self, update: Update, fields: Json, *, whole: bool = False, prompt: bool = False) -> Json:
+        arguments = self.job.arguments[update.choice]
+        logprobs = self.logprobs(update.tokens) if arguments.logprobs is not None and (whole or update.tokens) else None
+        reason = None if update.end is None else update.end.finish_reason
+        choice = {"index": update.choice, **fields, "logprobs": logprobs, "finish_reason": reason}
+        if self.body.return_token_ids:
+            if whole or prompt:
+                choice["prompt_token_ids"] = arguments.prompt
+            choice["token_ids"] = [token.id for token in update.tokens]
         return choice
 
-    def _usage(self) -> dict[str, int]:
-        prompt = self.prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": self._tokens, "total_tokens": prompt + self._tokens}
+    def _usage(self) -> Json:
+        prompt, written = self.prompt_tokens, self.job.tokens
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 class CompletionAnswer(Answer):
@@ -141,10 +120,10 @@ class CompletionAnswer(Answer):
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+    def fields(self, text: str | None, *, whole: bool = False) -> Json:
         return {"text": text or ""}
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token]) -> Json:
         """``text_offset`` counts from the start of the continuation."""
         return {
             "tokens": [self._name(token.id) for token in tokens],
@@ -153,9 +132,9 @@ class CompletionAnswer(Answer):
             "text_offset": [token.text_offset for token in tokens],
         }
 
-    def _likeliest(self, token: Token) -> dict[str, float | None]:
+    def _likeliest(self, token: Token) -> Json:
         """Log-probabilities by text, with the token's own; of several tokens with the same text the likeliest."""
-        found: dict[str, float | None] = {}
+        found: Json = {}
         for alternative, logprob in (*token.likeliest, (token.id, token.logprob)):
             found.setdefault(self._name(alternative), finite(logprob))
         return found
@@ -173,14 +152,14 @@ class ChatAnswer(Answer):
     """The answer of ``/v1/chat/completions``."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    opening: ClassVar[dict[str, Any]] = {"delta": {"role": "assistant", "content": ""}}
+    opening: ClassVar[Json] = {"delta": {"role": "assistant", "content": ""}}
 
-    def fields(self, text: str | None, *, whole: bool = False) -> dict[str, Any]:
+    def fields(self, text: str | None, *, whole: bool = False) -> Json:
         if whole:
             return {"message": {"role": "assistant", "content": text, "refusal": None}}
         return {"delta": {} if text is None else {"content": text}}
 
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token]) -> Json:
         """``bytes`` are exact where ``token`` cannot be."""
         content = [
             {**self._entry(token.id, token.logprob), "top_logprobs": [self._entry(*one) for one in token.likeliest]}
@@ -188,7 +167,7 @@ class ChatAnswer(Answer):
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None) -> Json:
         own = self._bytes_of(token)
         return {"token": own.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(own)}
 
@@ -203,9 +182,8 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the client leaves; one that does not read makes ``send`` wait, and is given up."""
         try:
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._worker.max_seconds + LAST_WORDS)
-        except asyncio.TimeoutError:
-            pass
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._worker.max_seconds + LAST_WORDS)
         finally:
             self._worker.close(self._job)
 

@@ -1,4 +1,4 @@
-"""What clients may send and how it becomes what the engine is asked for; errors in OpenAI's shape.
+"""What clients may send and how it becomes what the engine is given; errors in OpenAI's shape.
 
 OpenAI's fields are checked strictly. What this server cannot do is refused, never ignored.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +29,7 @@ from nanokimi.model.transformer import Transformer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a reply in a chat may fill the context
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # OpenAI's
+Headers = Mapping[str, str] | None
 DRAWN_BY = ("temperature", "top_k", "top_p", "min_p", "seed")  # fields with the names of our options
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -49,33 +51,28 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """What the client is told, and with which status."""
+    """What the client is told, and with which status; ``body`` is JSON."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Headers = None
     ) -> None:
         super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-        self._content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def json(self) -> str:
-        """The body. ASCII throughout: a field's name may hold lone surrogates, which UTF-8 cannot."""
-        return json.dumps(self._content)
+        # ASCII throughout: a field's name may hold lone surrogates, which UTF-8 cannot.
+        self.body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
     def response(self) -> Response:
         """The whole answer."""
-        return Response(self.json(), self.status_code, self.headers, "application/json")
+        return Response(self.body, self.status_code, self.headers, "application/json")
 
 
-def refused(error: UserError, param: str) -> ApiError:
-    """A user's mistake as status 400; the flags that it names are fields here."""
-    return ApiError(400, str(error).removeprefix("--").replace(" --", " "), param=param)
+@contextmanager
+def refusing(param: str) -> Iterator[None]:
+    """Answers a user's mistake with status 400; the flags that it names are fields here."""
+    try:
+        yield
+    except UserError as error:
+        raise ApiError(400, str(error).removeprefix("--").replace(" --", " "), param=param) from error
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -136,8 +133,7 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
 # A stop string is short: the end of the text is compared with all beginnings of it, at every token.
-Stop = Annotated[str, Field(strict=True, min_length=1, max_length=200), AfterValidator(_unicode)]
-Flag = Annotated[bool, Field(strict=True)]
+Stop = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
 Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Choices = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
@@ -157,7 +153,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """``include_usage`` adds a last chunk with the counts of tokens."""
 
-    include_usage: Flag | None = None
+    include_usage: StrictBool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -168,7 +164,7 @@ class TextFormat(Body):
 
 
 class Unsupported(Body):
-    """Fields of OpenAI's that only take the value which asks for nothing."""
+    """Fields of OpenAI's that only take the value which asks for nothing; its subclasses hold those of one route."""
 
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
@@ -176,15 +172,11 @@ class Unsupported(Body):
 
 
 class UnsupportedCompletion(Unsupported):
-    """Such fields of completions."""
-
     suffix: Literal[""] | None = None
     echo: Literal[False] | None = None
 
 
 class UnsupportedChat(Unsupported):
-    """Such fields of chat completions."""
-
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
@@ -219,10 +211,10 @@ class Sampling(Body):
         None, description="choice i draws with seed + i"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: Flag | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
-    return_token_ids: Flag | None = Field(None, description="add prompt_token_ids and token_ids to choices")
+    return_token_ids: StrictBool | None = Field(None, description="add prompt_token_ids and token_ids to choices")
 
 
 class CompletionBody(Sampling, UnsupportedCompletion):
@@ -269,7 +261,7 @@ class ChatBody(Sampling, UnsupportedChat):
 
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
-    logprobs: Flag | None = None
+    logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
     safety_identifier: Text | None = Field(None, description="the newer name of user")
 
@@ -287,7 +279,7 @@ _BODIES = (CompletionBody, ChatBody, InspectBody, MessageBody, TextPart, TextFor
 FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
 
 
-# ---- from bodies to requests for the engine -----------------------------------------------------
+# ---- from bodies to what the engine is given ----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -310,23 +302,19 @@ class Served:
             raise ApiError(404, message, param="model", code="model_not_found")
 
 
-async def completion_requests(body: CompletionBody, served: Served) -> list[GenerationArguments]:
-    """What the engine is asked for: ``n`` requests for each prompt, in the order of their choices.
-
-    Raises:
-        ApiError: the model is another one, or something is over a limit.
-    """
+async def completion_arguments(body: CompletionBody, served: Served) -> list[GenerationArguments]:
+    """What the engine is given for each choice, prompt by prompt; ApiError if it is not what this server can do."""
     served.check_name(body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         message = "best_of is not supported: leave it out, or set it to n"
         raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-    options = _options(body, served, "max_tokens", body.max_tokens, COMPLETION_TOKENS)
+    options = _options(body, served, "max_tokens", COMPLETION_TOKENS)
     prompts = await asyncio.to_thread(_prompts, body.prompt, served.tokenizer)
-    stop_tokens = (served.tokenizer.eot_id,)
-    return _requests(body, served, "prompt", prompts, GenerationArguments((), options, stop_tokens, body.logprobs))
+    pattern = GenerationArguments((), options, (served.tokenizer.eot_id,), body.logprobs)
+    return _choices(body, served, "prompt", prompts, pattern)
 
 
-async def chat_requests(body: ChatBody, served: Served) -> list[GenerationArguments]:
+async def chat_arguments(body: ChatBody, served: Served) -> list[GenerationArguments]:
     """The same for a chat; without a chat template the error has status 400."""
     served.check_name(body.model)
     template = served.template
@@ -340,29 +328,28 @@ async def chat_requests(body: ChatBody, served: Served) -> list[GenerationArgume
         message = "max_tokens is the old name of max_completion_tokens: give one of them"
         raise ApiError(400, message, param="max_completion_tokens")
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    options = _options(body, served, name, getattr(body, name), served.max_tokens)
-    try:
-        ids = await asyncio.to_thread(template.encode, [message.message() for message in body.messages])
-    except UserError as error:
-        raise refused(error, "messages") from error
+    options = _options(body, served, name, served.max_tokens)
+    with refusing("messages"):
+        prompt = await asyncio.to_thread(template.encode, [message.message() for message in body.messages])
     options = dataclasses.replace(options, stop=options.stop + template.stop)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _requests(body, served, "messages", [ids], GenerationArguments((), options, template.stop_tokens, logprobs))
+    pattern = GenerationArguments((), options, template.stop_tokens, logprobs)
+    return _choices(body, served, "messages", [prompt], pattern)
 
 
-def _options(body: Sampling, served: Served, name: str, max_tokens: int | None, default: int) -> SamplingOptions:
-    """How tokens are drawn; ``max_tokens`` comes from the field ``name``."""
+def _options(body: Sampling, served: Served, limit: str, default: int) -> SamplingOptions:
+    """How tokens are drawn; the field ``limit`` holds the most tokens to generate."""
+    max_tokens = getattr(body, limit)
     if max_tokens is not None and max_tokens > served.max_tokens:
-        raise ApiError(400, f"{name} {max_tokens} is over this server's limit of {served.max_tokens}", param=name)
+        raise ApiError(400, f"{limit} {max_tokens} is over this server's limit of {served.max_tokens}", param=limit)
     if (body.n or 1) > served.max_n:
         raise ApiError(400, f"n {body.n} is over this server's limit of {served.max_n}", param="n")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream true", param="stream_options")
-    if max_tokens is None:
-        max_tokens = min(default, served.max_tokens)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     given = {name: value for name in DRAWN_BY if (value := getattr(body, name)) is not None}
-    return SamplingOptions(**{**DEFAULTS, **given}, max_tokens=max_tokens, stop=stop)
+    most = min(default, served.max_tokens) if max_tokens is None else max_tokens
+    return SamplingOptions(**{**DEFAULTS, **given}, max_tokens=most, stop=stop)
 
 
 def _prompts(prompt: str | Sequence[Any] | None, tokenizer: Tokenizer) -> list[Sequence[int]]:
@@ -374,21 +361,18 @@ def _prompts(prompt: str | Sequence[Any] | None, tokenizer: Tokenizer) -> list[S
     return [(tokenizer.encode(one) if isinstance(one, str) else one) or [tokenizer.eot_id] for one in prompt]
 
 
-def _requests(
+def _choices(
     body: Sampling, served: Served, field: str, prompts: Sequence[Sequence[int]], pattern: GenerationArguments
 ) -> list[GenerationArguments]:
     """``pattern`` for every choice of every prompt, each with a seed of its own; ``field`` holds the prompts."""
     n, seed = body.n or 1, body.seed
     if seed is not None and seed + n * len(prompts) - 1 > MAX_SEED:
         raise ApiError(400, f"seed: choice i draws with seed + i, which must not be over {MAX_SEED}", param="seed")
-    jobs: list[GenerationArguments] = []
-    for prompt in prompts:
-        try:
+    with refusing(field):
+        for prompt in prompts:
             check_prompt(prompt, served.context, served.tokenizer.vocab_size)
-        except UserError as error:
-            raise refused(error, field) from error
-        for _ in range(n):
-            own_seed = None if seed is None else seed + len(jobs)
-            options = dataclasses.replace(pattern.options, seed=own_seed)
-            jobs.append(dataclasses.replace(pattern, prompt=tuple(prompt), options=options))
-    return jobs
+    found: list[GenerationArguments] = []
+    for i in range(n * len(prompts)):
+        options = dataclasses.replace(pattern.options, seed=None if seed is None else seed + i)
+        found.append(dataclasses.replace(pattern, prompt=tuple(prompts[i // n]), options=options))
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import dataclasses
 import hmac
 import ipaddress
@@ -12,6 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,12 @@ _KEY = re.compile(r"[!-~]+")
 
 @dataclass(frozen=True)
 class Rules:
-    """Who may ask the server.
+    """Who may ask the server."""
 
-    Attributes:
-        host: the address that the server listens on.
-        allowed_hosts: further names of the server, in lower case.
-        allowed_origins: other sites whose scripts may use the server, such as ``https://example.org``.
-        api_key: None if no key is needed.
-    """
-
-    host: str = "127.0.0.1"
-    allowed_hosts: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    api_key: str | None = field(default=None, repr=False)
+    host: str = "127.0.0.1"  # the address that the server listens on
+    allowed_hosts: tuple[str, ...] = ()  # further names of the server, in lower case
+    allowed_origins: tuple[str, ...] = ()  # other sites whose scripts may use it, such as https://example.org
+    api_key: str | None = field(default=None, repr=False)  # None if no key is needed
 
     def host_is_ours(self, value: str) -> bool:
         """Whether a Host header names this server.
@@ -74,7 +67,7 @@ class Rules:
         if scheme.lower() == "basic":
             try:
                 value = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-            except (binascii.Error, ValueError):
+            except ValueError:
                 return False
         elif scheme.lower() != "bearer":
             return False
@@ -95,44 +88,35 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (address is not None and address.is_loopback)
 
 
-def _flag(default: Any, about: str, metavar: str | None = None, **more: Any) -> Any:
-    """A field that is a flag: its help, what the help calls its value, further arguments of ``add_argument``."""
-    return field(default=default, metadata={"help": about, "metavar": metavar, **more})
+def _flag(default: Any, about: str, **more: Any) -> Any:
+    """A field that is a flag: its help, further arguments of ``add_argument``, and the ``least`` that it may be."""
+    return field(default=default, metadata={"help": about, **more})
 
 
-def _count(default: int | None, about: str, least: int = 1) -> Any:
-    return field(default=default, metadata={"help": about, "metavar": "N", "type": int, "least": least})
+_count = partial(_flag, metavar="N", type=int)
+_seconds = partial(_flag, metavar="SECONDS", type=float)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the user asked of ``nanokimi serve``; checked.
-
-    Attributes:
-        max_tokens: None for the model's context.
-        model_name: empty for the name of the checkpoint's file or folder.
-        chat_template: see ``chat_template.chat_template_of``.
-
-    Raises:
-        UserError: a value is out of range; the message names the flag.
-    """
+    """What the user asked of ``nanokimi serve``; UserError names the flag whose value is out of range."""
 
     checkpoint: str
     rules: Rules
     port: int = _count(8000, "0 takes any free one (%(default)s)", least=0)
-    slots: int = _count(16, "sequences that are written together (%(default)s)")
+    slots: int = _count(16, "sequences that are written together (%(default)s)", least=1)
     max_queue: int = _count(128, "sequences that wait for a slot; more are refused (%(default)s)", least=0)
-    max_tokens: int | None = _count(None, "most tokens a request may ask for (default: the context)")
-    max_n: int = _count(8, "most choices for a prompt (%(default)s)")
-    max_body: int = _count(1 << 20, "bytes of a request (%(default)s)")
-    prefill_chunk: int = _count(PREFILL_CHUNK, "prompt tokens read between two tokens of other sequences (%(default)s)")
-    max_seconds: float = _flag(600.0, "most time for a request (%(default)g)", "SECONDS", type=float)
-    drain_seconds: float = _flag(
-        30.0, "most time for running requests after SIGTERM (%(default)g)", "SECONDS", type=float
+    max_tokens: int | None = _count(None, "most tokens a request may ask for (default: the context)", least=1)
+    max_n: int = _count(8, "most choices for a prompt (%(default)s)", least=1)
+    max_body: int = _count(1 << 20, "bytes of a request (%(default)s)", least=1)
+    prefill_chunk: int = _count(
+        PREFILL_CHUNK, "prompt tokens read between two tokens of other sequences (%(default)s)", least=1
     )
-    model_name: str = _flag("", "for clients (default: that of the file or folder)", "NAME")
+    max_seconds: float = _seconds(600.0, "most time for a request (%(default)g)")
+    drain_seconds: float = _seconds(30.0, "most time for running requests after SIGTERM (%(default)g)")
+    model_name: str = _flag("", "for clients (default: that of the file or folder)", metavar="NAME")
     chat_template: str = _flag(
-        "", "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)", "FILE"
+        "", "a Jinja template that turns messages into text; none: no chat (default: the tokenizer's)", metavar="FILE"
     )
     device: str = _flag("auto", "auto, cpu, cuda, cuda:N or mps (%(default)s)")
     weights: str = _flag("fp32", "what weights are kept in (%(default)s)", choices=WEIGHT_FORMATS)
@@ -158,9 +142,9 @@ class ServeOptions:
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``options_of`` reads."""
-    add, host = parser.add_argument, Rules.host
+    add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a folder in Hugging Face format")
-    add("--host", default=host, help="address to listen on; any but loopback needs a key (%(default)s)")
+    add("--host", default=Rules.host, help="address to listen on; any but loopback needs a key (%(default)s)")
     for f in dataclasses.fields(ServeOptions):
         if f.metadata:
             more = {name: value for name, value in f.metadata.items() if name != "least"}
@@ -173,11 +157,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> ServeOptions:
-    """The options that the flags and the environment give.
-
-    Raises:
-        UserError: a value that cannot be used, or a package that is missing.
-    """
+    """What the flags and the environment ask for; UserError if it cannot be done, or a package is missing."""
     if not args.host:
         raise UserError("--host is empty: name an address to listen on, such as 127.0.0.1")
     for name in args.allowed_host:
@@ -201,17 +181,15 @@ def options_of(args: argparse.Namespace) -> ServeOptions:
 
 def _api_key(path: str) -> str | None:
     """The key; it is never a flag, which every user of the machine could see in the list of processes."""
+    key, source = os.environ.get(KEY_VARIABLE), f"${KEY_VARIABLE}"
     if path:
+        source = f"--api_key_file {path}"
         try:
-            key, source = Path(path).read_text(encoding="ascii").strip(), f"--api_key_file {path}"
+            key = Path(path).read_text(encoding="ascii").strip()
         except OSError as error:
-            raise UserError(f"--api_key_file {path}: {error.strerror}: name a file that holds the key") from error
+            raise UserError(f"{source}: {error.strerror}: name a file that holds the key") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"--api_key_file {path}: the key must be ASCII") from error
-    elif KEY_VARIABLE in os.environ:
-        key, source = os.environ[KEY_VARIABLE], f"${KEY_VARIABLE}"
-    else:
-        return None
-    if not _KEY.fullmatch(key):
+            raise UserError(f"{source}: the key must be ASCII") from error
+    if key is not None and not _KEY.fullmatch(key):
         raise UserError(f"{source}: the key must be one word of visible ASCII characters")
     return key

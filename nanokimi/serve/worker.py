@@ -1,4 +1,4 @@
-"""One thread owns the engine; the event loop hands it requests and gets text back, one wake-up per engine step."""
+"""One thread owns the engine; the event loop hands it jobs and gets text back, one wake-up per engine step."""
 
 from __future__ import annotations
 
@@ -39,56 +39,42 @@ class Update(NamedTuple):
     end: End | None = None
 
 
-def merged(updates: Sequence[Update]) -> list[Update]:
-    """One update for each choice."""
-    by_choice: dict[int, list[Update]] = {}
-    for update in updates:
-        by_choice.setdefault(update.choice, []).append(update)
-    return [
-        Update(choice, "".join(u.text for u in own), tuple(chain(*(u.tokens for u in own))), own[-1].end)
-        for choice, own in by_choice.items()
-    ]
-
-
 class Job:
-    """The sequences of one HTTP request, as the event loop sees them.
+    """The sequences of one request, as the event loop sees them; choice i comes from the i-th of ``arguments``."""
 
-    Attributes:
-        requests: choice i comes from the i-th.
-        running: sequences that have not ended yet.
-        error: why there will be no (further) answer.
-        arrived, last_news: when the HTTP request came, and the latest tokens of each choice that has any.
-    """
+    timer: asyncio.TimerHandle
 
-    def __init__(self, requests: Sequence[GenerationArguments]) -> None:
-        self.requests = requests
-        self.running = len(requests)
-        self.error: ApiError | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.arrived, self.last_news = time.perf_counter(), dict[int, float]()
-        self._updates: list[Update] = []
+    def __init__(self, arguments: Sequence[GenerationArguments]) -> None:
+        self.arguments = arguments
+        self.running = len(arguments)  # sequences that have not ended yet
+        self.tokens = 0  # what those that have ended have written
+        self.error: ApiError | None = None  # why there will be no (further) answer
+        self.arrived = time.perf_counter()
+        self.last_news: dict[int, float] = {}  # when the latest tokens of each choice came that has any
+        self._updates: dict[int, list[Update]] = {}  # by choice
         self._changed = asyncio.Event()
 
-    async def news(self) -> list[Update]:
-        """Waits for something new and takes it; empty once everything is taken.
+    async def news(self, *, whole: bool = False) -> list[Update]:
+        """Waits for something new, or for the end of the ``whole``, and takes it as one update for each choice.
 
-        Whoever asks late gets all that has come by then: what waits here is never more than the text itself.
-
-        Raises:
-            ApiError: the job was broken off, and what it had written by then is taken.
+        Whoever asks late gets all that has come by then: what waits here is never more than the text itself. Once
+        everything is taken, there is ``error`` or an empty list.
         """
-        while not self._updates and self.running and self.error is None:
+        while self.running and self.error is None and (whole or not self._updates):
             self._changed.clear()
             await self._changed.wait()
-        if not self._updates and self.error is not None:
+        if self.error is not None and (whole or not self._updates):
             raise self.error
-        updates, self._updates = self._updates, []
-        return merged(updates)
+        updates, self._updates = self._updates, {}
+        return [
+            Update(choice, "".join(u.text for u in own), tuple(chain(*(u.tokens for u in own))), own[-1].end)
+            for choice, own in updates.items()
+        ]
 
     def add(self, update: Update) -> None:
         """Keeps what is new until it is asked for; nothing more once the job is broken off."""
         if self.error is None:
-            self._updates.append(update)
+            self._updates.setdefault(update.choice, []).append(update)
             self._changed.set()
 
     def fail(self, error: ApiError) -> None:
@@ -102,42 +88,42 @@ class Worker:
 
     PyTorch's OpenMP runtime keeps a team of threads for each thread that ever computed something. More threads in all
     teams than there are cores, and the teams no longer spin between two steps: a small model takes twice as long.
-    The thread is a daemon: whatever it does, the program can end.
-
-    Sequences that wait or run are counted on the event loop, so that a full queue is known without asking the thread.
-
-    Args:
-        max_queue: most sequences that wait for a slot.
-        max_seconds: from a request's arrival to its end.
-
-    Attributes:
-        slots, slot_bytes: of the engine.
-        capacity: most sequences that run or wait.
-        outstanding: sequences accepted and not ended.
-        draining: nothing new is accepted.
-        failures: how often an engine failed altogether; ``last_failure`` says when and how.
+    The thread is a daemon: whatever it does, the program can end. Sequences that wait or run are counted on the event
+    loop, so that a full queue is known without asking the thread.
     """
 
+    _loop: asyncio.AbstractEventLoop
+    _new_engine: Callable[[], Engine]
+
     def __init__(self, *, max_queue: int, max_seconds: float, metrics: Metrics) -> None:
-        self.slots = self.slot_bytes = self.capacity = self.outstanding = self.failures = 0
-        self.draining = False
-        self.last_failure = ""
-        self.max_queue, self.max_seconds = max_queue, max_seconds
+        self.max_queue = max_queue  # most sequences that wait for a slot
+        self.max_seconds = max_seconds  # from a request's arrival to its end
         self._metrics = metrics
+        self.slots = self.slot_bytes = 0  # of the engine
+        self.capacity = 0  # most sequences that run or wait
+        self.outstanding = 0  # sequences accepted and not ended
+        self.draining = False  # nothing new is accepted
+        self.failures, self.last_failure = 0, ""  # how often an engine failed altogether; when and how it last did
         self._engine: Engine | None = None
-        self._new_engine: Callable[[], Engine]
         self._jobs: set[Job] = set()
         self._owners: dict[Continuation, tuple[Job, int]] = {}  # job and choice of each sequence; the thread's alone
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._told = 0.0
-        self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def ask(self, function: Callable[[], T]) -> Future[T]:
         """Calls ``function`` in the thread, between two steps of the engine."""
         future: Future[T] = Future()
-        self._orders.put(partial(_fulfil, future, function))
+
+        def answer() -> None:
+            if future.set_running_or_notify_cancel():  # otherwise nobody waits any more
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._orders.put(answer)
         return future
 
     def use(self, new_engine: Callable[[], Engine]) -> Engine:
@@ -157,7 +143,7 @@ class Worker:
     @property
     def running(self) -> int:
         """Sequences in slots."""
-        engine = self._engine
+        engine = self._engine  # the thread may take it away at any time
         return 0 if engine is None else engine.running
 
     @property
@@ -165,14 +151,13 @@ class Worker:
         """Sequences that wait for a slot."""
         return max(0, self.outstanding - self.running)
 
-    def submit(self, requests: Sequence[GenerationArguments]) -> Job:
-        """Queues all of ``requests`` or none of them; whoever submits calls ``close``.
+    def submit(self, arguments: Sequence[GenerationArguments]) -> Job:
+        """Queues a sequence for each of ``arguments``; whoever submits calls ``close``.
 
-        Raises:
-            ApiError: 503 while draining, 429 when the queue has no room, 400 when it never will.
+        None is queued and ApiError is raised while draining (503), and if there is no room now (429) or ever (400).
         """
-        self._reserve(len(requests))
-        job = Job(requests)
+        self._reserve(len(arguments))
+        job = Job(arguments)
         self._loop = asyncio.get_running_loop()
         job.timer = self._loop.call_later(self.max_seconds, self._fail, job, self._too_long())
         self._jobs.add(job)
@@ -181,8 +166,7 @@ class Worker:
 
     def close(self, job: Job) -> None:
         """Forgets ``job``; what still runs of it is cancelled before the engine's next step."""
-        if job.timer is not None:
-            job.timer.cancel()
+        job.timer.cancel()
         self._jobs.discard(job)
         if job.running:
             self._orders.put(partial(self._abandon, job))
@@ -194,11 +178,7 @@ class Worker:
                 self._fail(job, ApiError(503, "the server is shutting down"))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """As ``ask``, for a request: it counts as a sequence, and has ``max_seconds``.
-
-        Raises:
-            ApiError: as ``submit``; and whatever ``function`` raises.
-        """
+        """As ``ask``, for a request: it counts as a sequence, has ``max_seconds``, and is refused as by ``submit``."""
         self._reserve(1)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self.ask(function)), self.max_seconds)
@@ -218,8 +198,8 @@ class Worker:
         self.outstanding += count
 
     def _too_long(self) -> ApiError:
-        limit = f"{self.max_seconds:g} seconds (--max_seconds)"
-        return ApiError(504, f"the request took longer than {limit}", code="timeout")
+        message = f"the request took longer than {self.max_seconds:g} seconds (--max_seconds)"
+        return ApiError(504, message, code="timeout")
 
     def _fail(self, job: Job, error: ApiError) -> None:
         job.fail(error)
@@ -236,6 +216,7 @@ class Worker:
                 job.last_news[choice] = now
             if end is not None:
                 job.running -= 1
+                job.tokens += end.tokens
                 self.outstanding -= 1
             if end is not None and end.error:
                 job.add(update._replace(end=None))
@@ -246,32 +227,28 @@ class Worker:
     # ---- on the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        """Follows orders, and steps while there are none; a failure ends all sequences and the engine."""
         while True:
-            while self._engine is None or self._engine.idle or not self._orders.empty():
-                order = self._orders.get()
-                if order is None:
-                    return
-                self._guarded(order)
-            self._guarded(self._step)
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs ``action``; when that fails, all sequences end with an error and the next job gets a new engine."""
-        try:
-            action()
-        except Exception as error:
-            self.last_failure = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {type(error).__name__}: {error}"
-            self.failures += 1
-            self._engine = None
-            end = End(error="the engine failed (GET /health says why); the next request starts it anew")
-            self._publish([(job, Update(choice, end=end)) for job, choice in self._owners.values()])
-            self._owners.clear()
+            busy = self._engine is not None and not self._engine.idle
+            action = self._step if busy and self._orders.empty() else self._orders.get()
+            if action is None:
+                return
+            try:
+                action()
+            except Exception as error:
+                self.last_failure = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {type(error).__name__}: {error}"
+                self.failures += 1
+                self._engine = None
+                end = End(error="the engine failed (GET /health says why); the next request starts it anew")
+                self._publish([(job, Update(choice, end=end)) for job, choice in self._owners.values()])
+                self._owners.clear()
 
     def _begin(self, job: Job) -> None:
-        for choice, request in enumerate(job.requests):
+        for choice, arguments in enumerate(job.arguments):
             try:
                 if self._engine is None:
                     self._engine = self._new_engine()
-                sequence = self._engine.submit(request)
+                sequence = self._engine.submit(arguments)
             except Exception as error:
                 self._publish([(job, Update(choice, end=End(error=f"{error}")))])
             else:
@@ -287,8 +264,8 @@ class Worker:
                 self._publish([(job, Update(choice, end=End()))])
 
     def _step(self) -> None:
-        if self._engine is not None:
-            self._report(self._engine.step())
+        assert self._engine is not None
+        self._report(self._engine.step())
 
     def _report(self, sequences: Sequence[Continuation]) -> None:
         """Tells what is new; the text of several gathers for a moment, which saves most wake-ups and events."""
@@ -301,15 +278,13 @@ class Worker:
             if not due and not sequence.done:
                 continue
             job, choice = self._owners[sequence]
-            new, end = sequence.take(), None
+            (text, tokens), end = sequence.take() or ("", ()), None
             if sequence.done:
                 del self._owners[sequence]
                 result, error = sequence.result, sequence.error
                 end = End(result.finish_reason, result.tokens, f"{error}" if error else "")
-            if new is not None:
-                news.append((job, Update(choice, new.text, new.tokens, end)))
-            elif end is not None:
-                news.append((job, Update(choice, end=end)))
+            if text or tokens or end:
+                news.append((job, Update(choice, text, tokens, end)))
         self._publish(news)
 
     def _publish(self, news: list[tuple[Job, Update]]) -> None:
@@ -317,11 +292,3 @@ class Worker:
         if news:
             with suppress(RuntimeError):  # the loop is closed: the program ends
                 self._loop.call_soon_threadsafe(self._deliver, news)
-
-
-def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
-    if future.set_running_or_notify_cancel():  # otherwise nobody waits any more
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)

@@ -19,10 +19,9 @@ from nanokimi.inference.decoder import Decoder
 from nanokimi.inference.engine import Engine
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.api import Served
-from nanokimi.serve.app import new_app
 from nanokimi.serve.arguments import Rules
 from nanokimi.serve.metrics import Metrics
-from nanokimi.serve.run import DrainingServer, address, bind
+from nanokimi.serve.server import DrainingServer, address, bind, new_app
 from nanokimi.serve.worker import Worker
 
 EOT = 256
@@ -122,7 +121,9 @@ def serving(
     served = Served("debug", model, tokenizer, template, context, max_tokens or context, max_n, created=1)
     app = new_app(served, worker, rules or Rules(), metrics, max_body=max_body)
     listener = bind("127.0.0.1", 0, max_seconds)
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
+    )
     server = DrainingServer(config, worker, drain_seconds, "a test")
 
     def run() -> None:

@@ -17,7 +17,7 @@ from stored_models import saved, stored_model
 from nanokimi.cli import build_parser, main
 from nanokimi.errors import UserError
 from nanokimi.serve.arguments import KEY_VARIABLE, ServeOptions, options_of
-from nanokimi.serve.run import address, bind
+from nanokimi.serve.server import address, bind
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_model_works_in_one_thread_from_the_start(
     def where(*_: object, **__: object) -> None:
         raise UserError(threading.current_thread().name)
 
-    monkeypatch.setattr("nanokimi.serve.run.load", where)
+    monkeypatch.setattr("nanokimi.serve.server.load", where)
     assert main(["serve", str(model_file), "--port", "0"]) == 2
     assert capsys.readouterr().err == "nanokimi: engine\n"
 

@@ -115,7 +115,7 @@ def test_every_answer_binds_the_browser(open_server: httpx.Client, path: str) ->
         assert answer.headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("path", ["/web/..%2fserve/app.py", "/web/../app.py", "/web/%2e%2e/app.py", "/web/"])
+@pytest.mark.parametrize("path", ["/web/..%2fserve/server.py", "/web/../server.py", "/web/%2e%2e/server.py", "/web/"])
 def test_only_the_files_of_the_page_are_served(open_server: httpx.Client, path: str) -> None:
     url = str(open_server.base_url).rstrip("/") + path
     assert open_server.send(httpx.Request("GET", httpx.URL(url))).status_code == 404

@@ -1,13 +1,18 @@
-"""The application: OpenAI's routes, those of the page, health and metrics; the guards in front of them."""
+"""The server: routes and the guards in front of them, and ``nanokimi serve`` from its flags to its end."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,22 +22,19 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanokimi.errors import UserError
-from nanokimi.inference.inspection import TokenView, inspect_tokens
-from nanokimi.serve.answers import Answer, ChatAnswer, CompletionAnswer, EventStream, finite
-from nanokimi.serve.api import (
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    ErrorBody,
-    InspectBody,
-    Served,
-    chat_requests,
-    completion_requests,
-    on_error,
-    refused,
-)
-from nanokimi.serve.arguments import Rules
+from nanokimi.console import log
+from nanokimi.device import resolve_device
+from nanokimi.errors import RunError, UserError
+from nanokimi.inference.chat_template import chat_template_of
+from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
+from nanokimi.inference.engine import Engine
+from nanokimi.inference.inspection import inspect_tokens
+from nanokimi.interop.loading import load
+from nanokimi.memory import free_memory
+from nanokimi.serve import api
+from nanokimi.serve.answers import LAST_WORDS, Answer, ChatAnswer, CompletionAnswer, EventStream, finite
+from nanokimi.serve.api import ApiError, ErrorBody, Served, on_error, refusing
+from nanokimi.serve.arguments import Rules, ServeOptions
 from nanokimi.serve.metrics import CONTENT_TYPE, Metrics
 from nanokimi.serve.worker import RETRY, Worker
 
@@ -99,19 +101,7 @@ class Routes:
 
     def __init__(self, served: Served, worker: Worker, metrics: Metrics) -> None:
         self._served, self._worker, self._metrics = served, worker, metrics
-
-    async def models(self) -> JSONResponse:
-        """The one model there is."""
-        return JSONResponse({"object": "list", "data": [self._about()]})
-
-    async def model(self, name: str) -> JSONResponse:
-        """The model, if it has that name."""
-        self._served.check_name(name)
-        return JSONResponse(self._about())
-
-    def _about(self) -> dict[str, Any]:
-        served = self._served
-        return {
+        self._about = {
             "id": served.name,
             "object": "model",
             "created": served.created,
@@ -121,30 +111,47 @@ class Routes:
             "n_routed_experts": served.model.config.n_routed_experts if served.model.moe_layers() else 0,
         }
 
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def models(self) -> JSONResponse:
+        """The one model there is."""
+        return JSONResponse({"object": "list", "data": [self._about]})
+
+    async def model(self, name: str) -> JSONResponse:
+        """The model, if it has that name."""
+        self._served.check_name(name)
+        return JSONResponse(self._about)
+
+    async def completions(self, body: api.CompletionBody, request: Request) -> Response:
         """Continues one or more prompts."""
-        requests = await completion_requests(body, self._served)
-        return await self._respond(CompletionAnswer(self._worker, self._served, body, requests), body, request)
+        arguments = await api.completion_arguments(body, self._served)
+        return await self._respond(CompletionAnswer(self._worker, self._served, body, arguments), request)
 
-    async def chat(self, body: ChatBody, request: Request) -> Response:
+    async def chat(self, body: api.ChatBody, request: Request) -> Response:
         """Writes the next turn of a talk."""
-        requests = await chat_requests(body, self._served)
-        return await self._respond(ChatAnswer(self._worker, self._served, body, requests), body, request)
+        arguments = await api.chat_arguments(body, self._served)
+        return await self._respond(ChatAnswer(self._worker, self._served, body, arguments), request)
 
-    async def _respond(self, answer: Answer, body: CompletionBody | ChatBody, request: Request) -> Response:
+    async def _respond(self, answer: Answer, request: Request) -> Response:
         self._metrics.prompt_tokens += answer.prompt_tokens
-        return EventStream(answer) if body.stream else JSONResponse(await answer.whole(request.receive))
+        return EventStream(answer) if answer.body.stream else JSONResponse(await answer.whole(request.receive))
 
-    async def inspect(self, body: InspectBody) -> JSONResponse:
+    async def inspect(self, body: api.InspectBody) -> JSONResponse:
         """What the model expected instead of each token, and which experts each token visited."""
         served, top = self._served, 5 if body.top is None else body.top
         served.check_name(body.model)
         look = partial(inspect_tokens, served.model, served.tokenizer, body.tokens, start=body.start or 0, top=top)
-        try:
+        with refusing("tokens"):
             views = await self._worker.call(look)
-        except UserError as error:
-            raise refused(error, "tokens") from error
-        return JSONResponse({"tokens": [_view(view) for view in views]})
+        tokens = [
+            {
+                "id": view.id,
+                "text": view.text,
+                "logprob": finite(view.logprob),
+                "alternatives": [{"id": id, "text": text, "logprob": finite(p)} for id, text, p in view.likeliest],
+                "experts": view.experts,
+            }
+            for view in views
+        ]
+        return JSONResponse({"tokens": tokens})
 
     async def health(self) -> JSONResponse:
         """Whether new requests are accepted, and how busy the server is."""
@@ -166,16 +173,6 @@ class Routes:
         return Response(self._metrics.text(gauges), media_type=CONTENT_TYPE)
 
 
-def _view(view: TokenView) -> dict[str, Any]:
-    return {
-        "id": view.id,
-        "text": view.text,
-        "logprob": finite(view.logprob),
-        "alternatives": [{"id": token, "text": text, "logprob": finite(p)} for token, text, p in view.likeliest],
-        "experts": view.experts,
-    }
-
-
 # ---- guards -------------------------------------------------------------------------------------
 
 
@@ -187,8 +184,6 @@ class OuterGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -215,8 +210,6 @@ class InnerGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         headers, left = Headers(scope=scope), self._max_body
         if not self._rules.key_is_right(headers.get("authorization", "")):
             message, realm = "wrong or missing key: send Authorization: Bearer KEY", 'Basic realm="nanokimi"'
@@ -251,3 +244,126 @@ class InnerGuard:
 async def _discard(receive: Receive) -> None:
     while (await receive()).get("more_body", False):
         pass
+
+
+# ---- from flags to a server that listens, and to its end ----------------------------------------
+
+
+def run_serve(options: ServeOptions) -> int:
+    """Serves until a signal comes; returns 128 plus its number, as shells report it.
+
+    Raises:
+        UserError: a model or a chat template cannot be loaded, or as ``bind``.
+        RunError: the port is taken.
+    """
+    listener = bind(options.rules.host, options.port, options.max_seconds)
+    metrics = Metrics()
+    worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
+    served = worker.ask(partial(prepare, options, worker)).result()
+    app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(LAST_WORDS),
+    )
+    server = DrainingServer(config, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
+    try:
+        server.run(sockets=[listener])
+    finally:
+        worker.stop()
+    return 0 if server.signal is None else 128 + server.signal
+
+
+def prepare(options: ServeOptions, worker: Worker) -> Served:
+    """The model, ready to answer; called in the thread of ``worker``. UserError if memory does not hold all slots."""
+    model, tokenizer = load(options.checkpoint, device=resolve_device(options.device))
+    template = chat_template_of(tokenizer, options.chat_template)
+    use_weights_(model, options.weights)
+    caches, on_host = f"--slots {options.slots}: their caches", next(model.parameters()).device.type == "cpu"
+
+    def new_engine() -> Engine:
+        try:
+            decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
+        except RuntimeError as error:
+            raise UserError(f"{caches} cannot be had ({error}): lower it") from error
+        need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
+        if free is not None and need > free:  # they are reserved, and filled only later
+            raise UserError(f"{caches} take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
+        return Engine(model, tokenizer, decoder=decoder, prefill_chunk=options.prefill_chunk)
+
+    engine = worker.use(new_engine)
+    limit_threads(model)
+    log(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
+    context, created = engine.max_length, int(time.time())
+    most = min(options.max_tokens or context, context)
+    return Served(options.served_name, model, tokenizer, template, context, most, options.max_n, created)
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends in good order.
+
+    The first signal stops new requests, and the server ends when those that run are done or ``drain_seconds`` are
+    over. A second signal ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, about: str) -> None:
+        super().__init__(config)
+        self.signal: int | None = None  # number of the first
+        self._worker, self._drain_seconds, self._about, self._deadline = worker, drain_seconds, about, 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and says where."""
+        await super().startup(sockets)
+        print(f"serving {self._about}", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Notes a signal; ``on_tick`` acts on it."""
+        if self.signal is None:
+            self.signal = sig
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to end."""
+        if self.signal is not None and not self.should_exit:
+            if not self._worker.draining:
+                self._worker.draining = True
+                self._deadline = time.monotonic() + self._drain_seconds
+                log(f"ending: {self._worker.outstanding} sequences are finished first; a second signal ends at once")
+            if not self._worker.outstanding or time.monotonic() > self._deadline:
+                self._worker.break_off()
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def bind(host: str, port: int, max_seconds: float) -> socket.socket:
+    """A socket with its address, which does not listen yet; UserError and RunError say why there can be none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UserError(f"--host {host}: it has no address ({error.strerror}): use 127.0.0.1") from error
+    family, _, _, _, own_address = min(found)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that never reads could hold its connection for ever
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(round(max_seconds * 1000), 2**31 - 1))
+    try:
+        listener.bind(own_address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise RunError(f"--port {port} of {host} is taken: choose another, or 0 for any free one") from error
+        if error.errno == errno.EACCES:
+            raise UserError(f"--port {port}: below 1024 they are for administrators: choose 1024 or more") from error
+        raise UserError(f"--host {host}: {error.strerror}: use 127.0.0.1, or an address of this machine") from error
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """Where ``listener`` is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
