@@ -16,7 +16,8 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.conversation import Talk, load_talk, save_talk
-from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.engine import Result, figures
 from nanokimi.inference.generate import stream
 from nanokimi.inference.line_reader import Line, line_reader, read_input

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nanokimi.data.tokenizer import TextStream, Tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.options import PREFILL_CHUNK, SamplingOptions
 from nanokimi.inference.sampling import Report, draw, log_probabilities
 from nanokimi.model.transformer import Transformer

@@ -10,12 +10,13 @@ from ctypes import byref, c_int, c_int64
 import torch
 from torch import Tensor
 
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, Decoder, extended
+from nanokimi.inference.decoder import Decoder, extended
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
 from nanokimi.native.packed_model import Call, PackedModel, padded
 
+PRODUCTS_PER_THREAD = 8_000_000  # multiply-adds: with fewer in a step a thread is not worth waking
 ROWS = 16  # tokens of one prompt that the kernels take at once, however few slots there are
 MUCH = 16 * PRODUCTS_PER_THREAD  # in a step: above, waiting at barriers costs little beside the work between them
 CONTEST = 64  # steps between two tries of the other choice

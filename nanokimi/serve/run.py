@@ -14,7 +14,8 @@ from nanokimi.console import log
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoder import Decoder, limit_threads, new_decoder, use_weights_
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
 from nanokimi.interop.loading import load
 from nanokimi.memory import free_memory

@@ -10,7 +10,8 @@ import torch
 
 from nanokimi import generate_batch, generate_tokens
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import EagerDecoder, new_decoder
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build

@@ -16,7 +16,7 @@ from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.commands import add_generate_arguments, run_generate
-from nanokimi.inference.decoder import new_decoder, round_weights_
+from nanokimi.inference.decoding import new_decoder, round_weights_
 from nanokimi.inference.generate import generate
 from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer

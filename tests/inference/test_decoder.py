@@ -10,15 +10,9 @@ from conftest import lively
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference import decoder as decoders
-from nanokimi.inference.decoder import (
-    Decoder,
-    EagerDecoder,
-    new_decoder,
-    round_weights_,
-    store_parameters_,
-    use_weights_,
-)
+from nanokimi.inference import decoding
+from nanokimi.inference.decoder import Decoder, EagerDecoder
+from nanokimi.inference.decoding import new_decoder, round_weights_, store_parameters_, use_weights_
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
@@ -207,17 +201,17 @@ def test_a_large_model_gets_compiled_kernels_unless_it_trains_or_they_cannot_be_
     def fail(model: Transformer, **options: Any) -> None:
         raise RunError("no compiler")
 
-    monkeypatch.setattr("nanokimi.inference.native_decoder.NativeDecoder", Compiled)
-    monkeypatch.setattr(decoders, "WORTH_COMPILING", debug_model.num_parameters())
+    monkeypatch.setattr("nanokimi.inference.decoding.NativeDecoder", Compiled)
+    monkeypatch.setattr(decoding, "WORTH_COMPILING", debug_model.num_parameters())
     assert type(new_decoder(debug_model, slots=3, max_length=9, weights="int8")) is Compiled
     assert made == [{"slots": 3, "max_length": 9, "weights": "int8"}]
     assert type(new_decoder(debug_model.train())) is EagerDecoder
     debug_model.eval()
-    monkeypatch.setattr("nanokimi.inference.native_decoder.NativeDecoder", fail)
+    monkeypatch.setattr("nanokimi.inference.decoding.NativeDecoder", fail)
     assert type(new_decoder(debug_model)) is EagerDecoder
     with pytest.raises(RunError, match="no compiler"):
         new_decoder(debug_model, kind="native")
-    monkeypatch.setattr("nanokimi.inference.native_decoder.supports", lambda model: "it is odd")
+    monkeypatch.setattr("nanokimi.inference.decoding.supports", lambda model: "it is odd")
     assert type(new_decoder(debug_model)) is EagerDecoder
     with pytest.raises(UserError, match=r"--decoder native: it is odd; use --decoder eager"):
         new_decoder(debug_model, kind="native")

@@ -12,7 +12,8 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import Decoder, EagerDecoder, new_decoder
+from nanokimi.inference.decoder import Decoder, EagerDecoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.engine import Continuation, Engine, GenerationArguments, TextAssembly, TextChunk, Token
 from nanokimi.inference.generate import generate_tokens
 from nanokimi.inference.options import SamplingOptions

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder, round_weights_
-from nanokimi.inference.native_decoder import CONTEST, MUCH, SHORT_PROMPT, NativeDecoder, _Threads, supports
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import round_weights_
+from nanokimi.inference.native_decoder import (
+    CONTEST,
+    MUCH,
+    PRODUCTS_PER_THREAD,
+    SHORT_PROMPT,
+    NativeDecoder,
+    _Threads,
+    supports,
+)
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import WEIGHT_FORMATS, build
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanokimi.inference.decoder import round_weights_
+from nanokimi.inference.decoding import round_weights_
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import WEIGHT_FORMATS
 from nanokimi.native.build import prefer_huge_pages
