@@ -132,14 +132,11 @@ class TextAssembly:
         # cut then does not depend on how the text was split into tokens.
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self._cut(min(found)[1])
+            self.ended = True
+            self._held = self._held[: min(found)[1]]
+            while self._tokens and self._tokens[-1][1].text_offset >= self._taken + len(self._held):
+                self._tokens.pop()
         return self.ended
-
-    def _cut(self, length: int) -> None:
-        self._held = self._held[:length]
-        while self._tokens and self._tokens[-1][1].text_offset >= self._taken + length:
-            self._tokens.pop()
-        self.ended = True
 
     def take(self) -> TextChunk | None:
         """Everything that has become settled since the last call, or None; once ``ended``, all there is."""
@@ -170,7 +167,6 @@ class Continuation:
         self.result = Result(prompt_tokens=len(arguments.prompt))
         self.done = False
         self.error: Exception | None = None
-        self.slot: int | None = None
         self.read = 0  # prompt tokens in the cache
         self.last = 0  # the newest token, not in the cache yet
         self.room = min(arguments.options.max_tokens, context - len(arguments.prompt))
@@ -267,9 +263,9 @@ class Engine:
         """Ends ``sequence`` early; its slot is free at once. Nothing happens to one that is done."""
         if not sequence.done:
             sequence.finish(None)
-            if sequence.slot is None:
+            if sequence in self._waiting:
                 self._waiting.remove(sequence)
-            self._release(sequence)
+            self._release()
 
     def step(self) -> list[Continuation]:
         """Moves every running sequence on; returns those that took part, some of them done.
@@ -278,48 +274,41 @@ class Engine:
         """
         assert not self.model.training, "a model is decoded in evaluation mode"
         started = time.perf_counter()
-        self._admit()
-        active = list(self._in_slots.values())
-        first_tokens = [sequence.result.tokens == 0 for sequence in active]
-        rows = self._prefill([s for s in active if s.read < len(s.arguments.prompt)])
-        rows += self._decode([s for s in active if s.result.tokens])
-        self._draw(rows)
+        for slot in range(self.slots):
+            if self._waiting and slot not in self._in_slots:
+                self._in_slots[slot] = self._waiting.popleft()
+                self._decoder.reset(slot)
+        active = [(sequence, sequence.result.tokens == 0) for sequence in self._in_slots.values()]
+        self._draw(self._prefill() + self._decode())
         elapsed = time.perf_counter() - started
-        for sequence, first in zip(active, first_tokens, strict=True):
+        for sequence, first in active:
             if first:
                 sequence.result.prefill_seconds += elapsed
             else:
                 sequence.result.decode_seconds += elapsed
-            if sequence.done:
-                self._release(sequence)
-        return active
+        self._release()
+        return [sequence for sequence, _ in active]
 
-    def _admit(self) -> None:
-        for slot in range(self.slots):
-            if self._waiting and slot not in self._in_slots:
-                sequence = self._in_slots[slot] = self._waiting.popleft()
-                sequence.slot = slot
-                self._decoder.reset(slot)
+    def _release(self) -> None:
+        """Frees the slots of sequences that are done."""
+        self._in_slots = {slot: sequence for slot, sequence in self._in_slots.items() if not sequence.done}
 
-    def _release(self, sequence: Continuation) -> None:
-        if sequence.slot is not None:
-            del self._in_slots[sequence.slot]
-            sequence.slot = None
-
-    def _prefill(self, unread: list[Continuation]) -> list[Rows]:
+    def _prefill(self) -> list[Rows]:
         """Reads up to a chunk of prompts, oldest first; the logits after those that are read to the end.
 
         A chunk is never cut to fit what is left: a sequence's logits would then depend on who else is there.
         """
         rows: list[Rows] = []
         budget = self._prefill_chunk
-        for sequence in unread:
+        for slot, sequence in self._in_slots.items():
             part = sequence.arguments.prompt[sequence.read : sequence.read + self._prefill_chunk]
             if len(part) > budget:
                 break
+            if not part:  # its prompt is read
+                continue
             budget -= len(part)
             try:
-                logits = self._decoder.prefill(_slot(sequence), part)
+                logits = self._decoder.prefill(slot, part)
             except Exception as error:
                 sequence.finish(None, error)
                 continue
@@ -328,18 +317,18 @@ class Engine:
                 rows.append(([sequence], logits[None]))
         return rows
 
-    def _decode(self, sequences: list[Continuation]) -> list[Rows]:
-        """The logits after the newest token of each of ``sequences``."""
-        if not sequences:
+    def _decode(self) -> list[Rows]:
+        """The logits after the newest token of each sequence that has one."""
+        slots = sorted(slot for slot, sequence in self._in_slots.items() if sequence.result.tokens)
+        if not slots:
             return []
-        sequences = sorted(sequences, key=_slot)
+        sequences = [self._in_slots[slot] for slot in slots]
         try:
-            logits = self._decoder.step([_slot(s) for s in sequences], [s.last for s in sequences])
+            return [(sequences, self._decoder.step(slots, [sequence.last for sequence in sequences]))]
         except Exception as error:
             for sequence in sequences:
                 sequence.finish(None, error)
             return []
-        return [(sequences, logits)]
 
     @torch.inference_mode()
     def _draw(self, rows: list[Rows]) -> None:
@@ -357,11 +346,6 @@ class Engine:
                 sequence.add(token, report)
             else:
                 sequence.finish(None, RunError(NOT_FINITE))
-
-
-def _slot(sequence: Continuation) -> int:
-    assert sequence.slot is not None
-    return sequence.slot
 
 
 def check_prompt(prompt: Sequence[int], context: int, vocab_size: int) -> None:
