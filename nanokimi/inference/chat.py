@@ -146,10 +146,12 @@ class Chat:
             RunError: the model's logits are not finite.
         """
         talk = self.fit(self.talk.asked(text))
-        options = dataclasses.replace(self.options, stop=self.options.stop + talk.stop)
+        options, stop_tokens = self.options, None
+        if talk.template is not None:
+            options = dataclasses.replace(options, stop=options.stop + talk.template.stop)
+            stop_tokens = talk.template.stop_tokens
+        deltas = stream(self.model, talk.tokenizer, talk.ids(), options, stop_tokens=stop_tokens, decoder=self.decoder)
         written = ""
-        ids, decoder = talk.ids(), self.decoder
-        deltas = stream(self.model, talk.tokenizer, ids, options, stop_tokens=talk.stop_tokens, decoder=decoder)
         try:
             for delta in deltas:
                 written += delta
@@ -172,7 +174,8 @@ class Chat:
         """
         context = self.decoder.max_length
         room = context - min(self.options.max_tokens, context // 2)
-        dropped = bisect_left(range(talk.spare), True, key=lambda oldest: len(talk.without(oldest).ids()) <= room)
+        oldest = range(len(talk.turns) - 1)  # the newest turn stays
+        dropped = bisect_left(oldest, True, key=lambda count: len(talk.without(count).ids()) <= room)
         talk = talk.without(dropped)
         if (length := len(talk.ids())) >= context:
             raise UserError(f"this text has {length} tokens and the context holds {context}: write less, or /reset")

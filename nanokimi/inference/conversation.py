@@ -41,21 +41,6 @@ class Talk:
         """How one talks: a base model continues a text, a chat template makes turns."""
         return "text" if self.template is None else "turns"
 
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end a reply."""
-        return () if self.template is None else self.template.stop
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a reply."""
-        return (self.tokenizer.eot_id,) if self.template is None else self.template.stop_tokens
-
-    @property
-    def spare(self) -> int:
-        """How many turns may be forgotten: all but the newest."""
-        return max(0, len(self.turns) - 1)
-
     def ids(self) -> list[int]:
         """What the model reads. UserError: it is not Unicode text, or the template refuses it."""
         if self.template is None:
@@ -113,11 +98,12 @@ class Talk:
         """The talk of ``content``. ValueError or TypeError: it is none. UserError: the template refuses it."""
         if self.template is None:
             return replace(self, turns=tuple((turn, None) for turn in _checked_texts(content["turns"])))
-        texts = _checked_texts([message["content"] for message in content["messages"]])
-        roles = [message["role"] for message in content["messages"]]
-        if not isinstance(content["messages"], list) or roles != ["user", "assistant"] * (len(texts) // 2):
+        messages = content["messages"]
+        system, *texts = _checked_texts([content["system"], *(message["content"] for message in messages)])
+        roles = [message["role"] for message in messages]
+        if not isinstance(messages, list) or roles != ["user", "assistant"] * (len(texts) // 2):
             raise ValueError("no list of messages and answers in turn")
-        loaded = replace(self, turns=(), system=_checked_texts([content["system"]])[0])
+        loaded = replace(self, turns=(), system=system)
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             loaded = loaded.asked(question).answered(answer)
         loaded.ids()

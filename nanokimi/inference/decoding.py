@@ -70,17 +70,37 @@ def limit_threads(model: Transformer) -> None:
         torch.set_num_threads(1)
 
 
+@torch.no_grad()
 def use_weights_(model: Transformer, weights: str) -> None:
-    """Rounds the matrices of an fp32 ``model`` in place to what ``weights`` can hold; on CUDA it then computes so.
+    """Rounds, in place, every matrix of an fp32 ``model`` that decoding reads to values that ``weights`` can hold.
+
+    Norms, routers and the embedding table keep theirs: they are small or read one row at a time. int8 is symmetric,
+    one scale per output row: its largest magnitude / 127. On CUDA the model is also stored in bf16 or fp16, and
+    computes so.
 
     Raises:
-        UserError: int8 on a device other than a CPU; see also ``round_weights_``.
+        UserError: an unknown format, int8 on a device other than a CPU, or a weight too large for fp16.
     """
     device = next(model.parameters()).device.type
+    if weights not in WEIGHT_FORMATS:
+        raise UserError(f"--weights {weights}: choose one of {', '.join(WEIGHT_FORMATS)}")
     if weights == "int8" and device != "cpu":
         raise UserError(f"--weights int8 is for a CPU, this is {device}: use --device cpu or --weights bf16")
-    round_weights_(model, weights)
-    if device == "cuda" and weights in HALVES:
+    if weights == "fp32":
+        return
+    routers = {id(router.weight) for router in model.routers()}
+    for param_role, weight in model.param_roles():
+        if param_role in ("norm", "embedding") or id(weight) in routers:
+            continue
+        if weights == "int8":
+            values, scale = quantised(weight)
+            weight.copy_(values * scale.unsqueeze(-1))
+        else:
+            half = weight.to(HALVES[weights])
+            if not half.isfinite().all():
+                raise UserError(f"--weights {weights}: a weight is larger than it can hold; use bf16")
+            weight.copy_(half)
+    if device == "cuda":
         store_parameters_(model, HALVES[weights])
 
 
@@ -93,31 +113,3 @@ def store_parameters_(model: Transformer, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if id(parameter) not in routers:
             parameter.data = parameter.data.to(dtype)
-
-
-@torch.no_grad()
-def round_weights_(model: Transformer, weight_format: str) -> None:
-    """Rounds, in place, every matrix that decoding reads to values that ``weight_format`` can hold.
-
-    Norms, routers and the embedding table keep theirs: they are small or read one row at a time. int8 is symmetric,
-    one scale per output row: its largest magnitude / 127.
-
-    Raises:
-        UserError: an unknown format, or a weight too large for fp16.
-    """
-    if weight_format not in WEIGHT_FORMATS:
-        raise UserError(f"--weights {weight_format}: choose one of {', '.join(WEIGHT_FORMATS)}")
-    if weight_format == "fp32":
-        return
-    routers = {id(router.weight) for router in model.routers()}
-    for param_role, weight in model.param_roles():
-        if param_role in ("norm", "embedding") or id(weight) in routers:
-            continue
-        if weight_format == "int8":
-            values, scale = quantised(weight)
-            weight.copy_(values * scale.unsqueeze(-1))
-        else:
-            half = weight.to(HALVES[weight_format])
-            if not half.isfinite().all():
-                raise UserError(f"--weights {weight_format}: a weight is larger than it can hold; use bf16")
-            weight.copy_(half)

@@ -53,7 +53,6 @@ def test_a_talk_of_the_other_mode_is_refused(tmp_path: Path, mode: str, other: s
 
 def test_the_oldest_turns_leave_and_the_system_message_stays() -> None:
     talk = some_talk("turns").asked("Now")
-    assert talk.spare == 2
     shorter = talk.without(2)
     assert shorter.to_json() == {"system": "Be \x1b[2J brief.", "messages": [{"role": "user", "content": "Now"}]}
     assert some_talk("text").asked("Now").without(2).to_json() == {"turns": ["Now"]}

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
 from nanokimi.inference.decoder import EagerDecoder
-from nanokimi.inference.decoding import round_weights_
+from nanokimi.inference.decoding import use_weights_
 from nanokimi.inference.native_decoder import (
     CONTEST,
     MUCH,
@@ -104,7 +104,7 @@ def test_prompts_on_both_sides_of_the_border_have_the_logits_of_the_model(count:
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_packed_weights_compute_what_the_rounded_model_does(weights: str, shape: str) -> None:
     model = model_of(**SHAPES[shape])
-    round_weights_(model, weights)
+    use_weights_(model, weights)
     eager, native = compared(model, weights)
     torch.testing.assert_close(native, eager, rtol=0, atol=TOLERANCE)
 
