@@ -24,7 +24,6 @@ from nanokimi.inference.line_reader import Line, line_reader, read_input
 from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 
-LEAVE_HINT = "Ctrl-D or /quit leaves; Ctrl-C stops a reply"
 HELP_TEXT = {
     "text": "the model continues the text so far; an empty line lets it go on where it stopped",
     "turns": "a message, which the model answers",
@@ -89,10 +88,10 @@ def interactive(
             except UserError as error:
                 chat.log(str(error).removeprefix("--"))
             except KeyboardInterrupt:
-                chat.log(f"\n({LEAVE_HINT})")
+                chat.log("\n(Ctrl-D or /quit leaves; Ctrl-C stops a reply)")
             except EOFError:
                 chat.log("")
-                break
+                talking = False
     return 0
 
 

@@ -80,15 +80,12 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, makes too much of them, or one is not Unicode text.
         """
-        stand_ins = self._guard.stand_ins(messages)
-        text = self._render([self._guard.guarded(message, stand_ins) for message in messages])
-        ids: list[int] = []
+        guarded, stand_ins = self._guard.guarded(messages)
+        text = self._render(guarded)
         try:
-            for part, special in self._guard.parts(text, stand_ins):
-                ids += self._tokenizer.encode(part) if special is None else [special]
+            return self._guard.encode(text, stand_ins) or [self._tokenizer.eot_id]
         except UnicodeEncodeError:
             raise UserError("a message is not valid Unicode text: it holds half of a surrogate pair") from None
-        return ids or [self._tokenizer.eot_id]
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
         """The text that the template makes of ``messages``; ``prompt``: up to where the assistant begins to write."""
@@ -99,17 +96,16 @@ class ChatTemplate:
             "eos_token": self._tokenizer.eot,
             _BUDGET: iter(range(MAX_STEPS)),
         }
-        left = MAX_TEXT + 4 * sum(len(message["content"]) for message in messages)
-        parts = []
+        most = MAX_TEXT + 4 * sum(len(message["content"]) for message in messages)
+        text = ""
         try:
             for part in self._template.generate(values):
-                parts.append(part)
-                left -= len(part)
-                if left < 0:
+                text += part
+                if len(text) > most:
                     raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
         except Exception as error:  # a template can raise anything, as any program can
             raise UserError(f"{self.name} cannot be applied to these messages: {_one_line(error)}") from error
-        return "".join(parts)
+        return text
 
     def _end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What ends a reply, found in a talk: what stands between the assistant's text and the user's next one."""
@@ -137,7 +133,7 @@ class _Guard:
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        self._source = source
+        self._tokenizer, self._source = tokenizer, source
         self._special = tokenizer.special_tokens
         self._marks = {t: i for t, i in tokenizer.fixed_tokens.items() if t in source and len(t) > 1}
         self._special_text = re.compile(f"({_any_of(self._special)})")
@@ -145,20 +141,19 @@ class _Guard:
             re.compile(f"(?={_any_of(texts)}).", re.DOTALL) for texts in (self._special, self._marks)
         )
 
-    def stand_ins(self, messages: Sequence[Message]) -> _StandIns:
-        """Characters that neither ``messages`` nor the template holds."""
+    def guarded(self, messages: Sequence[Message]) -> tuple[list[Message], _StandIns]:
+        """``messages`` with stand-ins where their text reads like a token: characters that nothing else holds."""
         taken = {*self._source}.union(*(message["content"] for message in messages))
         unused = (chr(code) for code in range(sys.maxunicode, 0, -1) if chr(code) not in taken)
-        special, marks = (sorted({text[0] for text in texts}) for texts in (self._special, self._marks))
-        return {first: next(unused) for first in special}, {first: next(unused) for first in marks}
-
-    def guarded(self, message: Message, stand_ins: _StandIns) -> Message:
-        """``message`` with stand-ins where its text reads like a token."""
-        special, marks = stand_ins
-        content = self._special_start.sub(lambda start: special[start[0]], message["content"])
-        if message["role"] != "assistant":
-            content = self._mark_start.sub(lambda start: marks[start[0]], content)
-        return {**message, "content": content}
+        special = {first: next(unused) for first in _firsts(self._special)}
+        marks = {first: next(unused) for first in _firsts(self._marks)}
+        guarded: list[Message] = []
+        for message in messages:
+            content = self._special_start.sub(lambda start: special[start[0]], message["content"])
+            if message["role"] != "assistant":
+                content = self._mark_start.sub(lambda start: marks[start[0]], content)
+            guarded.append({**message, "content": content})
+        return guarded, (special, marks)
 
     def first_token(self, text: str) -> int | None:
         """Id of the first special token or mark in ``text``; None if there is none."""
@@ -166,17 +161,20 @@ class _Guard:
         found = re.search(_any_of(known), text)
         return known[found[0]] if found else None
 
-    def parts(self, text: str, stand_ins: _StandIns) -> Iterator[tuple[str, int | None]]:
-        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins become the text again."""
+    def encode(self, text: str, stand_ins: _StandIns) -> list[int]:
+        """Ids of ``text``, where special tokens are single ids and stand-ins become the text again."""
         restored = {ord(new): first for firsts in stand_ins for first, new in firsts.items()}
         # The tokenizer finds marks in any text: only a cut after the first character keeps it from that.
         marks = "".join(stand_ins[1].values())
         cut = re.compile(f"(?<=[{marks}])" if marks else NEVER)
+        ids: list[int] = []
         for part in self._special_text.split(text):
             if part in self._special:
-                yield part, self._special[part]
+                ids.append(self._special[part])
             else:
-                yield from ((plain.translate(restored), None) for plain in cut.split(part))
+                for plain in cut.split(part):
+                    ids += self._tokenizer.encode(plain.translate(restored))
+        return ids
 
 
 def chat_template_of(tokenizer: Tokenizer, path: str = "") -> ChatTemplate | None:
@@ -198,6 +196,10 @@ def chat_template_of(tokenizer: Tokenizer, path: str = "") -> ChatTemplate | Non
             f"--chat_template {path}: {reason}: name a file with a Jinja template, or {NO_TEMPLATE}"
         ) from error
     return ChatTemplate(source, tokenizer, name=f"--chat_template {path}")
+
+
+def _firsts(texts: Iterable[str]) -> list[str]:
+    return sorted({text[0] for text in texts})
 
 
 def _any_of(texts: Iterable[str]) -> str:

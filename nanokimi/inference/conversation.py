@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -151,17 +152,15 @@ def load_talk(path: Path, current: Talk) -> Talk:
 def _read(path: Path, otherwise: str) -> dict[str, Any]:
     """The JSON of a saved talk; a UserError that ends in ``otherwise`` if the file is something else."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_FILE:
-            raise UserError(f"{path}: {otherwise}")
-        content = json.loads(path.read_bytes())
+        with suppress(ValueError, RecursionError):  # of the JSON, or of a name that no file can have
+            about = path.stat()
+            if stat.S_ISREG(about.st_mode) and about.st_size <= MAX_FILE:
+                content = json.loads(path.read_bytes())
+                if isinstance(content, dict) and content.get("format") == FORMAT:
+                    return content
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): name another file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {otherwise}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: {otherwise}")
-    return content
+    raise UserError(f"{path}: {otherwise}")
 
 
 def _checked_texts(values: Any) -> list[str]:

@@ -82,10 +82,8 @@ class Token(NamedTuple):
     Attributes:
         id: its number in the vocabulary.
         text_offset: characters of the continuation before the first byte of this token.
-        logprob: natural logarithm of its probability as the model sees it, before temperature and filters; None
-            unless it was asked for.
-        likeliest: id and log-probability of the likeliest tokens at this position, best first, as many as were
-            asked for.
+        logprob: natural log of its probability before temperature and filters; None unless it was asked for.
+        likeliest: id and log-probability of as many of the likeliest tokens as were asked for, best first.
     """
 
     id: int
@@ -265,7 +263,7 @@ class Engine:
             sequence.finish(None)
             if sequence in self._waiting:
                 self._waiting.remove(sequence)
-            self._release()
+            self._free_slots()
 
     def step(self) -> list[Continuation]:
         """Moves every running sequence on; returns those that took part, some of them done.
@@ -286,11 +284,10 @@ class Engine:
                 sequence.result.prefill_seconds += elapsed
             else:
                 sequence.result.decode_seconds += elapsed
-        self._release()
+        self._free_slots()
         return [sequence for sequence, _ in active]
 
-    def _release(self) -> None:
-        """Frees the slots of sequences that are done."""
+    def _free_slots(self) -> None:
         self._in_slots = {slot: sequence for slot, sequence in self._in_slots.items() if not sequence.done}
 
     def _prefill(self) -> list[Rows]:

@@ -32,11 +32,11 @@ def read_input(read_line: ReadLine) -> Line:
     line = read_line("> ")
     if not line.startswith(QUOTES):
         return Line(line, line.startswith("/"))
-    lines = [line.removeprefix(QUOTES)]
+    text = line.removeprefix(QUOTES)
     with contextlib.suppress(EOFError):
-        while not lines[-1].endswith(QUOTES):
-            lines.append(read_line("... "))
-    return Line("\n".join(lines).removesuffix(QUOTES).removeprefix("\n").removesuffix("\n"), False)
+        while not text.endswith(QUOTES):
+            text += "\n" + read_line("... ")
+    return Line(text.removesuffix(QUOTES).removeprefix("\n").removesuffix("\n"), False)
 
 
 @contextmanager
