@@ -116,9 +116,8 @@ class ChatTemplate:
         except UserError:  # a template for one question alone
             text = ""
         between = text.partition(answer)[2].partition(thanks)[0]
-        token = self._guard.first_token(between)
-        if token is not None:
-            return tuple(dict.fromkeys((self._tokenizer.eot_id, token))), ()
+        if token := self._guard.any_token.search(between):
+            return tuple(dict.fromkeys((self._tokenizer.eot_id, self._guard.tokens[token[0]]))), ()
         # A model may join the last space with the word after it.
         end = between.rstrip() or between
         return (self._tokenizer.eot_id,), (end,) if end else ()
@@ -136,6 +135,8 @@ class _Guard:
         self._tokenizer, self._source = tokenizer, source
         self._special = tokenizer.special_tokens
         self._marks = {t: i for t, i in tokenizer.fixed_tokens.items() if t in source and len(t) > 1}
+        self.tokens = self._special | self._marks
+        self.any_token = re.compile(_any_of(self.tokens))
         self._special_text = re.compile(f"({_any_of(self._special)})")
         self._special_start, self._mark_start = (
             re.compile(f"(?={_any_of(texts)}).", re.DOTALL) for texts in (self._special, self._marks)
@@ -154,12 +155,6 @@ class _Guard:
                 content = self._mark_start.sub(lambda start: marks[start[0]], content)
             guarded.append({**message, "content": content})
         return guarded, (special, marks)
-
-    def first_token(self, text: str) -> int | None:
-        """Id of the first special token or mark in ``text``; None if there is none."""
-        known = self._special | self._marks
-        found = re.search(_any_of(known), text)
-        return known[found[0]] if found else None
 
     def encode(self, text: str, stand_ins: _StandIns) -> list[int]:
         """Ids of ``text``, where special tokens are single ids and stand-ins become the text again."""

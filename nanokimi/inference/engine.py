@@ -108,6 +108,9 @@ class TextAssembly:
     Args:
         tokenizer: None for ids without text; every token is settled at once.
         stop: strings that end the text; they are not part of it.
+
+    Attributes:
+        done: nothing more will come.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
@@ -116,7 +119,7 @@ class TextAssembly:
         self._held = ""  # decoded and not taken yet
         self._taken = 0  # characters
         self._tokens: deque[tuple[int, Token]] = deque()  # not taken yet, each with the offset at which its text ends
-        self.ended = False
+        self.done = False
 
     def push(self, token: int, report: Report | None = None) -> bool:
         """Adds a token; True when a stop string is complete, which ends the text."""
@@ -130,52 +133,46 @@ class TextAssembly:
         # cut then does not depend on how the text was split into tokens.
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.ended = True
+            self.done = True
             self._held = self._held[: min(found)[1]]
             while self._tokens and self._tokens[-1][1].text_offset >= self._taken + len(self._held):
                 self._tokens.pop()
-        return self.ended
+        return self.done
 
     def take(self) -> TextChunk | None:
-        """Everything that has become settled since the last call, or None; once ``ended``, all there is."""
+        """Everything that has become settled since the last call, or None; once ``done``, all there is."""
         ready = len(self._held)
-        if not self.ended:  # the longest end with which some stop string begins may still become one
+        if not self.done:  # the longest end with which some stop string begins may still become one
             lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
             ready -= max(lengths, default=0)
         text, self._held = self._held[:ready], self._held[ready:]
         self._taken += ready
         tokens = []
-        while self._tokens and (self.ended or self._tokens[0][0] <= self._taken):
+        while self._tokens and (self.done or self._tokens[0][0] <= self._taken):
             tokens.append(self._tokens.popleft()[1])
         return TextChunk(text, tuple(tokens)) if text or tokens else None
 
 
-class Continuation:
+class Continuation(TextAssembly):
     """One sequence on its way through the engine.
 
     Attributes:
         arguments: as submitted.
         result: grows with every step.
-        done: nothing more will come.
         error: why it ended early, if it failed.
     """
 
     def __init__(self, arguments: GenerationArguments, tokenizer: Tokenizer | None, context: int) -> None:
+        super().__init__(tokenizer, arguments.options.stop)
         self.arguments = arguments
         self.result = Result(prompt_tokens=len(arguments.prompt))
-        self.done = False
         self.error: Exception | None = None
         self.read = 0  # prompt tokens in the cache
         self.last = 0  # the newest token, not in the cache yet
         self.room = min(arguments.options.max_tokens, context - len(arguments.prompt))
         self.random = random.Random(arguments.options.seed)
-        self._text = TextAssembly(tokenizer, arguments.options.stop)
         if self.room == 0:
             self.finish("length")
-
-    def take(self) -> TextChunk | None:
-        """Everything new since the last call, or None."""
-        return self._text.take()
 
     def add(self, token: int, report: Report | None) -> None:
         """Appends the next token, which may be the last."""
@@ -183,7 +180,7 @@ class Continuation:
             return self.finish("stop")
         self.last = token
         self.result.tokens += 1
-        if self._text.push(token, report):
+        if self.push(token, report):
             self.finish("stop")
         elif self.result.tokens == self.room:
             self.finish("length")
@@ -192,7 +189,6 @@ class Continuation:
         """Nothing more comes; the reason is None for a sequence that was cancelled or failed with ``error``."""
         self.done, self.error = True, error
         self.result.finish_reason = reason
-        self._text.ended = True
 
 
 Rows = tuple[list[Continuation], Tensor]  # n sequences and the logits [n, V] after their newest tokens

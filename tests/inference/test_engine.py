@@ -257,7 +257,7 @@ def chunks(tokenizer: Tokenizer | None, text: bytes, *stop: str) -> list[TextChu
         found.append(assembly.take())
         if ended:
             break
-    assembly.ended = True
+    assembly.done = True
     return [*found, assembly.take()]
 
 
