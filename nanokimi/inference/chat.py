@@ -97,12 +97,7 @@ def interactive(
 
 @dataclass
 class Chat:
-    """A model, the talk so far, and the results of its replies.
-
-    Attributes:
-        talk: the model reads as much of it as fits its context.
-        results: one for each reply, in order.
-    """
+    """A model, the talk so far (the model reads as much of it as fits its context), and the result of each reply."""
 
     model: Transformer
     options: SamplingOptions

@@ -26,10 +26,9 @@ def new_decoder(
 ) -> Decoder:
     """A decoder for the weights that ``model`` has now.
 
-    ``auto`` is ``graph`` on CUDA; on a CPU ``native`` for models of ``WORTH_COMPILING`` parameters or more, where a
-    compiler is found and the model is one that the kernels know; else ``eager``. A model in training mode is decoded
-    eagerly: its weights are about to change; so is one with adapters or hooks (see ``extended``). The choice depends on
-    nothing else, so that a seed keeps its meaning.
+    ``auto`` is ``graph`` on CUDA; on a CPU ``native`` for models of ``WORTH_COMPILING`` parameters or more that the
+    kernels know, where a compiler is found; else ``eager``. A model in training mode, or with adapters or hooks, is
+    decoded eagerly. The choice depends on nothing else, so that a seed keeps its meaning.
 
     Args:
         slots: sequences decoded together.

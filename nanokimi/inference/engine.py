@@ -242,11 +242,7 @@ class Engine:
         return not self._in_slots and not self._waiting
 
     def submit(self, arguments: GenerationArguments) -> Continuation:
-        """Adds a sequence to the end of the queue.
-
-        Raises:
-            UserError: the prompt is empty, longer than the context or not in the vocabulary.
-        """
+        """Adds a sequence to the end of the queue. UserError: see ``check_prompt``."""
         check_prompt(arguments.prompt, self.max_length, self._vocab_size or self.model.config.vocab_size)
         sequence = Continuation(arguments, self.tokenizer, self.max_length)
         if not sequence.done:

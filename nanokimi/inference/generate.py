@@ -106,12 +106,7 @@ def generate_batch(
 
 
 class Generation(Iterator[Part]):
-    """The parts of a continuation, made as they are asked for, and the ``result`` that grows with them.
-
-    Args:
-        engine: works for ``sequence`` alone.
-        parts: takes from a chunk of text the parts that the caller wants.
-    """
+    """The parts of a continuation, made as they are asked for, and the ``result`` that grows with them."""
 
     def __init__(self, engine: Engine, sequence: Continuation, parts: Callable[[TextChunk], Iterable[Part]]) -> None:
         self._parts = _run(engine, sequence, parts)
@@ -156,7 +151,6 @@ def stream(
     """The continuation as it comes: whole characters, and never a part of a stop string.
 
     Args:
-        prompt: a text or ids.
         stop_tokens: end the continuation and are left out (default: the end of text).
         decoder: as for ``stream_tokens``.
 

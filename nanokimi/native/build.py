@@ -38,11 +38,7 @@ class Unavailable(Exception):
 
 
 def library() -> ctypes.CDLL:
-    """The compiled decoder; built and stored unless it is there.
-
-    Raises:
-        RunError: it cannot be built here; one line with the reason and the remedy.
-    """
+    """The compiled decoder; built and stored unless it is there. RunError: it cannot be built here, and why."""
     outcome = _outcome()
     if isinstance(outcome, str):
         raise RunError(f"the native decoder cannot be built: {outcome}; or use --decoder eager")

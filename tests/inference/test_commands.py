@@ -105,11 +105,16 @@ CONTINUES, TALKS = "This is a base model", "This model talks in turns, by "
         (None, ["--chat_template", "FILE"], TALKS + "--chat_template FILE.", "user: hi\nassistant:"),
         ("{{ messages }}", ["--chat-template", "FILE", "--system", "S"], TALKS, "system: S\nuser: hi\nassistant:"),
     ],
-)  # fmt: skip
+)
 def test_a_talk_is_in_turns_where_there_is_a_chat_template(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    own: str | None, flags: list[str], told: str, read: str,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    own: str | None,
+    flags: list[str],
+    told: str,
+    read: str,
+) -> None:
     tokenizer, model = load_tokenizer("byte"), ScriptedModel(b"abc")
     tokenizer.chat_template = own
     monkeypatch.setattr("nanokimi.interop.loading.load", lambda path, device: (model, tokenizer))
@@ -151,9 +156,12 @@ def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", ["eager", "native"])
 @pytest.mark.parametrize("chosen", WEIGHT_FORMATS)
 def test_weights_are_rounded_before_the_text_is_written(
-    debug_model: Transformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    chosen: str, kind: str,
-) -> None:  # fmt: skip
+    debug_model: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    chosen: str,
+    kind: str,
+) -> None:
     if kind == "native" and isinstance(reason := build._outcome(), str):
         pytest.skip(reason)
     rounded = copy.deepcopy(debug_model)

@@ -86,8 +86,10 @@ def test_a_file_that_is_no_talk_is_neither_overwritten_nor_loaded(tmp_path: Path
         assert "\n" not in str(error.value)
     after = os.lstat(path)
     assert (after.st_ino, after.st_size, stat.S_IFMT(after.st_mode)) == (
-        before.st_ino, before.st_size, stat.S_IFMT(before.st_mode),
-    )  # fmt: skip
+        before.st_ino,
+        before.st_size,
+        stat.S_IFMT(before.st_mode),
+    )
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -43,14 +43,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "all experts": {"n_activated_experts": 8},
     "one expert": {"n_routed_experts": 1, "n_activated_experts": 1},
     "odd widths": {
-        "dim": 37, "inter_dim": 61, "moe_inter_dim": 7, "kv_lora_rank": 19, "q_lora_rank": 21, "n_heads": 3,
-        "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 9, "vocab_size": 259,
+        "dim": 37,
+        "inter_dim": 61,
+        "moe_inter_dim": 7,
+        "kv_lora_rank": 19,
+        "q_lora_rank": 21,
+        "n_heads": 3,
+        "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 9,
+        "vocab_size": 259,
     },
     "rotary part only": {"qk_nope_head_dim": 0, "n_heads": 1},
     "many heads": {"n_heads": 15},
     "yarn": {"rope_factor": 4.0, "original_seq_len": 32, "mscale_all_dim": 0.7},
     "eps": {"norm_eps": 1e-2},
-}  # fmt: skip
+}
 
 
 def model_of(**shape: Any) -> Transformer:
