@@ -37,7 +37,8 @@ from nanokimi import checkpoint
 from nanokimi.cli import build_parser
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.model.transformer import Transformer
 from nanokimi.serve.arguments import ServeOptions, options_of
 from nanokimi.serve.metrics import Metrics

@@ -16,14 +16,14 @@ from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.conversation import Talk, load_talk, save_talk
-from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.engine import Result, figures
 from nanokimi.inference.generate import stream
 from nanokimi.inference.line_reader import Line, line_reader, read_input
 from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
 
-LEAVE_HINT = "Ctrl-D or /quit leaves; Ctrl-C stops a reply"
 HELP_TEXT = {
     "text": "the model continues the text so far; an empty line lets it go on where it stopped",
     "turns": "a message, which the model answers",
@@ -88,21 +88,16 @@ def interactive(
             except UserError as error:
                 chat.log(str(error).removeprefix("--"))
             except KeyboardInterrupt:
-                chat.log(f"\n({LEAVE_HINT})")
+                chat.log("\n(Ctrl-D or /quit leaves; Ctrl-C stops a reply)")
             except EOFError:
                 chat.log("")
-                break
+                talking = False
     return 0
 
 
 @dataclass
 class Chat:
-    """A model, the talk so far, and the results of its replies.
-
-    Attributes:
-        talk: the model reads as much of it as fits its context.
-        results: one for each reply, in order.
-    """
+    """A model, the talk so far (the model reads as much of it as fits its context), and the result of each reply."""
 
     model: Transformer
     options: SamplingOptions
@@ -145,10 +140,12 @@ class Chat:
             RunError: the model's logits are not finite.
         """
         talk = self.fit(self.talk.asked(text))
-        options = dataclasses.replace(self.options, stop=self.options.stop + talk.stop)
+        options, stop_tokens = self.options, None
+        if talk.template is not None:
+            options = dataclasses.replace(options, stop=options.stop + talk.template.stop)
+            stop_tokens = talk.template.stop_tokens
+        deltas = stream(self.model, talk.tokenizer, talk.ids(), options, stop_tokens=stop_tokens, decoder=self.decoder)
         written = ""
-        ids, decoder = talk.ids(), self.decoder
-        deltas = stream(self.model, talk.tokenizer, ids, options, stop_tokens=talk.stop_tokens, decoder=decoder)
         try:
             for delta in deltas:
                 written += delta
@@ -171,7 +168,8 @@ class Chat:
         """
         context = self.decoder.max_length
         room = context - min(self.options.max_tokens, context // 2)
-        dropped = bisect_left(range(talk.spare), True, key=lambda oldest: len(talk.without(oldest).ids()) <= room)
+        oldest = range(len(talk.turns) - 1)  # the newest turn stays
+        dropped = bisect_left(oldest, True, key=lambda count: len(talk.without(count).ids()) <= room)
         talk = talk.without(dropped)
         if (length := len(talk.ids())) >= context:
             raise UserError(f"this text has {length} tokens and the context holds {context}: write less, or /reset")

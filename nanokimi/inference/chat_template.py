@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.exceptions import SecurityError
@@ -35,6 +34,8 @@ MAX_POWER = 10_000  # bits of a power's result
 _BUDGET = "steps left"  # a template cannot say a name with a space
 
 Role = Literal["system", "user", "assistant"]
+# By the first characters of special tokens, and of marks: the characters that take their places.
+_StandIns = tuple[dict[str, str], dict[str, str]]
 
 
 class Message(TypedDict):
@@ -79,15 +80,12 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, makes too much of them, or one is not Unicode text.
         """
-        stand_ins = self._guard.stand_ins(messages)
-        text = self._render([self._guard.guarded(message, stand_ins) for message in messages])
-        ids: list[int] = []
+        guarded, stand_ins = self._guard.guarded(messages)
+        text = self._render(guarded)
         try:
-            for part, special in self._guard.parts(text, stand_ins):
-                ids += self._tokenizer.encode(part) if special is None else [special]
+            return self._guard.encode(text, stand_ins) or [self._tokenizer.eot_id]
         except UnicodeEncodeError:
             raise UserError("a message is not valid Unicode text: it holds half of a surrogate pair") from None
-        return ids or [self._tokenizer.eot_id]
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = True) -> str:
         """The text that the template makes of ``messages``; ``prompt``: up to where the assistant begins to write."""
@@ -96,46 +94,33 @@ class ChatTemplate:
             "add_generation_prompt": prompt,
             "bos_token": self._tokenizer.bos,
             "eos_token": self._tokenizer.eot,
-            _BUDGET: SimpleNamespace(steps=MAX_STEPS),
+            _BUDGET: iter(range(MAX_STEPS)),
         }
-        left = MAX_TEXT + 4 * sum(len(message["content"]) for message in messages)
-        parts = []
+        most = MAX_TEXT + 4 * sum(len(message["content"]) for message in messages)
+        text = ""
         try:
             for part in self._template.generate(values):
-                parts.append(part)
-                left -= len(part)
-                if left < 0:
+                text += part
+                if len(text) > most:
                     raise SecurityError(f"it writes more than {MAX_TEXT:,} characters")
         except Exception as error:  # a template can raise anything, as any program can
             raise UserError(f"{self.name} cannot be applied to these messages: {_one_line(error)}") from error
-        return "".join(parts)
+        return text
 
     def _end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What ends a reply, found in a talk: what stands between the assistant's text and the user's next one."""
         question, answer, thanks = "Who is there?", "Nobody at all.", "So be it."
-        messages: list[Message] = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": thanks},
-        ]
+        talk: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
-            text = self._render(messages, prompt=False)
+            text = self._render([*talk, {"role": "user", "content": thanks}], prompt=False)
         except UserError:  # a template for one question alone
             text = ""
         between = text.partition(answer)[2].partition(thanks)[0]
-        token = self._guard.first_token(between)
-        if token is not None:
-            return tuple(dict.fromkeys((self._tokenizer.eot_id, token))), ()
+        if token := self._guard.any_token.search(between):
+            return tuple(dict.fromkeys((self._tokenizer.eot_id, self._guard.tokens[token[0]]))), ()
         # A model may join the last space with the word after it.
         end = between.rstrip() or between
         return (self._tokenizer.eot_id,), (end,) if end else ()
-
-
-class _StandIns(NamedTuple):
-    """Stand-ins by the characters that they stand for: the first ones of special tokens, and of marks."""
-
-    special: dict[str, str]
-    marks: dict[str, str]
 
 
 class _Guard:
@@ -143,48 +128,48 @@ class _Guard:
 
     Where a message's text reads like a special token, a stand-in takes the place of its first character while the
     template runs: one character that no message holds, so that a template may trim and split as before. The same goes
-    for tokens that are not special but that the template writes as marks of a turn (DeepSeek-V3 has such), unless the
-    assistant wrote them.
+    for marks, unless the assistant wrote them: tokens that are not special and that the template writes (DeepSeek-V3).
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str) -> None:
-        self._source = source
+        self._tokenizer, self._source = tokenizer, source
         self._special = tokenizer.special_tokens
         self._marks = {t: i for t, i in tokenizer.fixed_tokens.items() if t in source and len(t) > 1}
+        self.tokens = self._special | self._marks
+        self.any_token = re.compile(_any_of(self.tokens))
         self._special_text = re.compile(f"({_any_of(self._special)})")
         self._special_start, self._mark_start = (
             re.compile(f"(?={_any_of(texts)}).", re.DOTALL) for texts in (self._special, self._marks)
         )
 
-    def stand_ins(self, messages: Sequence[Message]) -> _StandIns:
-        """Characters that neither ``messages`` nor the template holds."""
+    def guarded(self, messages: Sequence[Message]) -> tuple[list[Message], _StandIns]:
+        """``messages`` with stand-ins where their text reads like a token: characters that nothing else holds."""
         taken = {*self._source}.union(*(message["content"] for message in messages))
         unused = (chr(code) for code in range(sys.maxunicode, 0, -1) if chr(code) not in taken)
-        return _StandIns(*({first: next(unused) for first in _firsts(texts)} for texts in (self._special, self._marks)))
+        special = {first: next(unused) for first in _firsts(self._special)}
+        marks = {first: next(unused) for first in _firsts(self._marks)}
+        guarded: list[Message] = []
+        for message in messages:
+            content = self._special_start.sub(lambda start: special[start[0]], message["content"])
+            if message["role"] != "assistant":
+                content = self._mark_start.sub(lambda start: marks[start[0]], content)
+            guarded.append({**message, "content": content})
+        return guarded, (special, marks)
 
-    def guarded(self, message: Message, stand_ins: _StandIns) -> Message:
-        """``message`` with stand-ins where its text reads like a token."""
-        content = self._special_start.sub(lambda start: stand_ins.special[start[0]], message["content"])
-        if message["role"] != "assistant":
-            content = self._mark_start.sub(lambda start: stand_ins.marks[start[0]], content)
-        return {**message, "content": content}
-
-    def first_token(self, text: str) -> int | None:
-        """Id of the first special token or mark in ``text``; None if there is none."""
-        known = self._special | self._marks
-        found = re.search(_any_of(known), text)
-        return known[found[0]] if found else None
-
-    def parts(self, text: str, stand_ins: _StandIns) -> Iterator[tuple[str, int | None]]:
-        """``text`` cut at its special tokens, each part with the id if it is one; stand-ins become the text again."""
+    def encode(self, text: str, stand_ins: _StandIns) -> list[int]:
+        """Ids of ``text``, where special tokens are single ids and stand-ins become the text again."""
         restored = {ord(new): first for firsts in stand_ins for first, new in firsts.items()}
         # The tokenizer finds marks in any text: only a cut after the first character keeps it from that.
-        cut = re.compile(f"(?<=[{''.join(stand_ins.marks.values())}])" if stand_ins.marks else NEVER)
+        marks = "".join(stand_ins[1].values())
+        cut = re.compile(f"(?<=[{marks}])" if marks else NEVER)
+        ids: list[int] = []
         for part in self._special_text.split(text):
             if part in self._special:
-                yield part, self._special[part]
+                ids.append(self._special[part])
             else:
-                yield from ((plain.translate(restored), None) for plain in cut.split(part))
+                for plain in cut.split(part):
+                    ids += self._tokenizer.encode(plain.translate(restored))
+        return ids
 
 
 def chat_template_of(tokenizer: Tokenizer, path: str = "") -> ChatTemplate | None:
@@ -232,10 +217,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters |= {"tojson": _to_json, "counted": _counted}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "range": _range}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _spend(__context, 1)
+        _count_step(__context)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -265,25 +250,16 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _spend(context: Context, steps: int) -> None:
-    budget: Any = context.resolve(_BUDGET)
-    budget.steps -= steps
-    if budget.steps < 0:
+def _count_step(context: Context) -> None:
+    if next(context.resolve(_BUDGET), None) is None:
         raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
 
 
 @pass_context
 def _counted(context: Context, values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        _spend(context, 1)
+        _count_step(context)
         yield value
-
-
-@pass_context
-def _range(context: Context, *bounds: int) -> range:
-    numbers = range(*bounds)
-    _spend(context, min(len(numbers), MAX_STEPS + 1))
-    return numbers
 
 
 def _to_json(

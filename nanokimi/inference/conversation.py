@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,21 +41,6 @@ class Talk:
     def mode(self) -> Literal["text", "turns"]:
         """How one talks: a base model continues a text, a chat template makes turns."""
         return "text" if self.template is None else "turns"
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end a reply."""
-        return () if self.template is None else self.template.stop
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a reply."""
-        return (self.tokenizer.eot_id,) if self.template is None else self.template.stop_tokens
-
-    @property
-    def spare(self) -> int:
-        """How many turns may be forgotten: all but the newest."""
-        return max(0, len(self.turns) - 1)
 
     def ids(self) -> list[int]:
         """What the model reads. UserError: it is not Unicode text, or the template refuses it."""
@@ -113,11 +99,12 @@ class Talk:
         """The talk of ``content``. ValueError or TypeError: it is none. UserError: the template refuses it."""
         if self.template is None:
             return replace(self, turns=tuple((turn, None) for turn in _checked_texts(content["turns"])))
-        texts = _checked_texts([message["content"] for message in content["messages"]])
-        roles = [message["role"] for message in content["messages"]]
-        if not isinstance(content["messages"], list) or roles != ["user", "assistant"] * (len(texts) // 2):
+        messages = content["messages"]
+        system, *texts = _checked_texts([content["system"], *(message["content"] for message in messages)])
+        roles = [message["role"] for message in messages]
+        if not isinstance(messages, list) or roles != ["user", "assistant"] * (len(texts) // 2):
             raise ValueError("no list of messages and answers in turn")
-        loaded = replace(self, turns=(), system=_checked_texts([content["system"]])[0])
+        loaded = replace(self, turns=(), system=system)
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             loaded = loaded.asked(question).answered(answer)
         loaded.ids()
@@ -165,17 +152,15 @@ def load_talk(path: Path, current: Talk) -> Talk:
 def _read(path: Path, otherwise: str) -> dict[str, Any]:
     """The JSON of a saved talk; a UserError that ends in ``otherwise`` if the file is something else."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_FILE:
-            raise UserError(f"{path}: {otherwise}")
-        content = json.loads(path.read_bytes())
+        with suppress(ValueError, RecursionError):  # of the JSON, or of a name that no file can have
+            about = path.stat()
+            if stat.S_ISREG(about.st_mode) and about.st_size <= MAX_FILE:
+                content = json.loads(path.read_bytes())
+                if isinstance(content, dict) and content.get("format") == FORMAT:
+                    return content
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): name another file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {otherwise}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: {otherwise}")
-    return content
+    raise UserError(f"{path}: {otherwise}")
 
 
 def _checked_texts(values: Any) -> list[str]:

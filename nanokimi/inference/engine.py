@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nanokimi.data.tokenizer import TextStream, Tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.options import PREFILL_CHUNK, SamplingOptions
 from nanokimi.inference.sampling import Report, draw, log_probabilities
 from nanokimi.model.transformer import Transformer
@@ -81,10 +82,8 @@ class Token(NamedTuple):
     Attributes:
         id: its number in the vocabulary.
         text_offset: characters of the continuation before the first byte of this token.
-        logprob: natural logarithm of its probability as the model sees it, before temperature and filters; None
-            unless it was asked for.
-        likeliest: id and log-probability of the likeliest tokens at this position, best first, as many as were
-            asked for.
+        logprob: natural log of its probability before temperature and filters; None unless it was asked for.
+        likeliest: id and log-probability of as many of the likeliest tokens as were asked for, best first.
     """
 
     id: int
@@ -109,6 +108,9 @@ class TextAssembly:
     Args:
         tokenizer: None for ids without text; every token is settled at once.
         stop: strings that end the text; they are not part of it.
+
+    Attributes:
+        done: nothing more will come.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
@@ -117,7 +119,7 @@ class TextAssembly:
         self._held = ""  # decoded and not taken yet
         self._taken = 0  # characters
         self._tokens: deque[tuple[int, Token]] = deque()  # not taken yet, each with the offset at which its text ends
-        self.ended = False
+        self.done = False
 
     def push(self, token: int, report: Report | None = None) -> bool:
         """Adds a token; True when a stop string is complete, which ends the text."""
@@ -131,56 +133,46 @@ class TextAssembly:
         # cut then does not depend on how the text was split into tokens.
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self._cut(min(found)[1])
-        return self.ended
-
-    def _cut(self, length: int) -> None:
-        self._held = self._held[:length]
-        while self._tokens and self._tokens[-1][1].text_offset >= self._taken + length:
-            self._tokens.pop()
-        self.ended = True
+            self.done = True
+            self._held = self._held[: min(found)[1]]
+            while self._tokens and self._tokens[-1][1].text_offset >= self._taken + len(self._held):
+                self._tokens.pop()
+        return self.done
 
     def take(self) -> TextChunk | None:
-        """Everything that has become settled since the last call, or None; once ``ended``, all there is."""
+        """Everything that has become settled since the last call, or None; once ``done``, all there is."""
         ready = len(self._held)
-        if not self.ended:  # the longest end with which some stop string begins may still become one
+        if not self.done:  # the longest end with which some stop string begins may still become one
             lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
             ready -= max(lengths, default=0)
         text, self._held = self._held[:ready], self._held[ready:]
         self._taken += ready
         tokens = []
-        while self._tokens and (self.ended or self._tokens[0][0] <= self._taken):
+        while self._tokens and (self.done or self._tokens[0][0] <= self._taken):
             tokens.append(self._tokens.popleft()[1])
         return TextChunk(text, tuple(tokens)) if text or tokens else None
 
 
-class Continuation:
+class Continuation(TextAssembly):
     """One sequence on its way through the engine.
 
     Attributes:
         arguments: as submitted.
         result: grows with every step.
-        done: nothing more will come.
         error: why it ended early, if it failed.
     """
 
     def __init__(self, arguments: GenerationArguments, tokenizer: Tokenizer | None, context: int) -> None:
+        super().__init__(tokenizer, arguments.options.stop)
         self.arguments = arguments
         self.result = Result(prompt_tokens=len(arguments.prompt))
-        self.done = False
         self.error: Exception | None = None
-        self.slot: int | None = None
         self.read = 0  # prompt tokens in the cache
         self.last = 0  # the newest token, not in the cache yet
         self.room = min(arguments.options.max_tokens, context - len(arguments.prompt))
         self.random = random.Random(arguments.options.seed)
-        self._text = TextAssembly(tokenizer, arguments.options.stop)
         if self.room == 0:
             self.finish("length")
-
-    def take(self) -> TextChunk | None:
-        """Everything new since the last call, or None."""
-        return self._text.take()
 
     def add(self, token: int, report: Report | None) -> None:
         """Appends the next token, which may be the last."""
@@ -188,7 +180,7 @@ class Continuation:
             return self.finish("stop")
         self.last = token
         self.result.tokens += 1
-        if self._text.push(token, report):
+        if self.push(token, report):
             self.finish("stop")
         elif self.result.tokens == self.room:
             self.finish("length")
@@ -197,7 +189,6 @@ class Continuation:
         """Nothing more comes; the reason is None for a sequence that was cancelled or failed with ``error``."""
         self.done, self.error = True, error
         self.result.finish_reason = reason
-        self._text.ended = True
 
 
 Rows = tuple[list[Continuation], Tensor]  # n sequences and the logits [n, V] after their newest tokens
@@ -251,11 +242,7 @@ class Engine:
         return not self._in_slots and not self._waiting
 
     def submit(self, arguments: GenerationArguments) -> Continuation:
-        """Adds a sequence to the end of the queue.
-
-        Raises:
-            UserError: the prompt is empty, longer than the context or not in the vocabulary.
-        """
+        """Adds a sequence to the end of the queue. UserError: see ``check_prompt``."""
         check_prompt(arguments.prompt, self.max_length, self._vocab_size or self.model.config.vocab_size)
         sequence = Continuation(arguments, self.tokenizer, self.max_length)
         if not sequence.done:
@@ -266,9 +253,9 @@ class Engine:
         """Ends ``sequence`` early; its slot is free at once. Nothing happens to one that is done."""
         if not sequence.done:
             sequence.finish(None)
-            if sequence.slot is None:
+            if sequence in self._waiting:
                 self._waiting.remove(sequence)
-            self._release(sequence)
+            self._free_slots()
 
     def step(self) -> list[Continuation]:
         """Moves every running sequence on; returns those that took part, some of them done.
@@ -277,48 +264,40 @@ class Engine:
         """
         assert not self.model.training, "a model is decoded in evaluation mode"
         started = time.perf_counter()
-        self._admit()
-        active = list(self._in_slots.values())
-        first_tokens = [sequence.result.tokens == 0 for sequence in active]
-        rows = self._prefill([s for s in active if s.read < len(s.arguments.prompt)])
-        rows += self._decode([s for s in active if s.result.tokens])
-        self._draw(rows)
+        for slot in range(self.slots):
+            if self._waiting and slot not in self._in_slots:
+                self._in_slots[slot] = self._waiting.popleft()
+                self._decoder.reset(slot)
+        active = [(sequence, sequence.result.tokens == 0) for sequence in self._in_slots.values()]
+        self._draw(self._prefill() + self._decode())
         elapsed = time.perf_counter() - started
-        for sequence, first in zip(active, first_tokens, strict=True):
+        for sequence, first in active:
             if first:
                 sequence.result.prefill_seconds += elapsed
             else:
                 sequence.result.decode_seconds += elapsed
-            if sequence.done:
-                self._release(sequence)
-        return active
+        self._free_slots()
+        return [sequence for sequence, _ in active]
 
-    def _admit(self) -> None:
-        for slot in range(self.slots):
-            if self._waiting and slot not in self._in_slots:
-                sequence = self._in_slots[slot] = self._waiting.popleft()
-                sequence.slot = slot
-                self._decoder.reset(slot)
+    def _free_slots(self) -> None:
+        self._in_slots = {slot: sequence for slot, sequence in self._in_slots.items() if not sequence.done}
 
-    def _release(self, sequence: Continuation) -> None:
-        if sequence.slot is not None:
-            del self._in_slots[sequence.slot]
-            sequence.slot = None
-
-    def _prefill(self, unread: list[Continuation]) -> list[Rows]:
+    def _prefill(self) -> list[Rows]:
         """Reads up to a chunk of prompts, oldest first; the logits after those that are read to the end.
 
         A chunk is never cut to fit what is left: a sequence's logits would then depend on who else is there.
         """
         rows: list[Rows] = []
         budget = self._prefill_chunk
-        for sequence in unread:
+        for slot, sequence in self._in_slots.items():
             part = sequence.arguments.prompt[sequence.read : sequence.read + self._prefill_chunk]
             if len(part) > budget:
                 break
+            if not part:  # its prompt is read
+                continue
             budget -= len(part)
             try:
-                logits = self._decoder.prefill(_slot(sequence), part)
+                logits = self._decoder.prefill(slot, part)
             except Exception as error:
                 sequence.finish(None, error)
                 continue
@@ -327,18 +306,18 @@ class Engine:
                 rows.append(([sequence], logits[None]))
         return rows
 
-    def _decode(self, sequences: list[Continuation]) -> list[Rows]:
-        """The logits after the newest token of each of ``sequences``."""
-        if not sequences:
+    def _decode(self) -> list[Rows]:
+        """The logits after the newest token of each sequence that has one."""
+        slots = sorted(slot for slot, sequence in self._in_slots.items() if sequence.result.tokens)
+        if not slots:
             return []
-        sequences = sorted(sequences, key=_slot)
+        sequences = [self._in_slots[slot] for slot in slots]
         try:
-            logits = self._decoder.step([_slot(s) for s in sequences], [s.last for s in sequences])
+            return [(sequences, self._decoder.step(slots, [sequence.last for sequence in sequences]))]
         except Exception as error:
             for sequence in sequences:
                 sequence.finish(None, error)
             return []
-        return [(sequences, logits)]
 
     @torch.inference_mode()
     def _draw(self, rows: list[Rows]) -> None:
@@ -356,11 +335,6 @@ class Engine:
                 sequence.add(token, report)
             else:
                 sequence.finish(None, RunError(NOT_FINITE))
-
-
-def _slot(sequence: Continuation) -> int:
-    assert sequence.slot is not None
-    return sequence.slot
 
 
 def check_prompt(prompt: Sequence[int], context: int, vocab_size: int) -> None:

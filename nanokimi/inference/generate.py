@@ -36,7 +36,6 @@ def generate(
     It ends at an end of text, at a stop string (which is left out), after ``max_tokens``, or where the context is full.
 
     Args:
-        stop: one or more strings that end the text.
         decoder: as for ``stream_tokens``.
         options: ``max_tokens`` (100), ``temperature`` (1.0), ``top_p`` (0.9), ``top_k`` (0), ``min_p`` (0.0) and
             ``seed`` (None), see ``SamplingOptions``.
@@ -56,13 +55,7 @@ def generate_tokens(
     decoder: Decoder | None = None,
     **options: Unpack[SamplingKeywords],
 ) -> list[int]:
-    """The ids that follow ``prompt_ids``; a stop token ends them and is left out.
-
-    The options are those of ``generate``.
-
-    Raises:
-        UserError: an option is out of range, or the prompt is empty, longer than the context or not in the vocabulary.
-    """
+    """The ids that follow ``prompt_ids``; a stop token ends them. Options and errors: as ``generate_batch``."""
     return generate_batch(model, [prompt_ids], stop_tokens=stop_tokens, decoder=decoder, **options)[0]
 
 
@@ -96,30 +89,24 @@ def generate_batch(
         raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one for each prompt, or none")
     if not prompts:
         return []
-    jobs = [
-        GenerationArguments(tuple(prompt), dataclasses.replace(shared, seed=seed), tuple(stop_tokens))
+    length = max(_length(prompt, shared) for prompt in prompts)
+    engine = Engine(model, None, slots=min(len(prompts), MOST_SLOTS), max_length=length, decoder=decoder)
+    sequences = [
+        engine.submit(GenerationArguments(tuple(prompt), dataclasses.replace(shared, seed=seed), tuple(stop_tokens)))
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    slots = min(len(jobs), MOST_SLOTS)
-    engine = Engine(model, None, slots=slots, max_length=max(map(_length, jobs)), decoder=decoder)
-    sequences = [engine.submit(job) for job in jobs]
     with evaluating(model):
         while not engine.idle:
             engine.step()
     for sequence in sequences:
         if sequence.error is not None:
             raise sequence.error
-    written = [sequence.take() for sequence in sequences]
-    return [[token.id for token in chunk.tokens] if chunk else [] for chunk in written]
+    chunks = [sequence.take() for sequence in sequences]
+    return [[token.id for token in chunk.tokens] if chunk else [] for chunk in chunks]
 
 
 class Generation(Iterator[Part]):
-    """The parts of a continuation, made as they are asked for, and the ``result`` that grows with them.
-
-    Args:
-        engine: works for ``sequence`` alone.
-        parts: takes from a chunk of text the parts that the caller wants.
-    """
+    """The parts of a continuation, made as they are asked for, and the ``result`` that grows with them."""
 
     def __init__(self, engine: Engine, sequence: Continuation, parts: Callable[[TextChunk], Iterable[Part]]) -> None:
         self._parts = _run(engine, sequence, parts)
@@ -164,7 +151,6 @@ def stream(
     """The continuation as it comes: whole characters, and never a part of a stop string.
 
     Args:
-        prompt: a text or ids.
         stop_tokens: end the continuation and are left out (default: the end of text).
         decoder: as for ``stream_tokens``.
 
@@ -173,9 +159,9 @@ def stream(
     """
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     stops = (tokenizer.eot_id,) if stop_tokens is None else tuple(stop_tokens)
-    arguments = GenerationArguments(tuple(ids), options, stops)
-    engine = Engine(model, tokenizer, max_length=_length(arguments), decoder=decoder)
-    return Generation(engine, engine.submit(arguments), lambda chunk: [chunk.text] if chunk.text else [])
+    engine = Engine(model, tokenizer, max_length=_length(ids, options), decoder=decoder)
+    sequence = engine.submit(GenerationArguments(tuple(ids), options, stops))
+    return Generation(engine, sequence, lambda chunk: [chunk.text] if chunk.text else [])
 
 
 def stream_tokens(
@@ -197,9 +183,10 @@ def stream_tokens(
     Raises:
         UserError: the prompt is empty, longer than the context or not in the vocabulary.
     """
-    arguments = GenerationArguments(tuple(prompt_ids), options, tuple(stop_tokens))
-    engine = Engine(model, None, max_length=_length(arguments), vocab_size=vocab_size, decoder=decoder)
-    return Generation(engine, engine.submit(arguments), lambda chunk: [token.id for token in chunk.tokens])
+    length = _length(prompt_ids, options)
+    engine = Engine(model, None, max_length=length, vocab_size=vocab_size, decoder=decoder)
+    sequence = engine.submit(GenerationArguments(tuple(prompt_ids), options, tuple(stop_tokens)))
+    return Generation(engine, sequence, lambda chunk: [token.id for token in chunk.tokens])
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -225,6 +212,6 @@ def evaluating(model: Transformer) -> Iterator[None]:
         model.train(was_training)
 
 
-def _length(arguments: GenerationArguments) -> int:
+def _length(prompt: Sequence[int], options: SamplingOptions) -> int:
     """Most tokens that the sequence can come to; one for a prompt without tokens, which is refused later."""
-    return max(1, len(arguments.prompt) + arguments.options.max_tokens)
+    return max(1, len(prompt) + options.max_tokens)

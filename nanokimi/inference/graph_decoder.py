@@ -129,21 +129,14 @@ def sparse_mlp(moe: MoE, x: Tensor) -> Tensor:
 
 
 def gathered_experts(experts: Experts, x: Tensor, chosen: Tensor) -> Tensor:
-    """For few tokens: what the experts ``chosen`` ``[n, K]`` make of ``x`` ``[n, D]``; copies out their weights.
-
-    Returns:
-        ``[n, K, D]``.
-    """
+    """``[n, K, D]``: what the experts ``chosen`` ``[n, K]`` make of ``x`` ``[n, D]``; copies out their weights."""
     w1, w2, w3 = (w[chosen] for w in (experts.w1, experts.w2, experts.w3))  # [n, K, F, D], w2 [n, K, D, F]
     hidden = F.silu(torch.einsum("nd,nkfd->nkf", x, w1)) * torch.einsum("nd,nkfd->nkf", x, w3)
     return torch.einsum("nkf,nkdf->nkd", hidden, w2)
 
 
 def all_experts(experts: Experts, x: Tensor, chosen: Tensor) -> Tensor:
-    """The same, where all experts compute and the outputs of the chosen ones are picked.
-
-    While n is small this costs what it costs to read all experts once, as a batch mostly has to.
-    """
+    """The same, where all experts compute and the chosen outputs are picked: costs the reading of all weights once."""
     hidden = F.silu(x @ experts.w1.mT) * (x @ experts.w3.mT)  # [E, n, F]
     out = hidden @ experts.w2.mT  # [E, n, D]
     return out[chosen, torch.arange(len(x), device=x.device)[:, None]]

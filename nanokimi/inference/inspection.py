@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.inference.engine import check_prompt
@@ -50,7 +49,10 @@ def inspect_tokens(
     """
     check_prompt(ids, model.config.max_seq_length, tokenizer.vocab_size)
     device = next(model.parameters()).device
-    with _routings(model) as routings:
+    routings: list[Routing] = []
+    with ExitStack() as hooks:
+        for moe in model.moe_layers():
+            hooks.enter_context(moe.router.register_forward_hook(lambda _, inputs, routing: routings.append(routing)))
         hidden = model.hidden_states(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
     reports: list[Report | None] = [None] if start == 0 else []
@@ -65,19 +67,3 @@ def inspect_tokens(
         experts = tuple(tuple(layer[position]) for layer in chosen)
         views.append(TokenView(ids[position], tokenizer.decode([ids[position]]), logprob, shown, experts))
     return views
-
-
-@contextmanager
-def _routings(model: Transformer) -> Iterator[list[Routing]]:
-    """Collects what the routers decide, layer by layer."""
-    found: list[Routing] = []
-
-    def keep(router: nn.Module, inputs: Any, routing: Routing) -> None:
-        found.append(routing)
-
-    handles = [moe.router.register_forward_hook(keep) for moe in model.moe_layers()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

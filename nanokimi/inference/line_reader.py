@@ -24,28 +24,23 @@ class Line(NamedTuple):
 
 
 def read_input(read_line: ReadLine) -> Line:
-    '''A line, or the lines from one that begins with """ to one that ends in """, or to the end of input.
-
-    Raises:
-        EOFError: there is no more.
-    '''
+    '''A line, or the lines from one that begins with """ to one that ends in """. EOFError: there is no more.'''
     line = read_line("> ")
     if not line.startswith(QUOTES):
         return Line(line, line.startswith("/"))
-    lines = [line.removeprefix(QUOTES)]
+    text = line.removeprefix(QUOTES)
     with contextlib.suppress(EOFError):
-        while not lines[-1].endswith(QUOTES):
-            lines.append(read_line("... "))
-    return Line("\n".join(lines).removesuffix(QUOTES).removeprefix("\n").removesuffix("\n"), False)
+        while not text.endswith(QUOTES):
+            text += "\n" + read_line("... ")
+    return Line(text.removesuffix(QUOTES).removeprefix("\n").removesuffix("\n"), False)
 
 
 @contextmanager
 def line_reader(source: TextIO, commands: Sequence[str] = (), *, keep_history: bool = False) -> Iterator[ReadLine]:
-    """A function that reads from ``source``: on a terminal with editing, the history of earlier talks and completion.
+    """A function that reads from ``source``; on a terminal with editing and completion of ``commands``.
 
     Args:
-        commands: what the tabulator completes.
-        keep_history: read the history of earlier talks, and leave this one's for later ones.
+        keep_history: on a terminal, offer the lines of earlier talks, and keep this one's for later ones.
     """
 
     def plain_line(prompt: str) -> str:

@@ -10,12 +10,13 @@ from ctypes import byref, c_int, c_int64
 import torch
 from torch import Tensor
 
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, Decoder, extended
+from nanokimi.inference.decoder import Decoder, extended
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
 from nanokimi.native.packed_model import Call, PackedModel, padded
 
+PRODUCTS_PER_THREAD = 8_000_000  # multiply-adds: with fewer in a step a thread is not worth waking
 ROWS = 16  # tokens of one prompt that the kernels take at once, however few slots there are
 MUCH = 16 * PRODUCTS_PER_THREAD  # in a step: above, waiting at barriers costs little beside the work between them
 CONTEST = 64  # steps between two tries of the other choice
@@ -41,7 +42,7 @@ class NativeDecoder(Decoder):
 
     Matrices are packed once, in the format ``weights``. In fp32 they stay in the model's own memory where their rows
     are multiples of ``ROW_ALIGNMENT``, and training on would change them. Prompts of more than ``SHORT_PROMPT`` tokens
-    go through the PyTorch model, so its values should be those of the format (``round_weights_``).
+    go through the PyTorch model, so its values should be those of the format (``use_weights_``).
 
     A slot's logits depend on its own tokens alone, to the bit: not on the batch, the slot or the number of threads.
 
@@ -65,17 +66,14 @@ class NativeDecoder(Decoder):
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         self.check_room([slot], len(tokens))
-        read = self._read_short if len(tokens) <= SHORT_PROMPT else self._read_long
-        logits = read(slot, tokens)
-        self.lengths[slot] += len(tokens)
-        return logits
-
-    def _read_short(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """With the kernels; to the bit as if each token were a step of its own."""
-        held = self.lengths[slot]
-        for first in range(0, len(tokens), ROWS):
-            part = tokens[first : first + ROWS]
-            logits = self._run([slot] * len(part), range(held + first, held + first + len(part)), part)
+        if len(tokens) > SHORT_PROMPT:
+            logits = self._read_long(slot, tokens)
+            self.lengths[slot] += len(tokens)
+            return logits
+        for first in range(0, len(tokens), ROWS):  # to the bit as if each token were a step of its own
+            part, held = tokens[first : first + ROWS], self.lengths[slot]
+            logits = self._run([slot] * len(part), range(held, held + len(part)), part)
+            self.lengths[slot] += len(part)
         return logits[-1]
 
     def _read_long(self, slot: int, tokens: Sequence[int]) -> Tensor:
@@ -113,18 +111,15 @@ class NativeDecoder(Decoder):
         addresses = [ctypes.addressof(array) for array in numbers]
 
         def compute(threads: int) -> None:
-            call = Call(n, *addresses, logits.data_ptr(), self._scratch_address(threads))
-            self._library.nanokimi_step(byref(self._packed.structure), byref(call), c_int(threads))
+            structure = byref(self._packed.structure)
+            size = int(self._library.nanokimi_scratch_floats(structure, c_int(threads)))
+            if self._scratch.numel() < size:
+                self._scratch = torch.zeros(size)  # not empty: padding must hold finite numbers
+            call = Call(n, *addresses, logits.data_ptr(), self._scratch.data_ptr())
+            self._library.nanokimi_step(structure, byref(call), c_int(threads))
 
         self._threads.run(n * self._active, compute)
         return logits
-
-    def _scratch_address(self, threads: int) -> int:
-        """Of working memory for so many threads. It starts as zeros: padding must hold finite numbers."""
-        size = int(self._library.nanokimi_scratch_floats(byref(self._packed.structure), c_int(threads)))
-        if self._scratch.numel() < size:
-            self._scratch = torch.zeros(size)
-        return self._scratch.data_ptr()
 
 
 class _Threads:
@@ -145,15 +140,11 @@ class _Threads:
         most = min(self._most, products // PRODUCTS_PER_THREAD)
         if most <= 1 or products > MUCH:
             return compute(max(1, most))
+        self._steps += 1
         size = products.bit_length()
-        threads = self._choice(size, most)
+        one_is_quicker = self._seconds.get((size, 1), 0.0) <= self._seconds.get((size, most), 0.0)
+        threads = 1 if one_is_quicker != (self._steps % CONTEST == 0) else most
         started = time.perf_counter()
         compute(threads)
-        seconds, key = time.perf_counter() - started, (size, threads)
-        self._seconds[key] = 0.75 * self._seconds.get(key, seconds) + 0.25 * seconds
-
-    def _choice(self, size: int, most: int) -> int:
-        self._steps += 1
-        one, all_of_them = (self._seconds.get((size, threads), 0.0) for threads in (1, most))
-        one_is_quicker = one <= all_of_them
-        return 1 if one_is_quicker != (self._steps % CONTEST == 0) else most
+        seconds = time.perf_counter() - started
+        self._seconds[size, threads] = 0.75 * self._seconds.get((size, threads), seconds) + 0.25 * seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -84,29 +83,16 @@ class SamplingOptions:
         Raises:
             UserError: there is no such field, or it does not take this value.
         """
-        types = {f.name: str(f.type) for f in dataclasses.fields(self)}
+        types = {field.name: str(field.type) for field in dataclasses.fields(self)}
         if name not in types:
             raise UserError(f"unknown setting {name!r}{suggest(name, set(types)) or ': choose ' + ', '.join(types)}")
-        parse, expected = _PARSERS[types[name]]
+        value: Any = None
         try:
-            value = parse(text)
+            if name == "stop":  # one text; a line break or tab cannot be typed into a line
+                value = (text.replace(r"\n", "\n").replace(r"\t", "\t"),) if text else ()
+            elif name != "seed" or text not in ("", "none"):
+                value = float(text) if types[name] == "float" else int(text)
         except ValueError:
+            expected = {"float": "a number", "int": "a whole number"}.get(types[name], "a whole number or none")
             raise UserError(f"{name} takes {expected}, got {text!r}") from None
         return dataclasses.replace(self, **{name: value})
-
-
-def _seed(text: str) -> int | None:
-    return None if text in ("", "none") else int(text)
-
-
-def _stop(text: str) -> tuple[str, ...]:
-    """One stop string. A line break or tab cannot be typed into a line, so ``\\n`` and ``\\t`` stand for them."""
-    return (text.replace(r"\n", "\n").replace(r"\t", "\t"),) if text else ()
-
-
-_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "float": (float, "a number"),
-    "int": (int, "a whole number"),
-    "int | None": (_seed, "a whole number or none"),
-    "tuple[str, ...]": (_stop, "a text, or nothing for no stop string"),
-}

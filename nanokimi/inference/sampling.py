@@ -83,7 +83,10 @@ def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor
 
     Only the values are sorted, not their ids. The smallest value that passes then says which tokens do.
     """
-    values = _sorted(scaled)
+    if scaled.device.type == "cpu":  # with numpy, whose vector instructions are twenty times as fast as torch
+        values = torch.from_numpy(-np.sort(-scaled.numpy(), axis=-1))
+    else:
+        values = scaled.sort(dim=-1, descending=True).values
     weights = values.exp().double()
     weights = weights * (torch.arange(weights.shape[-1], device=scaled.device) < top_k)
     sums = weights.cumsum(dim=-1)
@@ -93,10 +96,3 @@ def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor
     equal = scaled == cut
     equals_passing = count - (values > cut).sum(dim=-1, keepdim=True)
     return (scaled > cut) | (equal & (equal.cumsum(dim=-1) <= equals_passing))
-
-
-def _sorted(values: Tensor) -> Tensor:
-    """Each row, largest first. On a CPU numpy does it, with vector instructions: twenty times as fast as torch."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(-np.sort(-values.numpy(), axis=-1))
-    return values.sort(dim=-1, descending=True).values

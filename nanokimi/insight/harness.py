@@ -24,7 +24,8 @@ from nanokimi.config import suggest
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import Decoder, new_decoder
+from nanokimi.inference.decoder import Decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.generate import stream_tokens
 from nanokimi.inference.options import SamplingOptions
 from nanokimi.insight.scoring import Score, Scoring, score_rows

@@ -38,21 +38,11 @@ class Unavailable(Exception):
 
 
 def library() -> ctypes.CDLL:
-    """The compiled decoder; built and stored unless it is there.
-
-    Raises:
-        RunError: it cannot be built here; one line with the reason and the remedy.
-    """
+    """The compiled decoder; built and stored unless it is there. RunError: it cannot be built here, and why."""
     outcome = _outcome()
     if isinstance(outcome, str):
         raise RunError(f"the native decoder cannot be built: {outcome}; or use --decoder eager")
     return outcome
-
-
-def reason_against() -> str | None:
-    """Why ``library`` would fail, or None; builds it if it is not there."""
-    outcome = _outcome()
-    return outcome if isinstance(outcome, str) else None
 
 
 def cache_folder() -> Path:
@@ -110,17 +100,19 @@ def _target(compiler: str, runtime: Path) -> Path:
     digest = hashlib.sha256()
     for source in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")):
         digest.update(source.read_bytes())
-    for part in (*_flags(), compiler, _version(compiler), str(runtime), _processor()):
+    version = _run([compiler, "--version"]).stdout
+    for part in (*_flags(), compiler, version, str(runtime), _processor()):
         digest.update(part.encode() + b"\0")
     return cache_folder() / f"decode-{digest.hexdigest()[:16]}.so"
 
 
-def _version(compiler: str) -> str:
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} does not run ({error}): set CXX to another compiler") from None
-    return done.stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except OSError as error:
+        raise Unavailable(f"{command[0]} does not run ({error}): set CXX to another compiler") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} took longer than {_SECONDS} s: set CXX to another compiler") from None
 
 
 def _processor() -> str:
@@ -136,11 +128,7 @@ def _compile(compiler: str, runtime: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     log(f"compiling the decoder for this machine, once, into {target.parent}: about ten seconds")
     with atomic_path(target) as temporary:  # another process may build at the same time
-        command = [compiler, *_flags(), str(SOURCES / "decode.cpp"), "-o", str(temporary), str(runtime)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise Unavailable(f"{compiler} took longer than {_SECONDS} s: set CXX to another compiler") from None
+        done = _run([compiler, *_flags(), str(SOURCES / "decode.cpp"), "-o", str(temporary), str(runtime)])
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
             said = errors[0].strip() if errors else f"exit code {done.returncode}"
@@ -154,8 +142,6 @@ def _compile(compiler: str, runtime: Path, target: Path) -> None:
 def prefer_huge_pages(tensor: Tensor, *, filled: bool = True) -> bool:
     """Asks Linux to keep the memory of ``tensor`` in large pages, so that the processor looks up fewer addresses.
 
-    Only pages that lie wholly inside the tensor are asked for.
-
     Args:
         filled: move what is there now, which takes as long as a copy the first time. Otherwise a page becomes large
             when it is first written.
@@ -163,6 +149,7 @@ def prefer_huge_pages(tensor: Tensor, *, filled: bool = True) -> bool:
     Returns:
         Whether Linux agreed.
     """
+    # Only pages that lie wholly inside the tensor.
     first = -(-tensor.data_ptr() // _PAGE) * _PAGE
     size = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
     if size <= 0 or not sys.platform.startswith("linux"):

@@ -26,7 +26,7 @@ from nanokimi.console import log
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoder import limit_threads, new_decoder, use_weights_
+from nanokimi.inference.decoding import limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
 from nanokimi.inference.inspection import inspect_tokens
 from nanokimi.interop.loading import load

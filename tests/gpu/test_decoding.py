@@ -8,7 +8,8 @@ from conftest import lively, no_waiting
 
 from nanokimi import generate_batch, generate_tokens
 from nanokimi.config import ModelConfig
-from nanokimi.inference.decoder import EagerDecoder, new_decoder, use_weights_
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import new_decoder, use_weights_
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.model.transformer import Transformer
 

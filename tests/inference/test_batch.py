@@ -10,7 +10,8 @@ import torch
 
 from nanokimi import generate_batch, generate_tokens
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import EagerDecoder, new_decoder
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import build
@@ -86,7 +87,7 @@ def test_the_fixed_steps_of_a_graph_write_the_same_tokens(debug_model: Transform
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_compiled_kernels_continue_every_prompt_as_they_do_alone(debug_model: Transformer, temperature: float) -> None:
-    if reason := build.reason_against():
+    if isinstance(reason := build._outcome(), str):
         pytest.skip(reason)
     seeds = list(range(len(PROMPTS)))
     several, one = (new_decoder(debug_model, kind="native", slots=slots) for slots in (3, 1))

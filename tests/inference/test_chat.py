@@ -13,7 +13,7 @@ from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.chat import COMMANDS, Chat, interactive
 from nanokimi.inference.conversation import Talk
-from nanokimi.inference.decoder import new_decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.options import SamplingOptions
 
 

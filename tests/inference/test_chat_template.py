@@ -68,9 +68,17 @@ PLAIN = """\
 """
 SHAPES = {"chatml": CHATML, "llama3": LLAMA3, "kimi": KIMI, "plain": PLAIN}
 SPECIAL = (
-    "<|im_start|>", "<|im_end|>", "<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>",
-)  # fmt: skip
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_user|>",
+    "<|im_assistant|>",
+    "<|im_system|>",
+    "<|im_middle|>",
+)
 TALK: list[Message] = [
     {"role": "system", "content": "Be brief.\n"},
     {"role": "user", "content": "  Hello, who's there? {{ 7 * 7 }} {% raw %} <b>&amp;</b> 'é日本😀' "},
@@ -258,7 +266,7 @@ def test_end_of_text_after_each_turn_is_a_stop_token_once(tokenizer: Tokenizer) 
         ("{{ [0] * 10 ** 12 }}", "repeats"),
         ("{{ 10 ** 100000 }}", "power"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_cannot_be_is_one_line_with_its_name(tokenizer: Tokenizer, source: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as error:
         ChatTemplate(source, tokenizer, name="FILE.jinja")

@@ -132,8 +132,19 @@ def test_a_message_over_the_context_is_refused_and_the_talk_stays() -> None:
 
 def test_the_system_message_can_be_changed_shown_and_taken_back() -> None:
     model = MarkedModel([END])
-    shown = talk(model, "/system", "/system Be brief.", "/system", "x", "/reset", "/system refused", "y",
-                 "/reset", "/system none", "z")  # fmt: skip
+    shown = talk(
+        model,
+        "/system",
+        "/system Be brief.",
+        "/system",
+        "x",
+        "/reset",
+        "/system refused",
+        "y",
+        "/reset",
+        "/system none",
+        "z",
+    )
     assert shown.count("(system: none)") == 2
     assert shown.count("(system: Be brief.)") == 2
     assert "no such system message" in shown

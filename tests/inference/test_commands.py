@@ -16,7 +16,7 @@ from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.commands import add_generate_arguments, run_generate
-from nanokimi.inference.decoder import new_decoder, round_weights_
+from nanokimi.inference.decoding import new_decoder, use_weights_
 from nanokimi.inference.generate import generate
 from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
@@ -105,11 +105,16 @@ CONTINUES, TALKS = "This is a base model", "This model talks in turns, by "
         (None, ["--chat_template", "FILE"], TALKS + "--chat_template FILE.", "user: hi\nassistant:"),
         ("{{ messages }}", ["--chat-template", "FILE", "--system", "S"], TALKS, "system: S\nuser: hi\nassistant:"),
     ],
-)  # fmt: skip
+)
 def test_a_talk_is_in_turns_where_there_is_a_chat_template(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    own: str | None, flags: list[str], told: str, read: str,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    own: str | None,
+    flags: list[str],
+    told: str,
+    read: str,
+) -> None:
     tokenizer, model = load_tokenizer("byte"), ScriptedModel(b"abc")
     tokenizer.chat_template = own
     monkeypatch.setattr("nanokimi.interop.loading.load", lambda path, device: (model, tokenizer))
@@ -151,13 +156,16 @@ def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", ["eager", "native"])
 @pytest.mark.parametrize("chosen", WEIGHT_FORMATS)
 def test_weights_are_rounded_before_the_text_is_written(
-    debug_model: Transformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    chosen: str, kind: str,
-) -> None:  # fmt: skip
-    if kind == "native" and (reason := build.reason_against()):
+    debug_model: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    chosen: str,
+    kind: str,
+) -> None:
+    if kind == "native" and isinstance(reason := build._outcome(), str):
         pytest.skip(reason)
     rounded = copy.deepcopy(debug_model)
-    round_weights_(rounded, chosen)
+    use_weights_(rounded, chosen)
     decoder = new_decoder(rounded, kind=kind, weights=chosen)
     expected = generate(rounded, load_tokenizer("byte"), "abc", max_tokens=30, temperature=0.0, decoder=decoder)
     flags = ["--prompt", "abc", "--max_tokens", "30", "--weights", chosen, "--decoder", kind]

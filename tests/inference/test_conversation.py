@@ -53,7 +53,6 @@ def test_a_talk_of_the_other_mode_is_refused(tmp_path: Path, mode: str, other: s
 
 def test_the_oldest_turns_leave_and_the_system_message_stays() -> None:
     talk = some_talk("turns").asked("Now")
-    assert talk.spare == 2
     shorter = talk.without(2)
     assert shorter.to_json() == {"system": "Be \x1b[2J brief.", "messages": [{"role": "user", "content": "Now"}]}
     assert some_talk("text").asked("Now").without(2).to_json() == {"turns": ["Now"]}
@@ -87,8 +86,10 @@ def test_a_file_that_is_no_talk_is_neither_overwritten_nor_loaded(tmp_path: Path
         assert "\n" not in str(error.value)
     after = os.lstat(path)
     assert (after.st_ino, after.st_size, stat.S_IFMT(after.st_mode)) == (
-        before.st_ino, before.st_size, stat.S_IFMT(before.st_mode),
-    )  # fmt: skip
+        before.st_ino,
+        before.st_size,
+        stat.S_IFMT(before.st_mode),
+    )
     assert len(list(tmp_path.iterdir())) == 1
 
 

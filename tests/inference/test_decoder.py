@@ -10,15 +10,9 @@ from conftest import lively
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference import decoder as decoders
-from nanokimi.inference.decoder import (
-    Decoder,
-    EagerDecoder,
-    new_decoder,
-    round_weights_,
-    store_parameters_,
-    use_weights_,
-)
+from nanokimi.inference import decoding
+from nanokimi.inference.decoder import Decoder, EagerDecoder
+from nanokimi.inference.decoding import new_decoder, store_parameters_, use_weights_
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.inference.options import WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
@@ -207,17 +201,17 @@ def test_a_large_model_gets_compiled_kernels_unless_it_trains_or_they_cannot_be_
     def fail(model: Transformer, **options: Any) -> None:
         raise RunError("no compiler")
 
-    monkeypatch.setattr("nanokimi.inference.native_decoder.NativeDecoder", Compiled)
-    monkeypatch.setattr(decoders, "WORTH_COMPILING", debug_model.num_parameters())
+    monkeypatch.setattr("nanokimi.inference.decoding.NativeDecoder", Compiled)
+    monkeypatch.setattr(decoding, "WORTH_COMPILING", debug_model.num_parameters())
     assert type(new_decoder(debug_model, slots=3, max_length=9, weights="int8")) is Compiled
     assert made == [{"slots": 3, "max_length": 9, "weights": "int8"}]
     assert type(new_decoder(debug_model.train())) is EagerDecoder
     debug_model.eval()
-    monkeypatch.setattr("nanokimi.inference.native_decoder.NativeDecoder", fail)
+    monkeypatch.setattr("nanokimi.inference.decoding.NativeDecoder", fail)
     assert type(new_decoder(debug_model)) is EagerDecoder
     with pytest.raises(RunError, match="no compiler"):
         new_decoder(debug_model, kind="native")
-    monkeypatch.setattr("nanokimi.inference.native_decoder.supports", lambda model: "it is odd")
+    monkeypatch.setattr("nanokimi.inference.decoding.supports", lambda model: "it is odd")
     assert type(new_decoder(debug_model)) is EagerDecoder
     with pytest.raises(UserError, match=r"--decoder native: it is odd; use --decoder eager"):
         new_decoder(debug_model, kind="native")
@@ -257,9 +251,9 @@ SMALLEST = 2.0**-25  # half of the smallest number of fp16
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_rounding_twice_is_rounding_once(debug_model: Transformer, weight_format: str) -> None:
-    round_weights_(debug_model, weight_format)
+    use_weights_(debug_model, weight_format)
     once = {name: value.clone() for name, value in debug_model.state_dict().items()}
-    round_weights_(debug_model, weight_format)
+    use_weights_(debug_model, weight_format)
     for name, value in debug_model.state_dict().items():
         torch.testing.assert_close(value, once[name], rtol=3e-7, atol=0)
 
@@ -269,7 +263,7 @@ def test_matrices_are_rounded_and_norms_routers_and_the_embedding_are_not(
     debug_model: Transformer, weight_format: str
 ) -> None:
     before = {name: value.clone() for name, value in debug_model.named_parameters()}
-    round_weights_(debug_model, weight_format)
+    use_weights_(debug_model, weight_format)
     same = {name for name, value in debug_model.named_parameters() if torch.equal(value, before[name])}
     assert same == {name for name in before if "norm" in name or "router" in name or name == "embed.weight"}
     for name, value in debug_model.named_parameters():
@@ -283,9 +277,9 @@ def test_a_weight_too_large_for_fp16_is_a_clear_error(debug_model: Transformer) 
     with torch.no_grad():
         debug_model.head.weight[0, 0] = 70000.0
     with pytest.raises(UserError, match=r"--weights fp16: a weight is larger than it can hold; use bf16"):
-        round_weights_(debug_model, "fp16")
+        use_weights_(debug_model, "fp16")
 
 
 def test_an_unknown_format_lists_the_known_ones(debug_model: Transformer) -> None:
     with pytest.raises(UserError, match="--weights int4: choose one of fp32, bf16, fp16, int8"):
-        round_weights_(debug_model, "int4")
+        use_weights_(debug_model, "int4")

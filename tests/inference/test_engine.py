@@ -12,7 +12,8 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.inference.decoder import Decoder, EagerDecoder, new_decoder
+from nanokimi.inference.decoder import Decoder, EagerDecoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.engine import Continuation, Engine, GenerationArguments, TextAssembly, TextChunk, Token
 from nanokimi.inference.generate import generate_tokens
 from nanokimi.inference.options import SamplingOptions
@@ -42,7 +43,7 @@ def run(engine: Engine, *sequences: Continuation) -> list[list[int]]:
 
 def decoders(model: Transformer, slots: int) -> list[Decoder]:
     kinds: list[Decoder] = [EagerDecoder(model, slots=slots)]
-    return kinds if build.reason_against() else [*kinds, new_decoder(model, slots=slots, kind="native")]
+    return kinds if isinstance(build._outcome(), str) else [*kinds, new_decoder(model, slots=slots, kind="native")]
 
 
 def test_a_seeded_sequence_does_not_depend_on_seven_others_that_come_and_go(debug_model: Transformer) -> None:
@@ -256,7 +257,7 @@ def chunks(tokenizer: Tokenizer | None, text: bytes, *stop: str) -> list[TextChu
         found.append(assembly.take())
         if ended:
             break
-    assembly.ended = True
+    assembly.done = True
     return [*found, assembly.take()]
 
 

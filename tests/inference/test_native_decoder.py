@@ -12,8 +12,17 @@ from torch import Tensor
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError
-from nanokimi.inference.decoder import PRODUCTS_PER_THREAD, EagerDecoder, round_weights_
-from nanokimi.inference.native_decoder import CONTEST, MUCH, SHORT_PROMPT, NativeDecoder, _Threads, supports
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import use_weights_
+from nanokimi.inference.native_decoder import (
+    CONTEST,
+    MUCH,
+    PRODUCTS_PER_THREAD,
+    SHORT_PROMPT,
+    NativeDecoder,
+    _Threads,
+    supports,
+)
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import WEIGHT_FORMATS, build
 
@@ -34,14 +43,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "all experts": {"n_activated_experts": 8},
     "one expert": {"n_routed_experts": 1, "n_activated_experts": 1},
     "odd widths": {
-        "dim": 37, "inter_dim": 61, "moe_inter_dim": 7, "kv_lora_rank": 19, "q_lora_rank": 21, "n_heads": 3,
-        "qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 9, "vocab_size": 259,
+        "dim": 37,
+        "inter_dim": 61,
+        "moe_inter_dim": 7,
+        "kv_lora_rank": 19,
+        "q_lora_rank": 21,
+        "n_heads": 3,
+        "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 9,
+        "vocab_size": 259,
     },
     "rotary part only": {"qk_nope_head_dim": 0, "n_heads": 1},
     "many heads": {"n_heads": 15},
     "yarn": {"rope_factor": 4.0, "original_seq_len": 32, "mscale_all_dim": 0.7},
     "eps": {"norm_eps": 1e-2},
-}  # fmt: skip
+}
 
 
 def model_of(**shape: Any) -> Transformer:
@@ -95,7 +112,7 @@ def test_prompts_on_both_sides_of_the_border_have_the_logits_of_the_model(count:
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 def test_packed_weights_compute_what_the_rounded_model_does(weights: str, shape: str) -> None:
     model = model_of(**SHAPES[shape])
-    round_weights_(model, weights)
+    use_weights_(model, weights)
     eager, native = compared(model, weights)
     torch.testing.assert_close(native, eager, rtol=0, atol=TOLERANCE)
 

@@ -83,9 +83,13 @@ def test_each_row_is_drawn_by_its_own_choices_as_it_is_alone() -> None:
     for vocab in (600, 40000):
         rows = torch.randn(6, vocab)
         params = [
-            SamplingOptions(temperature=0.7), SamplingOptions(temperature=0.0), SamplingOptions(top_p=1.0),
-            SamplingOptions(top_k=5, top_p=1.0), SamplingOptions(min_p=0.2), SamplingOptions(top_p=0.0),
-        ]  # fmt: skip
+            SamplingOptions(temperature=0.7),
+            SamplingOptions(temperature=0.0),
+            SamplingOptions(top_p=1.0),
+            SamplingOptions(top_k=5, top_p=1.0),
+            SamplingOptions(min_p=0.2),
+            SamplingOptions(top_p=0.0),
+        ]
         for uniforms in ([0.1] * 6, [0.3, 0.9, 0.5, 0.77, 0.2, 0.6]):
             together = draw(rows, params, uniforms)
             alone = [draw(rows[i : i + 1], [params[i]], [uniforms[i]])[0] for i in range(6)]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nanokimi.config import ModelConfig
 from nanokimi.errors import UserError
-from nanokimi.inference.decoder import EagerDecoder, new_decoder
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import MuonClip

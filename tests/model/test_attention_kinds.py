@@ -17,7 +17,8 @@ from nanokimi import generate_tokens, load
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.errors import ConfigError, UserError
-from nanokimi.inference.decoder import EagerDecoder, new_decoder
+from nanokimi.inference.decoder import EagerDecoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.model.attention import ATTENTIONS, GroupedQuery, apply_rope
 from nanokimi.model.cache import LatentCache
@@ -177,7 +178,7 @@ def test_exports_refuse_in_one_line(text: str, tmp_path: Path, capsys: pytest.Ca
 
 @plain_kinds
 def test_compiled_kernels_leave_it_to_the_reference(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanokimi.inference.decoder.WORTH_COMPILING", 0)
+    monkeypatch.setattr("nanokimi.inference.decoding.WORTH_COMPILING", 0)
     assert type(new_decoder(make(kind))) is EagerDecoder
     with pytest.raises(UserError, match=r"--decoder native: the compiled kernels know mla alone"):
         new_decoder(make(kind), kind="native")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from nanokimi.config import ModelConfig
-from nanokimi.inference.decoder import new_decoder
+from nanokimi.inference.decoding import new_decoder
 from nanokimi.model.cache import LatentCache
 from nanokimi.model.layers import Embedding, Linear
 from nanokimi.model.transformer import Transformer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanokimi.inference.decoder import round_weights_
+from nanokimi.inference.decoding import use_weights_
 from nanokimi.model.transformer import Transformer
 from nanokimi.native import WEIGHT_FORMATS
 from nanokimi.native.build import prefer_huge_pages
@@ -34,7 +34,7 @@ def unpacked(weight: Tensor, weight_format: str) -> Tensor:
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_a_rounded_matrix_is_packed_without_loss(debug_model: Transformer, weight_format: str) -> None:
-    round_weights_(debug_model, weight_format)
+    use_weights_(debug_model, weight_format)
     weight = debug_model.moe_layers()[0].experts.w1
     torch.testing.assert_close(unpacked(weight, weight_format), weight.flatten(0, 1), rtol=3e-7, atol=0)
 

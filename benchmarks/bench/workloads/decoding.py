@@ -16,7 +16,7 @@ from benchmarks.bench.workloads.setup import model_of, random_tokens, seconds, u
 from nanokimi import checkpoint
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.data.tokenizer import load_tokenizer
-from nanokimi.inference.decoder import new_decoder, use_weights_
+from nanokimi.inference.decoding import new_decoder, use_weights_
 from nanokimi.insight.scoring import Scoring, score_text
 from nanokimi.insight.text import choose_text
 from nanokimi.interop.engines import LlamaCpp
