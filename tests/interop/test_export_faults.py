@@ -30,6 +30,7 @@ from stored_models import (
 )
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.files import new_folder, partial_folder
 from nanokimi.interop import commands, gguf_file, hf_writer
@@ -37,7 +38,6 @@ from nanokimi.interop.engines import TEXT
 from nanokimi.interop.hf_reader import INDEX, OWN
 from nanokimi.interop.loading import load, read_model
 from nanokimi.interop.receipt import RECEIPT
-from nanokimi.interop.stored import build
 
 WEIGHTS = "model.safetensors"
 
@@ -322,8 +322,8 @@ def test_a_push_that_cannot_work_is_refused_before_the_export(
     assert nothing_at(target)
 
 
-def test_weights_of_a_folder_that_do_not_fit_are_refused_by_build(folder: Path) -> None:
+def test_weights_of_a_folder_that_do_not_fit_are_refused_by_build_model(folder: Path) -> None:
     stored = read_model(folder)
     weights = dict(stored.weights) | {"norm.weight": torch.ones(31)}
     with pytest.raises(checkpoint.CheckpointError, match=r"norm\.weight is \[31\]"):
-        build(folder, stored.config, weights)
+        build_model(folder, stored.config, weights)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import PRESETS, ModelConfig
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
@@ -23,7 +24,7 @@ from nanokimi.interop.engines import TEXT
 from nanokimi.interop.hf_reader import INDEX, OWN, read_folder
 from nanokimi.interop.hf_writer import tokenizer_files, write_folder
 from nanokimi.interop.huggingface import huggingface_config, model_values
-from nanokimi.interop.stored import StoredModel, build
+from nanokimi.interop.stored import StoredModel
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
 
@@ -77,7 +78,7 @@ def test_a_folder_of_transformers_comes_back_with_the_same_tensors(
     if dtype == torch.float32:
         tokens = torch.randint(0, 257, (2, 96))
         with torch.no_grad():
-            ours = build(tmp_path, stored.config, stored.weights)(tokens)
+            ours = build_model(tmp_path, stored.config, stored.weights)(tokens)
             torch.testing.assert_close(ours, theirs(tokens).logits, rtol=0, atol=2e-5)
 
 

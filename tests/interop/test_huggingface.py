@@ -10,12 +10,13 @@ import torch
 from stored_models import SOFTMAX, stored_model
 from transformers import AutoModelForCausalLM
 
+from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig
 from nanokimi.errors import UserError
 from nanokimi.inference.generate import generate_tokens
 from nanokimi.interop.hf_writer import write_folder
 from nanokimi.interop.huggingface import huggingface_config
-from nanokimi.interop.stored import StoredModel, build
+from nanokimi.interop.stored import StoredModel
 
 # The context that the model has learned is a quarter of the one it has.
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
@@ -56,7 +57,7 @@ def reference_of(model: StoredModel, folder: Path) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     stored = stored_model(**CONFIGS[name])
-    model, reference = build(tmp_path, stored.config, stored.weights), reference_of(stored, tmp_path)
+    model, reference = build_model(tmp_path, stored.config, stored.weights), reference_of(stored, tmp_path)
     expected = "DeepseekV2ForCausalLM" if "softmax" in name else "DeepseekV3ForCausalLM"
     assert type(reference).__name__ == expected
     tokens = torch.randint(0, 257, (2, 120))
