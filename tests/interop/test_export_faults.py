@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     places: list[tuple[Any, str, Callable[..., None]]] = {
         "hf": [(hf_writer, "save_file", full_for_safetensors), (commands, "write_receipt", full)],
         "gguf": [(gguf_file, "_write_tensors", full_for_numpy), (commands, "write_receipt", full)],
-        "import": [(checkpoint, "_write", full)],
+        "import": [(checkpoint.file, "_write", full)],
     }[command]
     for module, name, fault in places:
         with monkeypatch.context() as broken:
