@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from errno import EACCES, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from nanokimi import checkpoint
 from nanokimi.checkpoint.weights import build_model
 from nanokimi.console import log
+from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import RunError, UserError
 from nanokimi.files import is_full_disk, move_into, new_folder, partial_folder, require_writable
@@ -22,11 +23,15 @@ from nanokimi.interop.engines import compare_llamacpp, compare_transformers
 from nanokimi.interop.loading import read_model
 from nanokimi.interop.push import push_folder, require_pushable
 from nanokimi.interop.receipt import RECEIPT, Comparison, NotCompared, write_receipt
+from nanokimi.interop.stored import StoredModel
+from nanokimi.model.transformer import Transformer
 
 # What an engine may differ by before the export is called wrong. In fp32 only the order of sums differs;
 # with fewer bits llama.cpp rounds activations too, which shows in single numbers but hardly in the loss.
 LARGEST_DIFFERENCE = 1e-3
 LARGEST_LOSS_DIFFERENCE = 0.05
+# Errors that another target would not have.
+BAD_PLACE = (EACCES, EPERM, EROFS, ENOENT, ENOTDIR, EISDIR, ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,9 @@ def export_hf(
     hf_writer.require_expressible(stored)
     stored.require_finite()
     stored = stored if options.dtype == "auto" else stored.with_dtype(options.dtype)
-
-    def compare() -> Comparison:
-        return compare_transformers(
-            folder, build_model(options.source, stored.config, stored.weights), stored.tokenizer
-        )
-
     with _target_explained(target), out_of_memory_explained(), new_folder(target) as folder:
         files = hf_writer.write_folder(folder, stored, shard_bytes=shard_bytes)
-        compared = _compared(options, compare, exact=True)
+        compared = _compared(options, compare_transformers, folder, stored)
         write_receipt(folder / RECEIPT, files, target="huggingface", dtype=stored.dtype, compared=compared)
         size = sum(file.stat().st_size for file in files)
     print(f"{target}: {len(files)} files, {size / 1e6:,.1f} MB, {stored.dtype}\n{compared}")
@@ -90,15 +89,10 @@ def export_gguf(options: ExportOptions) -> int:
     if os.path.exists(target):
         raise UserError(f"{target}: exists already: choose another name, or remove it")
     gguf_file.require_expressible(config)
-
-    def compare() -> Comparison:
-        as_in_file = gguf_file.stored_weights(config, stored.weights, dtype)
-        return compare_llamacpp(file, build_model(options.source, config, as_in_file), stored.tokenizer)
-
     with _target_explained(target), out_of_memory_explained(), partial_folder(target) as folder:
         file, receipt = folder / target.name, folder / f"{target.name}.{RECEIPT}"
         gguf_file.write_gguf(file, config, stored.weights, stored.tokenizer, dtype=dtype, name=target.stem)
-        compared = _compared(options, compare, exact=dtype == "f32")
+        compared = _compared(options, compare_llamacpp, file, stored, gguf_dtype=dtype)
         write_receipt(receipt, [file], target="gguf", dtype=dtype, compared=compared)
         move_into(target.parent, receipt, file)  # the receipt first: a file that is there always has one
     print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB, {dtype}\n{compared}")
@@ -129,29 +123,34 @@ def import_hf(folder: Path, output: Path, *, tokenizer: str = "") -> int:
     checkpoint.save(output, content)
     parameters = sum(w.numel() for name, w in stored.weights.items() if not name.endswith(".balance_bias"))
     print(
-        f"{output}: {parameters:,} parameters, {stored.dtype}, a context of "
-        f"{stored.config.max_seq_length:,} tokens\n"
+        f"{output}: {parameters:,} parameters, {stored.dtype}, a context of {stored.config.max_seq_length:,} tokens\n"
         f"Continue a prompt with `nanokimi generate {output}`, train it further with "
         f"`nanokimi train --init_from {output}`."
     )
     return 0
 
 
-def _compared(options: ExportOptions, compare: Callable[[], Comparison], *, exact: bool) -> Comparison | NotCompared:
-    """What the engine found, or why there is no comparison; RunError if it computes something else.
-
-    Args:
-        exact: the engine rounds nothing but the last digit.
-    """
+def _compared(
+    options: ExportOptions,
+    compare: Callable[[Path, Transformer, Tokenizer], Comparison],
+    written: Path,
+    stored: StoredModel,
+    *,
+    gguf_dtype: str = "",
+) -> Comparison | NotCompared:
+    """What an engine found in what was ``written``, or why not; RunError if it computes something else."""
     if not options.compare:
         return NotCompared("not compared with another engine, as asked for")
+    weights = stored.weights
+    if gguf_dtype:
+        weights = gguf_file.stored_weights(stored.config, weights, gguf_dtype)
     try:
-        found = compare()
+        found = compare(written, build_model(options.source, stored.config, weights), stored.tokenizer)
     except NotCompared as reason:
         return reason
     except RunError as error:
         raise RunError(f"{options.target}: not written: {error} (--no_compare writes it all the same)") from error
-    close = not exact or found.max_difference <= LARGEST_DIFFERENCE
+    close = gguf_dtype not in ("", "f32") or found.max_difference <= LARGEST_DIFFERENCE
     if not (close and abs(found.loss - found.loss_there) <= LARGEST_LOSS_DIFFERENCE):
         raise RunError(f"{options.target}: not written, because another engine computes something else ({found})")
     return found
@@ -168,8 +167,7 @@ def _target_explained(target: Path) -> Iterator[None]:
         raise UserError(f"{target}: another process is writing it: choose another name, or wait") from error
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        places = ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
-        if errno.errorcode.get(getattr(error, "errno", None) or 0) in places:
+        if getattr(error, "errno", None) in BAD_PLACE:
             raise UserError(f"{target}: cannot be written ({reason}): choose another place") from error
         if is_full_disk(error):
             reason = "the disk is full: free space"

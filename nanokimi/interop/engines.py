@@ -7,7 +7,7 @@ import json
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -242,14 +242,11 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         return told
 
     def _ask(self, endpoint: str, **question: Any) -> dict[str, Any]:
-        address = urlsplit(self._server.listening_address)
-        connection = http.client.HTTPConnection(str(address.hostname), address.port)
-        try:
+        address = urlsplit(self._server.listening_address).netloc
+        with closing(http.client.HTTPConnection(address)) as connection:
             body = json.dumps(question).encode()
             connection.request("POST", endpoint, body, {"Authorization": f"Bearer {self._key}"})
             answer: dict[str, Any] = json.loads(connection.getresponse().read())
-        finally:
-            connection.close()
         if "error" in answer:
             raise RunError(f"{self.path}: llama.cpp: {answer['error'].get('message', answer['error'])}")
         return answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +29,7 @@ DTYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_BLOCK = 32  # a row of Q8_0 consists of blocks of so many weights
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # the format's types of tokens
 # What llama.cpp has room for; beyond that it ends the whole process.
-MAX_LAYERS, MAX_EXPERTS, MAX_ACTIVATED = 512, 1024, 24
+ROOM = {"n_routed_experts": 1024, "n_activated_experts": 24, "n_layers": 512}
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # llama.cpp does not read the keys for these in this architecture
 
 
@@ -58,14 +59,10 @@ def write_gguf(
         raise UserError(f"dtype {dtype}: GGUF files have one of {', '.join(DTYPES)}")
     require_expressible(config)
     vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
-    with atomic_path(path) as temporary:
-        writer = GGUFWriter(temporary, "deepseek2")
-        try:
-            _add_settings(writer, config, dtype, name)
-            _add_vocabulary(writer, vocabulary, tokenizer)
-            _write_tensors(writer, config, weights, dtype)
-        finally:
-            writer.close()
+    with atomic_path(path) as temporary, closing(GGUFWriter(temporary, "deepseek2")) as writer:
+        _add_settings(writer, config, dtype, name)
+        _add_vocabulary(writer, vocabulary, tokenizer)
+        _write_tensors(writer, config, weights, dtype)
 
 
 def require_expressible(config: ModelConfig) -> None:
@@ -92,13 +89,10 @@ def require_expressible(config: ModelConfig) -> None:
         f"{config.q_lora_rank}": lite and config.q_lora_rank > 0,
         "score_func is softmax with n_limited_groups below n_expert_groups: llama.cpp scores a group by its two best "
         "experts, softmax routing by its best one": grouped and config.score_func == "softmax",
-        f"n_routed_experts is {config.n_routed_experts}: llama.cpp has room for {MAX_EXPERTS}": (
-            config.n_routed_experts > MAX_EXPERTS
-        ),
-        f"n_activated_experts is {config.n_activated_experts}: llama.cpp has room for {MAX_ACTIVATED}": (
-            config.n_activated_experts > MAX_ACTIVATED
-        ),
-        f"n_layers is {config.n_layers}: llama.cpp has room for {MAX_LAYERS}": config.n_layers > MAX_LAYERS,
+        **{
+            f"{name} is {getattr(config, name)}: llama.cpp has room for {room}": getattr(config, name) > room
+            for name, room in ROOM.items()
+        },
         f"beta_fast is {config.beta_fast:g} and beta_slow {config.beta_slow:g}: llama.cpp takes {BETA_FAST:g} and "
         f"{BETA_SLOW:g} whatever the file says": yarn and not torch.equal(frequencies(config), theirs),
         f"original_seq_len is {config.original_seq_len}: llama.cpp stretches contexts otherwise that are so short or "
@@ -109,15 +103,11 @@ def require_expressible(config: ModelConfig) -> None:
             raise UserError(f"{problem}; GGUF cannot express this model: export it to hf instead")
 
 
-# ---- what the file says ----------------------------------------------------------------------------------
-
-
 def _add_settings(writer: GGUFWriter, config: ModelConfig, dtype: str, name: str) -> None:
     from gguf import GGML_QUANT_VERSION, ExpertGatingFuncType, LlamaFileType
 
-    file_type = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[dtype]
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType[file_type])
+    writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_length)
@@ -198,15 +188,13 @@ def stored_weights(config: ModelConfig, weights: Mapping[str, Tensor], dtype: st
             torch.from_numpy(dequantize(_encode(name, part, kind), GGMLQuantizationType[kind]))
             for _, part, kind in _parts(config, name, weight, dtype)
         ]
-        if name.endswith("wkv_b.weight"):
+        stored[name] = _rounded(weight, dtype) if _scale(config, name) != 1 else parts[0]
+        if name.endswith(".wkv_b.weight"):
             stored[name] = torch.cat((parts[0].transpose(1, 2), parts[1]), dim=1).reshape(weight.shape)
-        else:
-            stored[name] = _rounded(weight, dtype) if _scale(config, name) != 1 else parts[0]
     return stored
 
 
 def _write_tensors(writer: GGUFWriter, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> None:
-    """Writes all tensors: first their names, shapes and types, then one after the other what is in them."""
     from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map, quant_shape_to_byte_shape
 
     names = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, config.n_layers)  # by those of transformers
@@ -307,17 +295,16 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
             "it belongs to another model"
         )
     texts = {token_id: text for text, token_id in layout["model"]["vocab"].items()}
-    kinds = dict.fromkeys(texts, NORMAL)
+    types = dict.fromkeys(texts, NORMAL)
     for added in layout["added_tokens"]:
-        texts[added["id"]] = added["content"]
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-        options = [option for option in ("single_word", "lstrip", "rstrip") if added[option] and not added["special"]]
-        if options:
-            problem = f"the option {options[0]} of its token {added['content']!r} is unknown to llama.cpp:"
-            raise _refusal(tokenizer.name, problem)
-    if kinds[tokenizer.eot_id] == USER_DEFINED:
+        token_id, text = added["id"], added["content"]
+        texts[token_id], types[token_id] = text, CONTROL if added["special"] else USER_DEFINED
+        for option in ("single_word", "lstrip", "rstrip"):
+            if added[option] and not added["special"]:
+                raise _refusal(tokenizer.name, f"the option {option} of its token {text!r} is unknown to llama.cpp:")
+    if types[tokenizer.eot_id] == USER_DEFINED:
         raise _refusal(tokenizer.name, f"{tokenizer.eot} ends documents but is not marked as special: mark it, or")
-    kinds[tokenizer.eot_id] = CONTROL
+    types[tokenizer.eot_id] = CONTROL
     taken = set(texts.values())
     for token_id in range(size):
         name = f"[PAD{token_id}]"
@@ -327,7 +314,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in layout["model"]["merges"]]
     # llama.cpp refuses a file without merges. This one never happens: words begin as single characters.
     merges = merges or [f"{tokenizer.eot} {tokenizer.eot}"]
-    return Vocabulary(pre, [texts[i] for i in range(size)], [kinds.get(i, UNUSED) for i in range(size)], merges)
+    return Vocabulary(pre, [texts[i] for i in range(size)], [types.get(i, UNUSED) for i in range(size)], merges)
 
 
 def _splitting_rule(name: str, layout: dict[str, Any]) -> str:

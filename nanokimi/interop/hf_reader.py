@@ -18,7 +18,7 @@ from nanokimi.errors import UserError
 from nanokimi.interop.huggingface import FIELDS, from_huggingface, model_values, to_huggingface
 from nanokimi.interop.receipt import RECEIPT, verify_receipt
 from nanokimi.interop.stored import StoredModel
-from nanokimi.model.transformer import Transformer
+from nanokimi.model.transformer import meta_model
 
 WEIGHTS, INDEX, OWN = "model.safetensors", "model.safetensors.index.json", "nanokimi.json"
 # The fields of ModelConfig that only nanokimi.json holds.
@@ -54,8 +54,7 @@ def read_weights(
     values, notes = model_values(content, str(folder / "config.json"))
     kept, training = _own_values(folder / OWN)
     config = from_dict(ModelConfig, {"tokenizer_name": folder.resolve().name, **kept, **values})
-    with torch.device("meta"):
-        expected = Transformer(config).state_dict()
+    expected = meta_model(config).state_dict()
     if content.get("tie_word_embeddings") and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     notes += _check_weights(folder, tensors, to_huggingface(expected, config), config.n_layers)
@@ -71,10 +70,11 @@ def read_weights(
 def _open_weights(folder: Path) -> tuple[list[str], dict[str, tuple[Any, str]]]:
     """The names of the files that hold weights; and for each tensor its file, open, and its name in it."""
     index = folder / INDEX
-    weight_map = _read_json(index).get("weight_map") if index.is_file() else {"": WEIGHTS}
-    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+    weight_map: Any = _read_json(index).get("weight_map") if index.is_file() else {"": WEIGHTS}
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise UserError(f"{index}: its weight_map is no list of tensors and files: copy it again")
-    files = sorted(set(weight_map.values()))
+    files = sorted(set(names))
     if not (folder / files[0]).is_file() and any(folder.glob("*.bin")):
         raise UserError(
             f"{folder}: its weights are pickles (*.bin), which can run code and are not read: convert them to "
@@ -94,25 +94,18 @@ def _open_weights(folder: Path) -> tuple[list[str], dict[str, tuple[Any, str]]]:
     return files, tensors
 
 
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name != "" and Path(name).name == name
-
-
 def _check_weights(
     folder: Path, tensors: Mapping[str, tuple[Any, str]], expected: Mapping[str, Tensor], n_layers: int
 ) -> list[str]:
-    """Checks names, shapes and types; returns notes on what is left out.
-
-    Args:
-        expected: all that the model needs, by the folder's names.
-
-    Raises:
-        UserError: they do not fit, or are quantised.
-    """
-    left_out = [name for name in tensors if name not in expected and _is_needless(name, n_layers)]
+    """Checks names, shapes and types against ``expected``, by the folder's names; returns notes on what is left out."""
+    left_out: list[str] = []
     found: dict[str, Tensor] = {}
-    for name in tensors.keys() - left_out:
-        file, key = tensors[name]
+    for name, (file, key) in tensors.items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        predicts_further_tokens = layer.isdecimal() and int(layer) >= n_layers
+        if name not in expected and (predicts_further_tokens or name.endswith("rotary_emb.inv_freq")):
+            left_out.append(name)
+            continue
         part = file.get_slice(key)
         if part.get_dtype() not in ("F32", "F16", "BF16"):
             raise UserError(
@@ -124,12 +117,6 @@ def _check_weights(
     names = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
     note = f"left out, for the model works without (layers for further tokens, old tables): {names}"
     return [note] if left_out else []
-
-
-def _is_needless(name: str, n_layers: int) -> bool:
-    """Whether it is a table of an old folder, or of the layers after the last, which predict further tokens."""
-    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-    return name.endswith("rotary_emb.inv_freq") or (layer.isdecimal() and int(layer) >= n_layers)
 
 
 def _own_values(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,13 +153,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         folder = path.parent
-        if folder.is_dir():
-            raise UserError(f"{path}: no such file: name a folder in Hugging Face format") from None
-        if folder.exists():
-            raise UserError(f"{folder} is a file: name a folder in Hugging Face format") from None
-        raise UserError(
-            f"{folder}: no such folder: for a model of the hub, `hf download OWNER/NAME --local-dir {folder}` first"
-        ) from None
+        problem = f"{path}: no such file" if folder.is_dir() else f"{folder} is a file"
+        remedy = "name a folder in Hugging Face format"
+        if not folder.exists():
+            problem = f"{folder}: no such folder"
+            remedy = f"for a model of the hub, `hf download OWNER/NAME --local-dir {folder}` first"
+        raise UserError(f"{problem}: {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}): copy it again") from error
     if not isinstance(content, dict):

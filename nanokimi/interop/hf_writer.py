@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from nanokimi.interop.hf_reader import INDEX, OWN, WEIGHTS
 from nanokimi.interop.huggingface import ARCHITECTURES, huggingface_config, to_huggingface
 from nanokimi.interop.receipt import RECEIPT
 from nanokimi.interop.stored import StoredModel
-from nanokimi.model.transformer import Transformer
+from nanokimi.model.transformer import meta_model
 
 SHARD_BYTES = 5_000_000_000
 
@@ -39,8 +38,7 @@ def write_folder(folder: Path, model: StoredModel, *, shard_bytes: int = SHARD_B
     """
     require_expressible(model)
     model = model.with_shared_expert()
-    config, eot = model.config, model.tokenizer.eot_id
-    dtype = str(model.weights["head.weight"].dtype).removeprefix("torch.")
+    config, eot, dtype = model.config, model.tokenizer.eot_id, _dtype(model.weights)
     special = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eot, "pad_token_id": eot}
     texts = {
         "config.json": _json({**huggingface_config(config), **special, "torch_dtype": dtype}),
@@ -58,8 +56,8 @@ def save_model(target: Path, config: ModelConfig, weights: Mapping[str, Tensor])
     Raises:
         UserError: as for ``write_folder``, or ``target`` exists.
     """
-    dtype = str(weights["head.weight"].dtype).removeprefix("torch.")
-    texts = {"config.json": _json({**huggingface_config(config), "torch_dtype": dtype}), OWN: _own(config, {})}
+    fields = {**huggingface_config(config), "torch_dtype": _dtype(weights)}
+    texts = {"config.json": _json(fields), OWN: _own(config, {})}
     try:
         with new_folder(target) as folder:
             _write_texts(folder, texts)
@@ -114,40 +112,43 @@ def _write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
 
 def _write_weights(folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], shard_bytes: int) -> list[Path]:
     renamed = to_huggingface(weights, config)
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in renamed.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
+            shards.append({})
             size = 0
-        shards[-1].append(name)
+        shards[-1][name] = tensor
         size += tensor.nbytes
     files: list[Path] = []
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        whole = {name: renamed[name].detach().contiguous().clone() for name in names}  # experts share one storage
-        save_file(whole, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod((folder / "config.json").stat().st_mode)  # not for the owner alone
-        files.append(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) == 1:
-        return files
-    total = sum(tensor.nbytes for tensor in renamed.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return [*files, *_write_texts(folder, {INDEX: _json(index)})]
+    for number, shard in enumerate(shards, 1):
+        file = folder / (WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
+        own_memory = {name: tensor.detach().contiguous().clone() for name, tensor in shard.items()}  # experts share one
+        save_file(own_memory, file, metadata={"format": "pt"})
+        file.chmod((folder / "config.json").stat().st_mode)  # not for the owner alone
+        files.append(file)
+        weight_map |= dict.fromkeys(shard, file.name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in renamed.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files += _write_texts(folder, {INDEX: _json(index)})
+    return files
+
+
+def _dtype(weights: Mapping[str, Tensor]) -> str:
+    return str(weights["head.weight"].dtype).removeprefix("torch.")
 
 
 def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-# ---- the model card -------------------------------------------------------------------------------------
-
-
 def model_card(model: StoredModel, dtype: str) -> str:
     """``README.md`` of the exported folder, with the front matter that the hub reads."""
-    model_type, architecture = ARCHITECTURES[model.config.score_func]
+    config, network = model.config, meta_model(model.config)
+    model_type, architecture = ARCHITECTURES[config.score_func]
+    experts = f"{config.n_routed_experts} / {config.n_activated_experts} / {config.n_shared_experts}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -163,7 +164,16 @@ tags:
 A base language model, trained to continue text. Its architecture is `{architecture}`: Multi-head Latent
 Attention and a sparse Mixture of Experts.
 
-{_table(_shape(model.config, dtype))}
+| | |
+|---|---|
+| parameters | {network.num_parameters():,} |
+| active per token | {network.num_parameters(active=True):,} |
+| layers (dense) | {config.n_layers} ({config.n_dense_layers}) |
+| width, heads | {config.dim}, {config.n_heads} |
+| experts: routed / active / shared | {experts} |
+| context | {config.max_seq_length:,} tokens |
+| vocabulary | {config.vocab_size:,} |
+| weights | {dtype} |
 
 ## Training
 
@@ -185,38 +195,20 @@ and what an independent engine computed from them.
 """
 
 
-def _shape(config: ModelConfig, dtype: str) -> dict[str, str]:
-    with torch.device("meta"):
-        network = Transformer(config)
-    experts = (config.n_routed_experts, config.n_activated_experts, config.n_shared_experts)
-    return {
-        "parameters": f"{network.num_parameters():,}",
-        "active per token": f"{network.num_parameters(active=True):,}",
-        "layers (dense)": f"{config.n_layers} ({config.n_dense_layers})",
-        "width, heads": f"{config.dim}, {config.n_heads}",
-        "experts: routed / active / shared": " / ".join(map(str, experts)),
-        "context": f"{config.max_seq_length:,} tokens",
-        "vocabulary": f"{config.vocab_size:,}",
-        "weights": dtype,
-    }
-
-
 def _training(figures: Mapping[str, Any]) -> str:
     if figures.get("imported"):
         return "The weights were imported; how they were trained is not known here."
     if not figures:
         return "How this model was trained is not recorded."
-    words = {"train_ce_loss": "training loss, nats per token", "val_loss": "held-out loss, nats per token"}
-    words |= {"val_bits_per_byte": "held-out bits per byte"}
-    rows = {words.get(name, name.replace("_", " ")): _shown(value) for name, value in figures.items()}
-    return "With MuonClip (Muon, AdamW and per-head QK-Clip).\n\n" + _table(rows)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}" if value > 9999 else str(value)
-    return f"{value:.4g}" if isinstance(value, float) else f"`{value}`"
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    words = {
+        "train_ce_loss": "training loss, nats per token",
+        "val_loss": "held-out loss, nats per token",
+        "val_bits_per_byte": "held-out bits per byte",
+    }
+    lines = ["With MuonClip (Muon, AdamW and per-head QK-Clip).", "", "| | |", "|---|---|"]
+    for name, value in figures.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else f"`{value}`"
+        if isinstance(value, int):
+            shown = f"{value:,}" if value > 9999 else str(value)
+        lines.append(f"| {words.get(name, name.replace('_', ' '))} | {shown} |")
+    return "\n".join(lines)

@@ -11,35 +11,30 @@ from torch import Tensor
 from nanokimi.config import ModelConfig
 from nanokimi.errors import ConfigError, UserError
 
-# Ours -> theirs, after "layers.i." and "model.layers.i.".
-LAYER_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wq_a.weight": "self_attn.q_a_proj.weight",
-    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
-    "attention.wq_b.weight": "self_attn.q_b_proj.weight",
-    "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "mlp.w1.weight": "mlp.gate_proj.weight",
-    "mlp.w2.weight": "mlp.down_proj.weight",
-    "mlp.w3.weight": "mlp.up_proj.weight",
-    "mlp.router.weight": "mlp.gate.weight",
-    "mlp.router.balance_bias": "mlp.gate.e_score_correction_bias",
-    "mlp.shared.w1.weight": "mlp.shared_experts.gate_proj.weight",
-    "mlp.shared.w2.weight": "mlp.shared_experts.down_proj.weight",
-    "mlp.shared.w3.weight": "mlp.shared_experts.up_proj.weight",
+# Parts of the dotted names of weights: ours -> theirs.
+NAMES = {
+    "layers": "model.layers",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention": "self_attn",
+    "wq": "q_proj",
+    "wq_a": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "wq_b": "q_b_proj",
+    "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "wkv_b": "kv_b_proj",
+    "wo": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "router": "gate",
+    "balance_bias": "e_score_correction_bias",
+    "shared": "shared_experts",
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
 }
-TOP_NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-
-
 # Ours -> theirs, where both mean the same by the same number.
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -74,8 +69,8 @@ YARN_FIELDS = {
     "mscale_all_dim": "mscale_all_dim",
 }
 # What a field means that is not there, the same in every engine. The others must be there: engines differ in them.
-DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
-YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+YARN_DEFAULTS: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 # What our network has in one way only: every other value is a feature that it lacks.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True}
 ARCHITECTURES = {
@@ -85,19 +80,13 @@ ARCHITECTURES = {
 SCORE_FUNCS = {"deepseek_v3": "sigmoid", "kimi_k2": "sigmoid", "deepseek_v2": "softmax"}
 
 
-# ---- weights ----------------------------------------------------------------------------------------
-
-
 def their_names(name: str, n_experts: int) -> list[str]:
     """What our tensor ``name`` is called on disk; a stack of experts is one tensor per expert there."""
-    if name in TOP_NAMES:
-        return [TOP_NAMES[name]]
-    _, layer, inner = name.split(".", 2)
-    prefix = f"model.layers.{layer}."
-    if inner.startswith("mlp.experts."):
-        part = EXPERT_NAMES[inner.removeprefix("mlp.experts.")]
-        return [f"{prefix}mlp.experts.{expert}.{part}.weight" for expert in range(n_experts)]
-    return [prefix + LAYER_NAMES[inner]]
+    theirs = ".".join(NAMES.get(part, part) for part in name.split("."))
+    if ".experts." not in name:
+        return [theirs]
+    before, part = theirs.rsplit(".", 1)
+    return [f"{before}.{expert}.{part}.weight" for expert in range(n_experts)]
 
 
 def to_huggingface(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -109,8 +98,8 @@ def to_huggingface(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     for name, tensor in weights.items():
         if name.endswith(".balance_bias") and config.score_func == "softmax":
             continue
-        theirs = their_names(name, config.n_routed_experts)
-        renamed |= zip(theirs, tensor.unbind(), strict=True) if ".experts." in name else {theirs[0]: tensor}
+        parts = tensor.unbind() if ".experts." in name else (tensor,)
+        renamed |= zip(their_names(name, config.n_routed_experts), parts, strict=True)
     return renamed
 
 
@@ -128,9 +117,6 @@ def from_huggingface(
     return renamed
 
 
-# ---- config.json, ours to theirs --------------------------------------------------------------------
-
-
 def huggingface_config(config: ModelConfig) -> dict[str, Any]:
     """``config.json`` of the same model; every field that other engines read is explicit.
 
@@ -141,20 +127,19 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
         raise UserError(
             f"attention is {config.attention}: transformers' DeepSeek models have mla alone, so it cannot be exported"
         )
-    if config.score_func == "softmax" and config.norm_topk_prob:
-        raise UserError(
-            "norm_topk_prob with score_func softmax: transformers' DeepseekV2ForCausalLM does not normalise gate "
-            "values, so this model cannot be exported; train with norm_topk_prob=false, or with sigmoid scores"
-        )
-    model_type, architecture = ARCHITECTURES[config.score_func]
     topk_method = "noaux_tc"
     if config.score_func == "softmax":
         topk_method = "greedy" if config.n_expert_groups == config.n_limited_groups else "group_limited_greedy"
-    values = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+        if config.norm_topk_prob:
+            raise UserError(
+                "norm_topk_prob with score_func softmax: transformers' DeepseekV2ForCausalLM does not normalise gate "
+                "values, so this model cannot be exported; train with norm_topk_prob=false, or with sigmoid scores"
+            )
+    model_type, architecture = ARCHITECTURES[config.score_func]
     return {
         "architectures": [architecture],
         "model_type": model_type,
-        **values,
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "q_lora_rank": config.q_lora_rank or None,  # transformers asks whether it is None
         "num_key_value_heads": config.n_heads,
         "scoring_func": config.score_func,
@@ -169,20 +154,14 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
 
 def _rope(config: ModelConfig) -> dict[str, Any]:
     """Positions in the old spelling and in the new one: each engine reads but one of them."""
-    spelled: dict[str, Any] = {
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-    }
+    plain = {"rope_type": "default", "rope_theta": config.rope_theta}
     yarn = {"rope_type": "yarn", **{theirs: getattr(config, ours) for ours, theirs in YARN_FIELDS.items()}}
+    spelled = {"rope_theta": config.rope_theta, "rope_parameters": plain | yarn if config.rope_factor > 1 else plain}
     if config.rope_factor > 1:
-        spelled["rope_parameters"] |= yarn
         spelled["rope_scaling"] = {"type": "yarn", **yarn}
     elif config.score_func == "softmax":  # mlx-lm cannot do without it in a deepseek_v2: stretched by 1
         spelled["rope_scaling"] = {"type": "yarn", **yarn, "original_max_position_embeddings": config.max_seq_length}
     return spelled
-
-
-# ---- config.json, theirs to ours --------------------------------------------------------------------
 
 
 def model_values(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
@@ -195,18 +174,18 @@ def model_values(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
         UserError: another architecture, missing fields, features that our network lacks; all of them are listed.
     """
     model_type = content.get("model_type")
-    if model_type not in SCORE_FUNCS:
+    score_func = SCORE_FUNCS.get(str(model_type))
+    if score_func is None:
         raise UserError(
             f"{where}: model_type {model_type!r} is another architecture: only {', '.join(SCORE_FUNCS)} can be imported"
         )
-    score_func = SCORE_FUNCS[str(model_type)]
     said = {name: value for name, value in content.items() if value is not None}
     if "q_lora_rank" in content:
         said.setdefault("q_lora_rank", 0)
     greedy = score_func == "softmax" and said.get("topk_method", "greedy") == "greedy"
     if greedy and (said.get("n_group") is None or said.get("n_group") != said.get("topk_group")):
         said |= {"n_group": 1, "topk_group": 1}
-    values, missing = _translated(said, FIELDS, DEFAULTS)
+    values, missing = _translated(DEFAULTS | said, FIELDS)
     rope, rope_problems = _rope_values(said)
     if problems := missing + rope_problems + _features_we_lack(said, score_func):
         raise UserError(f"{where}: this model does not fit: {'; '.join(problems)}")
@@ -220,13 +199,10 @@ def model_values(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any]
     return values, [tied] if said.get("tie_word_embeddings") else []
 
 
-def _translated(
-    said: Mapping[str, Any], names: Mapping[str, str], defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def _translated(said: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Their values under our names, and which are missing."""
-    known = {**defaults, **said}
-    values = {ours: known[theirs] for ours, theirs in names.items() if theirs in known}
-    return values, [f"lacks {theirs}" for theirs in names.values() if theirs not in known]
+    values = {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
+    return values, [f"lacks {theirs}" for theirs in names.values() if theirs not in said]
 
 
 def _features_we_lack(said: Mapping[str, Any], score_func: str) -> list[str]:
@@ -248,11 +224,11 @@ def _features_we_lack(said: Mapping[str, Any], score_func: str) -> list[str]:
 
 def _rope_values(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Our fields of the positions, and what is wrong with theirs."""
-    parts = [said.get(name, {}) for name in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
+    parameters, scaling = said.get("rope_parameters", {}), said.get("rope_scaling", {})
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         return {}, ["rope_scaling is no JSON object"]
-    given = parts[1] | parts[0]  # transformers prefers the old spelling
-    rope = {name: value for name, value in given.items() if value is not None}
+    given = parameters | scaling  # transformers prefers the old spelling
+    rope = YARN_DEFAULTS | {name: value for name, value in given.items() if value is not None}
     theta = rope.get("rope_theta", said.get("rope_theta"))
     if theta is None:
         return {}, ["lacks rope_theta"]
@@ -262,7 +238,7 @@ def _rope_values(said: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if kind != "yarn":
         return {}, [f"rope_scaling is of type {kind!r}, not 'yarn'"]
     rope.setdefault("original_max_position_embeddings", said.get("max_position_embeddings"))
-    values, problems = _translated(rope, YARN_FIELDS, YARN_DEFAULTS)
+    values, problems = _translated(rope, YARN_FIELDS)
     fixed = {"attention_factor": None, "truncate": True}
     problems += [f"has {name} {rope[name]!r}" for name, usual in fixed.items() if rope.get(name, usual) != usual]
     return {"rope_theta": theta, **values}, [f"rope_scaling {problem}" for problem in problems]

@@ -1,7 +1,4 @@
-"""Reads models: checkpoints, whole or sharded, folders in Hugging Face format, and repositories of the hub.
-
-What one of these formats needs is imported only when it is read.
-"""
+"""Reads models: checkpoints, whole or sharded, folders in Hugging Face format, and repositories of the hub."""
 
 from __future__ import annotations
 
@@ -13,28 +10,19 @@ from typing import Any
 import torch
 
 from nanokimi import checkpoint
+from nanokimi.checkpoint import shards
 from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import Tokenizer, hub_problem
 from nanokimi.errors import UserError
+from nanokimi.interop.hf_reader import read_folder, read_weights
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 
 # Settings of a run that the reader of a model card wants to know, and that hold no path.
-SETTINGS = [
-    "dataset",
-    "hf_repo_name",
-    "hf_config",
-    "batch_size",
-    "gradient_accumulation",
-    "learning_rate",
-    "adam_lr",
-    "momentum",
-    "weight_decay",
-    "schedule",
-    "qk_clip_tau",
-    "seed",
-]
+TEXT_SETTINGS = ("dataset", "hf_repo_name", "hf_config")
+STEP_SETTINGS = ("batch_size", "gradient_accumulation", "learning_rate", "adam_lr", "momentum", "weight_decay")
+SETTINGS = (*TEXT_SETTINGS, *STEP_SETTINGS, "schedule", "qk_clip_tau", "seed")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer]:
@@ -61,8 +49,6 @@ def load_pretrained(name: str | Path, device: str | torch.device = "cpu") -> Tra
         path = _download(str(name))
     if not _is_huggingface(path):
         return load(path, device)[0]
-    from nanokimi.interop.hf_reader import read_weights
-
     config, weights, _, _ = read_weights(path)
     return build_model(path, config, weights, device)
 
@@ -75,12 +61,10 @@ def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
     """
     path = Path(path)
     if _is_huggingface(path):
-        from nanokimi.interop.hf_reader import read_folder
-
         return read_folder(path, tokenizer=tokenizer)
     if path.suffix == ".gguf":
         raise UserError(f"{path}: GGUF files are for other programs: name the checkpoint that it was made from")
-    content = _read_shards(path) if path.is_dir() and _is_sharded(path) else checkpoint.read(path)
+    content = _read_shards(path) if shards.is_sharded(path) else checkpoint.read(path)
     checkpoint.require(path, content, "model_config", "model", "tokenizer")
     return StoredModel(
         from_dict(ModelConfig, content["model_config"]),
@@ -92,19 +76,11 @@ def read_model(path: str | Path, *, tokenizer: str = "") -> StoredModel:
 
 def _is_huggingface(path: Path) -> bool:
     described = (path / "config.json").exists() or any(path.glob("*.safetensors"))
-    return path.is_dir() and described and not _is_sharded(path)
-
-
-def _is_sharded(path: Path) -> bool:
-    from nanokimi.checkpoint import shards
-
-    return shards.is_sharded(path)
+    return path.is_dir() and described and not shards.is_sharded(path)
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
     """What a checkpoint file of the same run would hold, except for the optimizer state."""
-    from nanokimi.checkpoint import shards
-
     shards.verify(path)
     names = [name for name in shards.shapes(path) if name.startswith("model.")]
     found = shards.read_tensors(path, names)

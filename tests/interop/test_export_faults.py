@@ -322,7 +322,7 @@ def test_a_push_that_cannot_work_is_refused_before_the_export(
     assert nothing_at(target)
 
 
-def test_weights_of_a_folder_that_do_not_fit_are_refused_by_build(folder: Path) -> None:
+def test_weights_of_a_folder_that_do_not_fit_are_refused_by_build_model(folder: Path) -> None:
     stored = read_model(folder)
     weights = dict(stored.weights) | {"norm.weight": torch.ones(31)}
     with pytest.raises(checkpoint.CheckpointError, match=r"norm\.weight is \[31\]"):
