@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 
 from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenRow
-from nanokimi.data.documents import short_hash
+from nanokimi.data.documents import Text, is_blank, short_hash, wrong_share
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
 from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments, cache_home
-from nanokimi.data.split import Text, is_blank, wrong_share
 from nanokimi.data.stream import StreamLoader
-from nanokimi.data.token_file import TokenFile, TokenFileError
-from nanokimi.data.token_set import TokenSet, can_go_on, write_token_set
+from nanokimi.data.token_files import TokenFile, TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
 from nanokimi.files import disk_errors_explained

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from nanokimi import console
 from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short_hash
-from nanokimi.data.formats import pick_text_column, pieces_of_row
+from nanokimi.data.formats import column_types, parquet_batches, pick_text_column, pieces_of_row
 from nanokimi.data.local import cache_home
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
@@ -231,7 +231,7 @@ def _choose_column(stream: Any, wanted: str, repo: str) -> str:
     """The column of text; where no types are declared, by those of the first row."""
     features = stream.features
     schema = features.arrow_schema if features else next(iter(stream.with_format("arrow").iter(1))).schema
-    types = {field.name: str(field.type).removeprefix("large_") for field in schema}
+    types = column_types(schema)
     column = pick_text_column(types, wanted, repo)
     if types[column] != "string":
         strings = ", ".join(name for name, kind in types.items() if kind == "string") or "none"
@@ -247,14 +247,9 @@ def _from_row(path: str, column: str, row: int) -> Generator[str | None, None, i
 
     with HfFileSystem(block_size=_PARQUET_BLOCK_BYTES).open(path) as raw:
         file = ParquetFile(raw, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
-        sizes, first = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)], 0
-        while first < len(sizes) and row >= sizes[first]:
-            row, first = row - sizes[first], first + 1
-        for batch in file.iter_batches(_ROWS, row_groups=range(first, len(sizes)), columns=[column]):
-            if row < batch.num_rows:
-                yield from batch.column(0).slice(row).cast(pa.large_string()).to_pylist()
-            row = max(0, row - batch.num_rows)
-    return row
+        for _, texts in parquet_batches(file, column, row, _ROWS):
+            yield from texts.cast(pa.large_string()).to_pylist()
+    return max(0, row - int(file.metadata.num_rows))
 
 
 # ---- a sample that is kept -----------------------------------------------------------------------

@@ -12,12 +12,11 @@ from typing import Any
 from nanokimi.config import TrainConfig
 from nanokimi.data.batch import TokenRow
 from nanokimi.data.corpus import BPE_CHARACTERS, TRAINING, CachedText, Corpus, Log, StreamedText, TrainData
-from nanokimi.data.documents import short_hash
+from nanokimi.data.documents import Text, short_hash
 from nanokimi.data.formats import Format
 from nanokimi.data.hub import FINEWEB, FINEWEB_CONFIG, HubDocuments, fetch_sample
 from nanokimi.data.loader import MixLoader
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.split import Text
 from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from nanokimi.errors import UserError

@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenRow
 from nanokimi.data.corpus import Corpus
-from nanokimi.data.documents import short_hash
-from nanokimi.data.split import ENOUGH_DOCUMENTS, in_share, wrong_share
-from nanokimi.data.token_file import MAGIC, TokenFile
-from nanokimi.data.token_set import MANIFEST, TOKENIZER, TokenSet
+from nanokimi.data.documents import ENOUGH_DOCUMENTS, in_share, short_hash, wrong_share
+from nanokimi.data.token_files import MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
 from nanokimi.errors import UserError
 

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from nanokimi.config import TrainConfig, field_names
 from nanokimi.data.batch import TokenRow
-from nanokimi.data.documents import START, Advance, Piece
+from nanokimi.data.documents import START, Advance, Piece, Text, is_blank, settled
 from nanokimi.data.sources import parse_mix, text_of, with_sample
-from nanokimi.data.split import Text, is_blank, settled
 from nanokimi.data.tokenbin import TokenBin, find_token_files
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError

@@ -44,7 +44,7 @@ class Answer(ABC):
         self.worker, self.job, self._body = worker, worker.submit(requests), body
         self.prompt_tokens = sum(len(request.prompt) for request in requests[:: body.n or 1])
         self._tokens = 0
-        self._bytes_of = served.tokenizer.piece
+        self._bytes_of = served.tokenizer.token_bytes
         self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
         self._chunk = {**self._head, "object": self.chunk_kind}
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
