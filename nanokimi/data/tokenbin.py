@@ -19,6 +19,7 @@ from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenRow
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.documents import ENOUGH_DOCUMENTS, in_share, short_hash, wrong_share
+from nanokimi.data.local import split_path
 from nanokimi.data.token_files import MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
 from nanokimi.errors import UserError
@@ -38,8 +39,7 @@ class TokenBin:
     fewer than 100, the end of the row. With a share of 0 nothing is, and ``val*`` files are left alone.
 
     Args:
-        path: as the user gave it; several with commas between them.
-        val_path: held-out token files; "" for the rule above.
+        path, val_path: as the user gave them; "" as ``val_path`` for the rule above.
         fraction: the share.
     """
 
@@ -102,15 +102,14 @@ def find_token_files(path: str, flag: str) -> list[Path]:
         UserError: there are none.
     """
     files: list[Path] = []
-    for item in [path] if os.path.lexists(path) else [item.strip() for item in path.split(",")]:
+    for item in split_path(path):
         if os.path.isdir(item):
-            found = sorted(Path(item).glob("*.bin"))
-            if not found:
-                raise UserError(f"{flag} {item} is a directory without .bin files: make them with `nanokimi prepare`")
+            found, missing = sorted(Path(item).glob("*.bin")), " is a directory without .bin files: make them"
         else:
-            found = sorted(map(Path, glob.glob(item))) if not os.path.lexists(item) else [Path(item)]
-            if not found:
-                raise UserError(f"{flag} {item}: no such file: check the path, or make it with `nanokimi prepare`")
+            found = [Path(item)] if os.path.lexists(item) else sorted(map(Path, glob.glob(item)))
+            missing = ": no such file: check the path, or make it"
+        if not found:
+            raise UserError(f"{flag} {item}{missing} with `nanokimi prepare`")
         files += found
     return files
 
@@ -123,9 +122,7 @@ def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, To
     """
     arrays = [file.tokens for file in files]
     everything = TokenRow(arrays)
-    if not fraction:
-        return everything, None, ""
-    if sum(len(file.document_ends) for file in files) < ENOUGH_DOCUMENTS:
+    if sum(file.n_documents for file in files) < ENOUGH_DOCUMENTS or not fraction:
         cut = len(everything) - int(len(everything) * fraction)
         if cut == len(everything):
             return everything, None, ""
@@ -139,19 +136,20 @@ def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, To
 def _runs(files: list[TokenFile], fraction: float) -> tuple[list[list[int]], list[list[int]]]:
     """Stretches of documents that are kept, and of those that are held out: file, first token and end of each."""
     runs: tuple[list[list[int]], list[list[int]]] = [], []
-    open_side: bool | None = None  # of a document that goes on in the next file
+    goes_on: bool | None = None  # whether a document that the file before left open is held out
     for number, file in enumerate(files):
-        is_open = not len(file.document_ends) or file.document_ends[-1] != len(file.tokens)
+        ends = [int(end) for end in file.document_ends]
+        is_open = not ends or ends[-1] != file.n_tokens
         start = 0
-        for end in map(int, [*file.document_ends, len(file.tokens)] if is_open else file.document_ends):
+        for end in [*ends, file.n_tokens] if is_open else ends:
             beginning = file.tokens[start : min(end, start + HASHED_TOKENS)].astype("<u4").tobytes()
-            held_out = in_share(beginning, fraction) if open_side is None else open_side
-            last = runs[held_out][-1] if runs[held_out] else None
-            if last and (last[0], last[2]) == (number, start):
-                last[2] = end
+            held_out = in_share(beginning, fraction) if goes_on is None else goes_on
+            side = runs[held_out]
+            if side and (side[-1][0], side[-1][2]) == (number, start):
+                side[-1][2] = end
             else:
-                runs[held_out].append([number, start, end])
-            start, open_side = end, held_out if is_open and end == len(file.tokens) else None
+                side.append([number, start, end])
+            start, goes_on = end, held_out if is_open and end == file.n_tokens else None
     return runs
 
 
@@ -219,14 +217,14 @@ def _open_plain(path: Path, tokenizer: Tokenizer) -> TokenFile:
 
 
 def _require_known(path: Path, block: NDArray[Any], begin: int, tokenizer: Tokenizer) -> None:
-    if int(block.max()) >= tokenizer.vocab_size:
-        at = int(np.argmax(block >= tokenizer.vocab_size))
-        short = (
-            f', or, if it is of uint16, say {{"dtype": "uint16"}} in {path.name}.json' if block.itemsize == 4 else ""
-        )
+    unknown = np.flatnonzero(block >= tokenizer.vocab_size)
+    if len(unknown):
+        at = int(unknown[0])
+        short = f', or, if it is of uint16, say {{"dtype": "uint16"}} in {path.name}.json'
         raise UserError(
             f"{path}: token {int(block[at])} at position {begin + at} is beyond the {tokenizer.vocab_size} entries of "
-            f"{tokenizer.name}: name the tokenizer that made the file with --set tokenizer_name=...{short}"
+            f"{tokenizer.name}: name the tokenizer that made the file with --set tokenizer_name=..."
+            f"{short if block.itemsize == 4 else ''}"
         )
 
 
