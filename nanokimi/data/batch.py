@@ -90,11 +90,7 @@ class TokenRow:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens ``start`` to ``stop`` of the row.
-
-        Raises:
-            RunError: a file was truncated since it was opened.
-        """
+        """Tokens ``start`` to ``stop`` of the row; RunError if a file was truncated since it was opened."""
         tokens = np.empty(stop - start, np.int64)
         self.read_into(tokens, start)
         return tokens
@@ -140,15 +136,11 @@ class PackedSequences:
     """A row of N tokens cut into sequences of ``length`` inputs and their labels.
 
     Sequence i is ``row[i T : (i + 1) T + 1]``: neighbours overlap by one token, so that every token but the first is
-    predicted exactly once and only the last remainder is dropped. Documents follow one another with an end-of-text
-    token between them.
+    predicted exactly once and only the last remainder is dropped.
 
     Args:
-        tokens: a row, or one array.
+        tokens: a row, or one array; UserError if that is not enough for one sequence.
         length: T, the model's context.
-
-    Raises:
-        UserError: there are not enough tokens for one sequence.
     """
 
     def __init__(self, tokens: TokenRow | NDArray[Any], length: int) -> None:

@@ -38,34 +38,22 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainData:
-    """What is trained on.
+    """What is trained on."""
 
-    Attributes:
-        identity: hash of the tokens and of what they are read from: positions are valid while it is the same.
-        loader: makes batches of it; UserError if it is too short for one.
-        tokens: None when they are not known before training.
-    """
-
-    identity: str
-    loader: Callable[[LoaderOptions], Loader]
-    tokens: TokenRow | None = None
+    identity: str  # hash of the tokens and of what they are read from: positions are valid while it is the same
+    loader: Callable[[LoaderOptions], Loader]  # makes batches of it; UserError if it is too short for one
+    tokens: TokenRow | None = None  # None when they are not known before training
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on and tokens held out.
-
-    Attributes:
-        val: None when nothing is held out.
-        summary: one line with documents, tokens and bytes of each split.
-        revision: commit of the hub's data set that is read; empty when there is none, or more than one source.
-    """
+    """Tokens to train on and tokens held out."""
 
     tokenizer: Tokenizer
     train: TrainData
-    val: TokenRow | None
-    summary: str
-    revision: str = ""
+    val: TokenRow | None  # None when nothing is held out
+    summary: str  # one line with documents, tokens and bytes of each split
+    revision: str = ""  # commit of the hub's data set that is read; empty when there is none, or more than one source
 
     @classmethod
     def of_tokens(
@@ -96,11 +84,7 @@ def describe(n_documents: int, n_tokens: int, n_bytes: int) -> str:
 
 
 class StreamedText:
-    """A text of any size in bounded memory.
-
-    Args:
-        val_tokens: held-out tokens that are kept for evaluations; 0 keeps ``MOST_HELD_OUT_TOKENS``.
-    """
+    """A text of any size in bounded memory; ``val_tokens`` of it (0: a million) are held out for evaluations."""
 
     def __init__(self, text: Text, val_tokens: int = 0) -> None:
         self.text, self.val_tokens = text, val_tokens or MOST_HELD_OUT_TOKENS
@@ -149,10 +133,8 @@ def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[Token
 class CachedText:
     """A text whose tokens are made on the first run and found again on the next.
 
-    What is kept is named after a hash of all that it depends on, so that nothing in it is ever out of date.
-
-    Args:
-        text: of local files; the cache is beside them, or in the user's cache where that cannot be written.
+    What is kept is named after a hash of all that it depends on, so that nothing in it is ever out of date. It lies
+    beside the local files of ``text``, or in the user's cache where that cannot be written.
     """
 
     def __init__(self, text: Text) -> None:

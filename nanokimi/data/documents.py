@@ -137,17 +137,11 @@ def cut_position(window: bytes) -> int:
 
 @dataclass(frozen=True)
 class HoldOutRule:
-    """What is held out: documents by their hash, or everything from one place on.
+    """What is held out: documents by their hash, or everything from ``cut`` on."""
 
-    Attributes:
-        fraction: share of the documents.
-        cut: part, cursor of a piece and characters in it from which on all is held out.
-        about: the rule in words, for the summary; empty when nothing is held out.
-    """
-
-    fraction: float = 0.0
-    cut: tuple[int, Cursor, int] | None = None
-    about: str = ""
+    fraction: float = 0.0  # of the documents
+    cut: tuple[int, Cursor, int] | None = None  # part, cursor of a piece, characters in it
+    about: str = ""  # the rule in words, for the summary
 
 
 @dataclass(frozen=True)
@@ -191,11 +185,7 @@ class Text:
 
     @cached_property
     def rule(self) -> HoldOutRule:
-        """What of ``documents`` is held out; to know it, the text is looked at.
-
-        Raises:
-            UserError: there is no text, or it cannot be read, or one of the two splits would be empty.
-        """
+        """What of ``documents`` is held out, found out by looking at the text; UserError if a split would be empty."""
         rule = self._find_rule(self.documents, self.flag, 0.0 if self.val else self.fraction)
         if self.val is not None:
             self._find_rule(self.val, "--val_path", 0.0)
@@ -317,10 +307,7 @@ def settled(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def divide(pieces: Iterable[Piece], part: int, rule: HoldOutRule) -> Iterator[tuple[bool, Piece]]:
-    """The pieces of ``part``, and for each whether it is held out.
-
-    ``pieces`` may begin inside a document: then that is one to train on.
-    """
+    """The pieces of ``part``, and whether each is held out; a document that they begin inside of is not."""
     held_out = False
     for piece in settled(pieces):
         if rule.cut is not None:

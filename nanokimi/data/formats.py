@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,15 +42,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Format:
-    """How files are read.
+    """How files are read."""
 
-    Attributes:
-        text_column: field of JSON lines and Parquet that holds the text; "" finds it.
-        errors: ``strict``, or ``replace`` for bytes that are not UTF-8.
-    """
-
-    text_column: str = ""
-    errors: str = "strict"
+    text_column: str = ""  # of JSON lines and Parquet; "" finds it
+    errors: str = "strict"  # or "replace": for bytes that are not UTF-8
 
     def read(self, span: Span, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
         """The pieces of ``span`` from ``start`` on; ``advance`` counts bytes on disk.
@@ -76,11 +71,8 @@ class Format:
             yield from self._text_pieces(file, data, start, starts_line, str(span.path))
 
     def _text_pieces(self, file: _File, data: bytes, cursor: Cursor, starts_line: bool, name: str) -> Iterator[Piece]:
-        """Cuts ``data``, which begins at ``cursor``, and what follows in ``file``.
-
-        A window of bytes is looked at: enough for the longest piece and the separator after it.
-        """
-        window, at, ended = documents.PIECE_BYTES + SEPARATOR_BYTES, 0, False
+        """Cuts ``data``, which begins at ``cursor``, and what follows in ``file``."""
+        window, at, ended = documents.PIECE_BYTES + SEPARATOR_BYTES, 0, False  # a longest piece and its separator
         while True:
             if not ended and len(data) - at <= window:  # a byte more tells whether anything comes after the window
                 more = file.read(max(BLOCK_BYTES, window + 1))
@@ -241,21 +233,20 @@ def is_compressed(path: Path) -> bool:
 class _File:
     """What a file holds, up to a byte; tells how far the file on disk is read."""
 
-    def __init__(self, raw: IO[bytes], stream: IO[bytes], left: int | None, advance: Advance) -> None:
+    def __init__(self, raw: IO[bytes], stream: IO[bytes], left: int, advance: Advance) -> None:
         self._raw, self._stream, self._left, self._advance = raw, stream, left, advance
         self._told = raw.tell()
 
     def read(self, count: int) -> bytes:
         """The next ``count`` bytes, fewer at the end."""
-        return self._taken(self._stream.read(count if self._left is None else min(count, self._left)))
+        return self._taken(self._stream.read(min(count, self._left)))
 
     def readline(self, limit: int) -> bytes:
         """The next line with its end, or ``limit`` bytes of it; empty at the end."""
-        return self._taken(self._stream.readline(limit if self._left is None else min(limit, self._left)))
+        return self._taken(self._stream.readline(min(limit, self._left)))
 
     def _taken(self, data: bytes) -> bytes:
-        if self._left is not None:
-            self._left -= len(data)
+        self._left -= len(data)
         now = self._raw.tell()
         self._advance(now - self._told)
         self._told = now
@@ -276,7 +267,7 @@ def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterat
             stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec), BLOCK_BYTES)
             for position in range(0, start, BLOCK_BYTES):
                 stream.read(min(BLOCK_BYTES, start - position))
-        yield _File(raw, stream, None if end is None else max(0, end - start), advance)
+        yield _File(raw, stream, sys.maxsize if end is None else max(0, end - start), advance)
 
 
 @contextmanager
@@ -287,6 +278,7 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
             yield file
         return
     with TemporaryFile() as file, _opened(path, 0, None, ignore) as source:
-        shutil.copyfileobj(source, file, BLOCK_BYTES)
+        while block := source.read(BLOCK_BYTES):
+            file.write(block)
         file.seek(0)
         yield file

@@ -59,11 +59,14 @@ class LoaderOptions:
 
 
 class Loader(Protocol):
-    """Batches without end, and a position in the data that can be saved: what training sees of any source."""
+    """Batches without end, and a position in the data that can be saved: what training sees of any source.
+
+    Attributes:
+        warnings: what was met in the data that the user should hear of, and how often.
+    """
 
     @property
-    def warnings(self) -> Counter[str]:
-        """What was met in the data that the user should hear of, and how often."""
+    def warnings(self) -> Counter[str]: ...
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""
@@ -106,7 +109,6 @@ class BatchLoader:
     Attributes:
         sequences: n sequences of T tokens.
         samples: k, sequences handed out so far to all ranks (those merely read ahead do not count).
-        warnings: none: tokens were looked at when they were made.
 
     Raises:
         UserError: there are fewer sequences than the batches of all ranks hold.
@@ -117,7 +119,7 @@ class BatchLoader:
         if len(self.sequences) < options.batch_size * options.world_size:
             raise UserError(too_few(options.batch_size, len(self.sequences), options.length, options.world_size))
         self.samples = 0
-        self.warnings: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()  # tokens were looked at when they were made
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on; RunError if a worker died or hangs, or a file was truncated."""
@@ -127,14 +129,11 @@ class BatchLoader:
             yield self.options.batch(torch.from_numpy(rows))
 
     def _indices(self) -> Iterator[list[int]]:
-        """The sequences of this rank's batches, without end.
-
-        The batches of all ranks are cut from one order. This runs ahead of ``samples`` where workers do.
-        """
+        """The sequences of this rank's batches, without end; this runs ahead of ``samples`` where workers do."""
         n, size = len(self.sequences), self.options.batch_size
         first = size * self.options.rank
         epoch, position = divmod(self.samples, n)
-        joint: list[int] = []
+        joint: list[int] = []  # the batches of all ranks
         while True:
             for index in permutation(self.options.seed, epoch, n)[position:]:
                 joint.append(int(index))
@@ -162,7 +161,7 @@ class MixLoader:
 
     Of the sources that have given less than their share, the next sequence comes from the one that would first lack a
     whole sequence. So after k sequences each has given its weight times k, less than one more or less, on every rank
-    (Baruah et al. 1996, Proportionate progress): shares without chance need no state but counts.
+    (Baruah et al. 1996, Proportionate progress).
 
     Args:
         sources: by name the weight, above 0, and what makes the source's loader.
@@ -243,17 +242,14 @@ def too_few(batch_size: int, n_sequences: int, length: int, world_size: int = 1)
 def read_ahead(read: Callable[[Asked], Answer], wanted: Iterable[Asked], num_workers: int) -> Iterator[Answer]:
     """``read(item)`` for each item that is ``wanted``, in their order; item i is read by worker i modulo their number.
 
-    Workers may be done in any order; torch's DataLoader hands their answers out in the order of the items. It keeps
-    two items per worker on their way: enough to hide a slow one, and few enough for memory, and for the items that
-    are read twice when a run is stopped and goes on.
+    Two items per worker are on their way: enough to hide a slow one, and few enough for memory, and for the items that
+    are read twice when a run is stopped and goes on. With ``num_workers`` 0 this process reads.
 
     Args:
         read: gives arrays; each worker has a copy of it, as it was at the start.
-        num_workers: processes that read ahead; 0 reads in this one.
 
     Raises:
-        RunError: a worker died or hangs.
-        UserError, RunError: as ``read`` raises them.
+        RunError: a worker died or hangs; UserError and RunError also as ``read`` raises them.
     """
     try:
         for answer in DataLoader(

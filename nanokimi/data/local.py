@@ -100,11 +100,7 @@ def cache_home() -> Path:
 
 
 def find_files(path: str, flag: str) -> list[Path]:
-    """The files that ``path`` means, each once, in the order of their names within each of its items.
-
-    Raises:
-        UserError: missing, empty or unreadable; the message names ``flag``.
-    """
+    """The files that ``path`` means, each once, in the order of their names within each of its items."""
     return list(dict.fromkeys(file for item in split_path(path) for file in _files_of(item, flag)))
 
 

@@ -36,15 +36,12 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 def prepare_tokens(
     train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, log: Log
 ) -> str:
-    """Tokenises what ``nanokimi train`` would read with the same settings; killed, it goes on when called again.
+    """Tokenises what ``nanokimi train`` would read with the same settings, and returns a summary; killed, it goes on.
 
     Args:
         train, model: settings by field name.
         output: folder to make; ``--dataset tokenbin --data_path`` takes it.
         shard_tokens: begin another file after about so many.
-
-    Returns:
-        a summary of a few lines.
 
     Raises:
         UserError: a setting or the data cannot be used, ``output`` holds something else.
@@ -91,11 +88,7 @@ def _bytes_in(folder: Path) -> int:
 
 @contextmanager
 def _own(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it until this one ends.
-
-    Raises:
-        UserError: it cannot be written, another process writes there, or it holds what no token set holds.
-    """
+    """Makes the folder and keeps other processes out; UserError if it is in use or holds what no token set holds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -126,11 +119,9 @@ def _require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def prepare_stdlib(output: str | Path = "data/train.txt", *, library: str | Path | None = None) -> str:
-    """Writes the library to ``output``, one document per source file or topic; returns a line that says what.
+    """Writes the sources of Python's standard ``library`` and its language reference as one text.
 
-    Args:
-        output: text file to make; replaced once the new one is complete.
-        library: folder of the library; None takes that of the Python which runs this.
+    Each source file or topic is a document. Returns a line that says what was written.
 
     Raises:
         UserError: there are no sources in the folder, or ``output`` is a folder.

@@ -116,11 +116,7 @@ def _source(config: TrainConfig, log: Log) -> Source:
 
 
 def text_of(config: TrainConfig, log: Log, *, split_up: bool = False) -> Text:
-    """The documents that ``config`` names, local ones or those of the hub, and what is held out.
-
-    Args:
-        split_up: in parts that can be read apart, and looked at only as far as needed.
-    """
+    """The documents that ``config`` names, local or of the hub, and what is held out; ``split_up``: in parts."""
     form = Format(config.text_column, config.encoding_errors)
     val = LocalDocuments(config.val_path, "--val_path", form) if config.val_path else None
     fraction = 0.0 if val else config.val_fraction
@@ -179,11 +175,8 @@ def choose_tokenizer(sources: Sequence[Source], name: str, *, named: bool) -> To
 def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *, val_fraction: float = 0.05) -> str:
     """Trains a byte-level BPE on local text and writes its ``tokenizer.json``; returns a line that says what.
 
-    The share of the text that training holds out by default is not looked at here either.
-
-    Raises:
-        UserError: the text or the size cannot be used.
-        RunError: ``output`` cannot be written.
+    The share of the text that training holds out by default is not looked at here either. UserError if the text or the
+    size cannot be used, RunError if ``output`` cannot be written.
     """
     output = Path(output)
     text = Text(LocalDocuments(path, "FILE"), None, val_fraction, "FILE")

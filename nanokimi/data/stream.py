@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,8 +57,7 @@ class Chunk(NamedTuple):
     """What a lane makes at a time.
 
     Attributes:
-        lane: which one.
-        epoch: the one that it reads next: of those before it there is nothing more.
+        epoch: the one that the lane reads next: of those before it there is nothing more.
         sequences: ``[n, T + 1]`` int32 ids (they stay below 2^31).
         positions: ``[n, 6]``, for each sequence the ``Position`` of the next one.
         n_tokens: tokens read, whether or not they filled a sequence.
@@ -262,13 +262,15 @@ class StreamLoader:
     def _in_turn(self) -> Iterator[Sequence | None]:
         """The sequences of all lanes in turn, and None where an epoch is over.
 
-        The state of the loader moves with each sequence that is handed out, never with what workers made ahead: so a
-        saved position does not depend on them.
+        The loader's state moves with each sequence that is handed out, never with what workers made ahead.
         """
         if self._epoch_over:
             yield None
         reader = replace(self.reader, positions=dict(self._positions))
-        chunks = read_ahead(reader.chunk, self._wanted_chunks(), self.num_workers)
+        wanted = (
+            (lane, self.epoch) for lane in cycle(self._lanes)
+        )  # a chunk of an epoch that its lane has ended is empty
+        chunks = read_ahead(reader.chunk, wanted, self.num_workers)
         queues: dict[int, deque[tuple[Sequence, NDArray[np.int64]]]] = {lane: deque() for lane in self._lanes}
         reached = dict.fromkeys(self._lanes, 0)  # the epoch up to which all sequences are in the queue, or were
         from_start = all(position == Position() for position in self._positions.values())
@@ -299,12 +301,6 @@ class StreamLoader:
                 from_start = False
                 yield None
 
-    def _wanted_chunks(self) -> Iterator[tuple[int, int]]:
-        """Lane after lane. A chunk that is asked for ahead may be of an epoch that its lane has ended: it is empty."""
-        while True:
-            for lane in self._lanes:
-                yield lane, self.epoch
-
     def _require_enough(self, n_sequences: int, n_tokens: int) -> None:
         if n_tokens <= self.options.length:
             raise UserError(too_short(self.options.length, n_tokens))
@@ -327,11 +323,7 @@ class StreamLoader:
         return {**self._order(), "ranks": [own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position.
-
-        On as many ranks as before the rest of the run is the same to the bit; on another number of them no sequence is
-        lost or repeated.
-        """
+        """Goes to a saved position: on as many ranks to the bit, on others so that no sequence is lost or repeated."""
         require_same_order(state, self._order())
         ranks, rank, world_size = state["ranks"], self.options.rank, self.options.world_size
         own = ranks[rank] if len(ranks) == world_size else _dealt_out(ranks, rank, world_size)

@@ -96,11 +96,7 @@ class TokenBin:
 
 
 def find_token_files(path: str, flag: str) -> list[Path]:
-    """The files that ``path`` means: a file, the ``.bin`` files of a folder, a pattern, or several with commas.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The files that ``path`` means: a file, the ``.bin`` files of a folder, a pattern, or several with commas."""
     files: list[Path] = []
     for item in split_path(path):
         if os.path.isdir(item):
@@ -115,11 +111,7 @@ def find_token_files(path: str, flag: str) -> list[Path]:
 
 
 def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
-    """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids.
-
-    Raises:
-        UserError: one of the two splits would be empty.
-    """
+    """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids."""
     arrays = [file.tokens for file in files]
     everything = TokenRow(arrays)
     if sum(file.n_documents for file in files) < ENOUGH_DOCUMENTS or not fraction:

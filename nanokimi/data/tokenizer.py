@@ -67,7 +67,10 @@ class Tokenizer:
         self.name, self._inner = name, inner
         self._vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        self.eot = _find_eot(self._vocabulary, name) if eot is None else eot
+        usual = (token for token in (END_OF_TEXT, *_OTHER_ENDS) if token in self._vocabulary)
+        self.eot = eot or next(usual, "")
+        if not self.eot:
+            raise UserError(f"tokenizer {name}: has no end-of-text token such as {END_OF_TEXT}: use {_ALTERNATIVES}")
         self.eot_id = self._vocabulary[self.eot]
         self.bos = self.eot if bos is None else bos
         self.bos_id = self._vocabulary.get(self.bos, self.eot_id)
@@ -75,6 +78,7 @@ class Tokenizer:
         added: dict[int, AddedToken] = inner.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special or i == self.eot_id}
         self.special_tokens = {added[i].content: i for i in added if i in special}
+        self._special_bytes = {i: text.encode() for text, i in self.special_tokens.items()}
         self.fixed_tokens = {added[i].content: i for i in added if i not in special}
         layout = json.loads(inner.to_str())
         self.fingerprint = hashlib.sha256(json.dumps([layout, self.eot], sort_keys=True).encode()).hexdigest()
@@ -86,11 +90,7 @@ class Tokenizer:
             raise UserError(f"tokenizer {name}: text cannot be restored from its tokens: use {_ALTERNATIVES}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, nothing added; special tokens written in it are plain text.
-
-        Raises:
-            UnicodeEncodeError: ``text`` holds lone surrogates and so is not Unicode.
-        """
+        """Ids of ``text``, nothing added; special tokens in it are plain text. UnicodeEncodeError: lone surrogates."""
         data = text.encode()
         if self._is_bytes:
             return list(data)
@@ -124,10 +124,6 @@ class Tokenizer:
             if token not in self.special_tokens:
                 table[token_id] = token.encode() if token in self.fixed_tokens else bytes_of(token)
         return table
-
-    @cached_property
-    def _special_bytes(self) -> dict[int, bytes]:
-        return {token: text.encode() for text, token in self.special_tokens.items()}
 
     @cached_property
     def _byte_counts(self) -> Tensor:
@@ -174,13 +170,10 @@ class TextStream:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, name: str = "") -> Tokenizer:
-    """A byte-level BPE of ``vocab_size`` entries, ``<|endoftext|>`` included as the last one.
+    """A byte-level BPE with GPT-2's splitting rule; the same texts give the same tokenizer.
 
-    The splitting rule is GPT-2's. Deterministic: the same texts give the same tokenizer. A text with too few
-    repetitions gives fewer entries; compare ``vocab_size``.
-
-    Raises:
-        UserError: ``vocab_size`` has no room for the 256 bytes and the end of text.
+    It has ``vocab_size`` entries, ``<|endoftext|>`` the last of them; fewer where the texts repeat too little.
+    UserError if that has no room for the 256 bytes and the end of text.
     """
     if vocab_size < 257:
         raise UserError(f"tokenizer_name bpe:{vocab_size}: needs at least 257 entries: 256 bytes and {END_OF_TEXT}")
@@ -202,8 +195,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         UserError: nothing usable under that name; the message names the alternatives.
     """
-    if name == "byte":
-        return _byte_tokenizer()
+    if name == "byte":  # every byte its own token with its own value, then the end of text: a BPE without merges
+        inner = _byte_level(models.BPE(vocab=_BYTE_OF, merges=[]))
+        inner.add_special_tokens([END_OF_TEXT])
+        return Tokenizer(inner, "byte")
     path = Path(name)
     if os.path.isdir(path):
         return _from_file(path / "tokenizer.json", name)
@@ -218,23 +213,12 @@ def is_hub_name(name: str) -> bool:
 
 
 def bpe_size(name: str) -> int | None:
-    """N of the tokenizer name ``bpe:N``, None for every other name.
-
-    Raises:
-        UserError: N is not a whole number.
-    """
+    """N of the tokenizer name ``bpe:N``, None for every other name; UserError if N is not a whole number."""
     if not name.startswith("bpe:"):
         return None
     if not name[4:].isdecimal():
         raise UserError(f"tokenizer_name {name}: write bpe:N with the number of entries, such as bpe:4096")
     return int(name[4:])
-
-
-def _byte_tokenizer() -> Tokenizer:
-    """Every byte its own token with its own value, then the end of text: a BPE without merges."""
-    inner = _byte_level(models.BPE(vocab=_BYTE_OF, merges=[]))
-    inner.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(inner, "byte")
 
 
 def _byte_level(model: models.BPE) -> HFTokenizer:
@@ -284,13 +268,6 @@ def hub_problem(error: Exception) -> str:
     if isinstance(error, EntryNotFoundError):
         return "the repository has no tokenizer.json"
     return f"it is not on this machine and the Hugging Face hub cannot be reached ({type(error).__name__})"
-
-
-def _find_eot(vocabulary: Mapping[str, int], name: str) -> str:
-    for token in (END_OF_TEXT, *_OTHER_ENDS):
-        if token in vocabulary:
-            return token
-    raise UserError(f"tokenizer {name}: has no end-of-text token such as {END_OF_TEXT}: use {_ALTERNATIVES}")
 
 
 def _config(path: Path) -> dict[str, Any]:
