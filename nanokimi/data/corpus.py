@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanokimi.console import progress_bar
-from nanokimi.data.batch import TokenRow
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.documents import Text, is_blank, short_hash, wrong_share
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
 from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments, cache_home
@@ -42,7 +42,12 @@ class TrainData:
 
     identity: str  # hash of the tokens and of what they are read from: positions are valid while it is the same
     loader: Callable[[LoaderOptions], Loader]  # makes batches of it; UserError if it is too short for one
-    tokens: TokenRow | None = None  # None when they are not known before training
+    tokens: TokenArray | None = None  # None when they are not known before training
+
+    @classmethod
+    def of_tokens(cls, identity: str, tokens: TokenArray) -> TrainData:
+        """All tokens are there: the order of an epoch is a permutation of its sequences."""
+        return cls(identity, partial(BatchLoader, tokens), tokens)
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,9 @@ class Corpus:
 
     tokenizer: Tokenizer
     train: TrainData
-    val: TokenRow | None  # None when nothing is held out
+    val: TokenArray | None  # None when nothing is held out
     summary: str  # one line with documents, tokens and bytes of each split
     revision: str = ""  # commit of the hub's data set that is read; empty when there is none, or more than one source
-
-    @classmethod
-    def of_tokens(
-        cls, tokenizer: Tokenizer, tokens: TokenRow, identity: str, val: TokenRow | None, summary: str
-    ) -> Corpus:
-        """The corpus whose tokens are all there."""
-        return cls(tokenizer, TrainData(identity, partial(BatchLoader, tokens), tokens), val, summary)
 
     @classmethod
     def of_set(cls, found: TokenSet, tokenizer: Tokenizer) -> Corpus:
@@ -70,8 +68,8 @@ class Corpus:
         held_out = f"held out ({found.manifest.about}): {describe(*val)}" if found.val else "nothing held out"
         summary = f"training on {describe(*train)}; {held_out}; {train[2] / train[1]:.2f} bytes per token"
         identity = short_hash([file.sha256 for file in found.train])
-        tokens, held_out_tokens = (TokenRow([file.tokens for file in files]) for files in (found.train, found.val))
-        return cls.of_tokens(tokenizer, tokens, identity, held_out_tokens if found.val else None, summary)
+        tokens, val_tokens = (TokenArray([file.tokens for file in files]) for files in (found.train, found.val))
+        return cls(tokenizer, TrainData.of_tokens(identity, tokens), val_tokens if found.val else None, summary)
 
 
 def describe(n_documents: int, n_tokens: int, n_bytes: int) -> str:
@@ -106,7 +104,7 @@ class StreamedText:
         return Corpus(tokenizer, train, val, summary, getattr(text.documents, "commit", ""))
 
 
-def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[TokenRow, str]:
+def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[TokenArray, str]:
     """The first ``limit`` held-out tokens, and the counts of what was read for them, in words."""
     tokens: list[NDArray[np.int32]] = []
     n_documents = n_bytes = n_tokens = 0
@@ -124,7 +122,7 @@ def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[Token
                 break
     if not n_tokens:
         raise wrong_share(text.fraction, f"no document of {name}")
-    return TokenRow([np.concatenate(tokens)[:limit]]), describe(n_documents, n_tokens, n_bytes)
+    return TokenArray([np.concatenate(tokens)[:limit]]), describe(n_documents, n_tokens, n_bytes)
 
 
 # ---- local text, tokenised once --------------------------------------------------------------------

@@ -32,17 +32,11 @@ Advance = Callable[[int], None]
 
 
 class Cursor(NamedTuple):
-    """Where in a part a piece begins; cursors of a part are ordered as its pieces are.
+    """Where in a part a piece begins; cursors of a part are ordered as its pieces are."""
 
-    Attributes:
-        span: which file of the part, counted from 0.
-        at: the byte in a text or JSON lines file (uncompressed), the row elsewhere.
-        piece: number of the piece within its document; above 0 the document began earlier.
-    """
-
-    span: int = 0
-    at: int = 0
-    piece: int = 0
+    span: int = 0  # which file of the part, counted from 0
+    at: int = 0  # the byte in a text or JSON lines file (uncompressed), the row elsewhere
+    piece: int = 0  # number of the piece within its document; above 0 the document began earlier
 
 
 START = Cursor()

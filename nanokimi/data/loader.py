@@ -1,4 +1,4 @@
-"""Endless batches, from a row of tokens in a seeded order or from several sources, read ahead by worker processes."""
+"""Endless batches, from tokens in a seeded order or from several sources, read ahead by worker processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nanokimi.data.batch import Batch, PackedSequences, TokenRow
+from nanokimi.data.batch import Batch, PackedSequences, TokenArray
 from nanokimi.errors import RunError, UserError
 
 # B batch, T sequence length
@@ -29,27 +29,16 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are made of a source.
+    """How batches are made of a source."""
 
-    Attributes:
-        length: T, tokens of a sequence.
-        batch_size: B, sequences of a batch, on each rank.
-        seed: of the order.
-        num_workers: processes that read ahead; 0 reads in this one.
-        pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
-        eot_id: see ``Batch.of_rows``.
-        shuffle_buffer: sequences of a stream among which the next one is drawn; 1 keeps the order.
-        rank, world_size: this process and how many share the data.
-    """
-
-    length: int
-    batch_size: int
-    seed: int
-    num_workers: int = 0
-    pin_memory: bool = False
-    eot_id: int | None = None
-    shuffle_buffer: int = 1024
-    rank: int = 0
+    length: int  # T, tokens of a sequence
+    batch_size: int  # B, sequences of a batch, on each rank
+    seed: int  # of the order
+    num_workers: int = 0  # processes that read ahead; 0 reads in this one
+    pin_memory: bool = False  # page-locked batches, for copies to a GPU that overlap with computing
+    eot_id: int | None = None  # see Batch.of_rows
+    shuffle_buffer: int = 1024  # sequences of a stream among which the next one is drawn; 1 keeps the order
+    rank: int = 0  # this process, of world_size that share the data
     world_size: int = 1
 
     def batch(self, rows: Tensor) -> Batch:
@@ -100,7 +89,7 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 class BatchLoader:
-    """Iterates forever over batches of a row of tokens; epoch after epoch, each in an order of its own.
+    """Iterates forever over batches of tokens; epoch after epoch, each in an order of its own.
 
     Sample k of a run is ``permutation(seed, epoch=k // n)[k % n]``, whatever the number of workers and ranks: every
     B samples go to the next rank, and a batch may straddle two epochs. So the position is k alone, and a resume
@@ -114,7 +103,7 @@ class BatchLoader:
         UserError: there are fewer sequences than the batches of all ranks hold.
     """
 
-    def __init__(self, tokens: TokenRow | NDArray[Any], options: LoaderOptions) -> None:
+    def __init__(self, tokens: TokenArray | NDArray[Any], options: LoaderOptions) -> None:
         self.sequences, self.options = PackedSequences(tokens, options.length), options
         if len(self.sequences) < options.batch_size * options.world_size:
             raise UserError(too_few(options.batch_size, len(self.sequences), options.length, options.world_size))

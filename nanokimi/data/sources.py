@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanokimi.config import TrainConfig
-from nanokimi.data.batch import TokenRow
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import BPE_CHARACTERS, TRAINING, CachedText, Corpus, Log, StreamedText, TrainData
 from nanokimi.data.documents import Text, short_hash
 from nanokimi.data.formats import Format
@@ -58,13 +58,13 @@ def open_corpus(
         log(f"note: the text yields only {tokenizer.vocab_size} of the {wanted} entries of {tokenizer.name}")
     if not config.mix:
         return next(iter(corpora.values()))
-    parts = {name: (shares[name][0], corpus.train) for name, corpus in corpora.items()}
-    identity = short_hash([[name, weight, data.identity] for name, (weight, data) in parts.items()])
-    train = TrainData(identity, partial(MixLoader, {name: (w, data.loader) for name, (w, data) in parts.items()}))
+    loaders = {name: (shares[name][0], corpus.train.loader) for name, corpus in corpora.items()}
+    identity = short_hash([[name, shares[name][0], corpus.train.identity] for name, corpus in corpora.items()])
+    train = TrainData(identity, partial(MixLoader, loaders))
     val = [corpus.val for corpus in corpora.values() if corpus.val is not None]
     val = val[:1] if config.val_path else val  # of sources that share one held-out file
     summary = "\n".join(f"{shares[name][0]:g} of {name}: {corpus.summary}" for name, corpus in corpora.items())
-    return Corpus(tokenizer, train, TokenRow.joined(val) if val else None, summary)
+    return Corpus(tokenizer, train, TokenArray.joined(val) if val else None, summary)
 
 
 def parse_mix(config: TrainConfig) -> dict[str, tuple[float, TrainConfig]]:

@@ -38,38 +38,25 @@ Sequence = NDArray[np.int32]
 
 
 class Position(NamedTuple):
-    """Where a sequence begins: ``skip`` tokens after the start of a piece.
-
-    Attributes:
-        epoch, ordinal: which of the lane's parts of which epoch.
-        span, at, piece: ``Cursor`` within it.
-    """
+    """Where a sequence begins: ``skip`` tokens after the start of a piece."""
 
     epoch: int = 0
-    ordinal: int = 0
-    span: int = 0
+    ordinal: int = 0  # which of the lane's parts of the epoch
+    span: int = 0  # this and the next two: the Cursor of the piece in that part
     at: int = 0
     piece: int = 0
     skip: int = 0
 
 
 class Chunk(NamedTuple):
-    """What a lane makes at a time.
-
-    Attributes:
-        epoch: the one that the lane reads next: of those before it there is nothing more.
-        sequences: ``[n, T + 1]`` int32 ids (they stay below 2^31).
-        positions: ``[n, 6]``, for each sequence the ``Position`` of the next one.
-        n_tokens: tokens read, whether or not they filled a sequence.
-        warnings: how often something was met that the user should hear of.
-    """
+    """What a lane makes at a time."""
 
     lane: int
-    epoch: int
-    sequences: NDArray[np.int32]
-    positions: NDArray[np.int64]
-    n_tokens: int
-    warnings: Counter[str]
+    epoch: int  # that the lane reads next: of those before it there is nothing more
+    sequences: NDArray[np.int32]  # [n, T + 1], ids (they stay below 2^31)
+    positions: NDArray[np.int64]  # [n, 6], for each sequence the Position of the next one
+    n_tokens: int  # that were read, whether or not they filled a sequence
+    warnings: Counter[str]  # how often something was met that the user should hear of
 
 
 @dataclass

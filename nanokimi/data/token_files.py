@@ -48,25 +48,17 @@ class TokenFileError(UserError):
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file, ours or another project's, that is open for reading; nothing of ours is read before it is used.
-
-    Attributes:
-        tokens: ids [n_tokens], uint16 or uint32, mapped.
-        document_ends: position after the last token of every document [n_documents], mapped.
-        sha256, ends_sha256: of ``tokens`` and ``document_ends``; the second is empty where it is not known.
-        tokenizer, fingerprint: name and fingerprint of the tokenizer that made it.
-        n_bytes: UTF-8 bytes of the text; 0 where they are not known.
-    """
+    """A token file, ours or another project's, that is open for reading; nothing of ours is read before it is used."""
 
     path: Path
-    tokens: NDArray[np.unsignedinteger[Any]]
-    document_ends: NDArray[Any]
-    sha256: str
-    tokenizer: str
-    fingerprint: str
+    tokens: NDArray[np.unsignedinteger[Any]]  # ids [n_tokens], uint16 or uint32, mapped
+    document_ends: NDArray[Any]  # position after the last token of every document [n_documents], mapped
+    sha256: str  # of the tokens
+    tokenizer: str  # name of the one that made it
+    fingerprint: str  # of that tokenizer
     vocab_size: int
-    n_bytes: int = 0
-    ends_sha256: str = ""
+    n_bytes: int = 0  # of the text in UTF-8; 0 where they are not known
+    ends_sha256: str = ""  # of the document ends; empty where it is not known
 
     @property
     def n_tokens(self) -> int:
@@ -78,11 +70,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: str | Path) -> TokenFile:
-        """Maps ``path``; its size must agree with its header.
-
-        Raises:
-            TokenFileError: missing, empty, truncated or foreign file.
-        """
+        """Maps ``path``; TokenFileError for a missing, empty, truncated or foreign file."""
         path = Path(path)
         header = _read_header(path)
         dtype, count, n_documents = np.dtype(header["dtype"]), header["n_tokens"], header["n_documents"]
@@ -202,27 +190,19 @@ def _aligned(position: int) -> int:
 
 @dataclass
 class Manifest:
-    """What a folder of token files holds.
+    """What a folder of token files holds."""
 
-    Attributes:
-        identity: hash of documents, split and tokenizer.
-        about: what is held out, in words.
-        next: of the first piece that is in no complete file: whether it is of the held-out documents of their own
-            (0 or 1), its part of those or the others, its cursor.
-        bytes_read: of the source, up to about there.
-        n_blank, nuls: documents without text, which are left out, and NUL characters.
-        shards: names of the complete files, the one to train on with the held-out one.
-    """
-
-    identity: str
-    about: str
+    identity: str  # hash of documents, split and tokenizer
+    about: str  # what is held out, in words
     version: int = SET_VERSION
     complete: bool = False
+    # Of the first piece that is in no complete file: whether it is of the held-out documents of their own (0 or 1), its
+    # part of those or the others, its cursor.
     next: list[Any] = field(default_factory=list)
-    bytes_read: int = 0
-    n_blank: int = 0
-    nuls: int = 0
-    shards: list[list[str]] = field(default_factory=list)
+    bytes_read: int = 0  # of the source, up to about there
+    n_blank: int = 0  # documents without text, which are left out
+    nuls: int = 0  # NUL characters
+    shards: list[list[str]] = field(default_factory=list)  # complete files: the one to train on, the held-out one
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -252,10 +232,7 @@ class TokenSet(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> TokenSet:
-        """Opens what ``write_token_set`` made.
-
-        Args:
-            verify: read all tokens and compare them with their checksums.
+        """Opens what ``write_token_set`` made; ``verify``: compares all tokens with their checksums.
 
         Raises:
             TokenFileError: incomplete, damaged or missing.

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanokimi.console import progress_bar
-from nanokimi.data.batch import TokenRow
-from nanokimi.data.corpus import Corpus
+from nanokimi.data.batch import TokenArray
+from nanokimi.data.corpus import Corpus, TrainData
 from nanokimi.data.documents import ENOUGH_DOCUMENTS, in_share, short_hash, wrong_share
 from nanokimi.data.local import split_path
 from nanokimi.data.token_files import MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
@@ -73,11 +73,14 @@ class TokenBin:
         fraction = 0.0 if val else self.fraction
         kept, held_out, about = divide_tokens(train, fraction)
         if val:
-            held_out, about = TokenRow([file.tokens for file in val]), "in " + ", ".join(file.path.name for file in val)
+            held_out, about = (
+                TokenArray([file.tokens for file in val]),
+                "in " + ", ".join(file.path.name for file in val),
+            )
         summary = f"training on {len(kept):,} tokens of {self.path}; "
         summary += "nothing held out" if held_out is None else f"held out ({about}): {len(held_out):,} tokens"
         identity = short_hash([[file.sha256 for file in train], fraction])
-        return Corpus.of_tokens(tokenizer, kept, identity, held_out, summary)
+        return Corpus(tokenizer, TrainData.of_tokens(identity, kept), held_out, summary)
 
     @cached_property
     def _paths(self) -> tuple[list[Path], list[Path]]:
@@ -110,10 +113,10 @@ def find_token_files(path: str, flag: str) -> list[Path]:
     return files
 
 
-def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
+def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenArray, TokenArray | None, str]:
     """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids."""
     arrays = [file.tokens for file in files]
-    everything = TokenRow(arrays)
+    everything = TokenArray(arrays)
     if sum(file.n_documents for file in files) < ENOUGH_DOCUMENTS or not fraction:
         cut = len(everything) - int(len(everything) * fraction)
         if cut == len(everything):
@@ -122,7 +125,7 @@ def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, To
     kept, held_out = (np.array(runs, np.int64).reshape(-1, 3) for runs in _runs(files, fraction))
     if not len(kept) or not len(held_out):
         raise wrong_share(fraction, f"{'all' if len(held_out) else 'none'} of the documents")
-    return TokenRow(arrays, kept), TokenRow(arrays, held_out), "documents by hash"
+    return TokenArray(arrays, kept), TokenArray(arrays, held_out), "documents by hash"
 
 
 def _runs(files: list[TokenFile], fraction: float) -> tuple[list[list[int]], list[list[int]]]:

@@ -13,7 +13,7 @@ import torch
 from nanokimi.config import TrainConfig
 from nanokimi.data import corpus as corpus_module
 from nanokimi.data import documents, sources, token_files
-from nanokimi.data.batch import TokenRow
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.documents import Text
 from nanokimi.data.sources import train_tokenizer_on
@@ -58,12 +58,12 @@ def open_corpus(
     return sources.open_corpus(config, tokenizer_name, tokenizer=tokenizer, log=log)
 
 
-def train_row(corpus: Corpus) -> TokenRow:
+def train_row(corpus: Corpus) -> TokenArray:
     assert corpus.train.tokens is not None
     return corpus.train.tokens
 
 
-def texts(corpus: Corpus, row: TokenRow | None) -> list[str]:
+def texts(corpus: Corpus, row: TokenArray | None) -> list[str]:
     """The documents of a row, decoded; each must end in exactly one end of text."""
     assert row is not None
     found: list[list[int]] = [[]]
