@@ -73,10 +73,8 @@ class TokenBin:
         fraction = 0.0 if val else self.fraction
         kept, held_out, about = divide_tokens(train, fraction)
         if val:
-            held_out, about = (
-                TokenArray([file.tokens for file in val]),
-                "in " + ", ".join(file.path.name for file in val),
-            )
+            held_out = TokenArray([file.tokens for file in val])
+            about = "in " + ", ".join(file.path.name for file in val)
         summary = f"training on {len(kept):,} tokens of {self.path}; "
         summary += "nothing held out" if held_out is None else f"held out ({about}): {len(held_out):,} tokens"
         identity = short_hash([[file.sha256 for file in train], fraction])
