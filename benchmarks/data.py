@@ -30,9 +30,8 @@ from benchmarks.bench.results import ROOT, about
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.loader import LoaderOptions
-from nanokimi.data.prepare import prepare_tokens
+from nanokimi.data.prepare import prepare_stdlib, prepare_tokens
 from nanokimi.data.sources import open_corpus, train_tokenizer_on
-from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 

@@ -30,7 +30,7 @@ import torch
 from benchmarks.bench.results import ROOT, about
 from nanokimi import ModelConfig, Transformer, checkpoint, generate_tokens, load
 from nanokimi.config import parse_value
-from nanokimi.data.stdlib import prepare_stdlib
+from nanokimi.data.prepare import prepare_stdlib
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.interop.engines import TEXT
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
+from nanokimi.data.prepare import prepare_stdlib
 from nanokimi.data.sources import open_corpus
-from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -147,7 +147,7 @@ def add_prepare(commands: Any) -> None:
 
 
 def prepare_stdlib(args: argparse.Namespace) -> int:
-    from nanokimi.data.stdlib import prepare_stdlib as prepare
+    from nanokimi.data.prepare import prepare_stdlib as prepare
 
     print(prepare(args.output))
     return 0

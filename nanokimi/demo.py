@@ -10,8 +10,8 @@ import torch
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.console import log, printable
 from nanokimi.data.batch import PackedSequences
+from nanokimi.data.prepare import prepare_stdlib
 from nanokimi.data.sources import open_corpus
-from nanokimi.data.stdlib import prepare_stdlib
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.generate import generate

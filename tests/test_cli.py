@@ -177,7 +177,7 @@ def test_a_failure_is_one_line_and_its_exit_code(
     def fail(output: str) -> str:
         raise error
 
-    monkeypatch.setattr("nanokimi.data.stdlib.prepare_stdlib", fail)
+    monkeypatch.setattr("nanokimi.data.prepare.prepare_stdlib", fail)
     assert main(["prepare", "stdlib"]) == code
     assert capsys.readouterr().err.splitlines() == [line]
 

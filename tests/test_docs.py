@@ -115,8 +115,8 @@ def folder(tmp_path: Path, small_text: str, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "questions.jsonl").write_text(json.dumps(question), encoding="utf-8")
     monkeypatch.setitem(PRESETS, "tiny", {**PRESETS["debug"], "tokenizer_name": "bpe:512"})
     library = SimpleNamespace(get_path=lambda _: Path(json.__file__).parent)
-    monkeypatch.setattr("nanokimi.data.stdlib.sysconfig", library)
-    monkeypatch.setattr("nanokimi.data.stdlib._topics", list)
+    monkeypatch.setattr("nanokimi.data.prepare.sysconfig", library)
+    monkeypatch.setattr("nanokimi.data.prepare._topics", list)
     monkeypatch.setattr("nanokimi.training.plots.plot_training", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path

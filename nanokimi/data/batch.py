@@ -1,4 +1,4 @@
-"""Tokens on disk as one long row, training sequences cut from it, and batches of these."""
+"""Tokens on disk as one long array, training sequences cut from it, and batches of these."""
 
 from __future__ import annotations
 
@@ -18,19 +18,12 @@ from nanokimi.ops.loss import IGNORED
 
 
 class Batch(NamedTuple):
-    """Sequences and what is to be predicted in them; each field as ``Transformer.forward`` takes it.
+    """Sequences and what is to be predicted in them; each field as ``Transformer.forward`` takes it."""
 
-    Attributes:
-        tokens: ``[B, T]`` int64.
-        labels: ``[B, T]`` int64; -100 where nothing is to be predicted.
-        documents: ``[B, T]`` int64, which document each token belongs to, -1 for padding; None: all may see all.
-        label_count: what summed losses are divided by; None: the labels of this batch that count.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    documents: Tensor | None = None
-    label_count: float | Tensor | None = None
+    tokens: Tensor  # [B, T] int64
+    labels: Tensor  # [B, T] int64; -100 where nothing is to be predicted
+    documents: Tensor | None = None  # [B, T] int64, the document of each token, -1 for padding; None: all may see all
+    label_count: float | Tensor | None = None  # what summed losses are divided by; None: this batch's labels that count
 
     @classmethod
     def of_rows(cls, rows: Tensor, eot_id: int | None = None) -> Batch:
@@ -72,8 +65,8 @@ def document_numbers(tokens: Tensor, eot_id: int) -> Tensor:
     return ends.cumsum(-1) - ends
 
 
-class TokenRow:
-    """One row of tokens that lie in several places: in several files, or in the documents that are not held out.
+class TokenArray:
+    """Tokens that lie in several places, such as files, or the documents that are not held out, read like one array.
 
     Args:
         arrays: ids, any unsigned dtype; mapped files stay mapped.
@@ -90,11 +83,7 @@ class TokenRow:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens ``start`` to ``stop`` of the row.
-
-        Raises:
-            RunError: a file was truncated since it was opened.
-        """
+        """Tokens ``start`` to ``stop``; RunError if a file was truncated since it was opened."""
         tokens = np.empty(stop - start, np.int64)
         self.read_into(tokens, start)
         return tokens
@@ -111,20 +100,20 @@ class TokenRow:
             out[done : done + count] = array[begin : begin + count]
             done, run = done + count, run + 1
 
-    def part(self, start: int, stop: int) -> TokenRow:
-        """The row from token ``start`` to ``stop``, in the same files."""
+    def part(self, start: int, stop: int) -> TokenArray:
+        """The tokens from ``start`` to ``stop``, in the same files."""
         runs = self._runs.copy()
-        starts = self._ends - (runs[:, 2] - runs[:, 1])  # of the runs, as tokens of the row
+        starts = self._ends - (runs[:, 2] - runs[:, 1])  # of the runs, counted in all tokens
         runs[:, 2] -= np.maximum(0, self._ends - stop)
         runs[:, 1] += np.maximum(0, start - starts)
-        return TokenRow(self._arrays, runs[runs[:, 1] < runs[:, 2]])
+        return TokenArray(self._arrays, runs[runs[:, 1] < runs[:, 2]])
 
     @classmethod
-    def joined(cls, rows: Sequence[TokenRow]) -> TokenRow:
-        """All ``rows``, one after the other."""
-        arrays = [array for row in rows for array in row._arrays]
-        firsts = np.cumsum([0, *(len(row._arrays) for row in rows)])
-        runs = [row._runs + np.array([first, 0, 0]) for row, first in zip(rows, firsts[:-1], strict=True)]
+    def joined(cls, parts: Sequence[TokenArray]) -> TokenArray:
+        """All of them, one after the other."""
+        arrays = [array for part in parts for array in part._arrays]
+        firsts = np.cumsum([0, *(len(part._arrays) for part in parts)])
+        runs = [part._runs + np.array([first, 0, 0]) for part, first in zip(parts, firsts[:-1], strict=True)]
         return cls(arrays, np.concatenate(runs))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,22 +126,18 @@ class TokenRow:
 
 
 class PackedSequences:
-    """A row of N tokens cut into sequences of ``length`` inputs and their labels.
+    """N tokens cut into sequences of ``length`` inputs and their labels.
 
-    Sequence i is ``row[i T : (i + 1) T + 1]``: neighbours overlap by one token, so that every token but the first is
-    predicted exactly once and only the last remainder is dropped. Documents follow one another with an end-of-text
-    token between them.
+    Sequence i is ``tokens[i T : (i + 1) T + 1]``: neighbours overlap by one token, so that every token but the first is
+    predicted exactly once and only the last remainder is dropped.
 
     Args:
-        tokens: a row, or one array.
+        tokens: UserError if that is not enough for one sequence.
         length: T, the model's context.
-
-    Raises:
-        UserError: there are not enough tokens for one sequence.
     """
 
-    def __init__(self, tokens: TokenRow | NDArray[Any], length: int) -> None:
-        self.tokens = tokens if isinstance(tokens, TokenRow) else TokenRow([tokens])
+    def __init__(self, tokens: TokenArray | NDArray[Any], length: int) -> None:
+        self.tokens = tokens if isinstance(tokens, TokenArray) else TokenArray([tokens])
         self.length = length
         self._count = (len(self.tokens) - 1) // length
         if self._count < 1:

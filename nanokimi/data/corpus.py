@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanokimi.console import progress_bar
-from nanokimi.data.batch import TokenRow
-from nanokimi.data.documents import short_hash
+from nanokimi.data.batch import TokenArray
+from nanokimi.data.documents import Text, is_blank, short_hash, wrong_share
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
 from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments, cache_home
-from nanokimi.data.split import Text, is_blank, wrong_share
 from nanokimi.data.stream import StreamLoader
-from nanokimi.data.token_file import TokenFile, TokenFileError
-from nanokimi.data.token_set import TokenSet, can_go_on, write_token_set
+from nanokimi.data.token_files import TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
 from nanokimi.files import disk_errors_explained
@@ -40,51 +38,38 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainData:
-    """What is trained on.
+    """What is trained on."""
 
-    Attributes:
-        identity: hash of the tokens and of what they are read from: positions are valid while it is the same.
-        loader: makes batches of it; UserError if it is too short for one.
-        tokens: None when they are not known before training.
-    """
+    identity: str  # hash of the tokens and of what they are read from: positions are valid while it is the same
+    loader: Callable[[LoaderOptions], Loader]  # makes batches of it; UserError if it is too short for one
+    tokens: TokenArray | None = None  # None when they are not known before training
 
-    identity: str
-    loader: Callable[[LoaderOptions], Loader]
-    tokens: TokenRow | None = None
+    @classmethod
+    def of_tokens(cls, identity: str, tokens: TokenArray) -> TrainData:
+        """All tokens are there: the order of an epoch is a permutation of its sequences."""
+        return cls(identity, partial(BatchLoader, tokens), tokens)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on and tokens held out.
-
-    Attributes:
-        val: None when nothing is held out.
-        summary: one line with documents, tokens and bytes of each split.
-        revision: commit of the hub's data set that is read; empty when there is none, or more than one source.
-    """
+    """Tokens to train on and tokens held out."""
 
     tokenizer: Tokenizer
     train: TrainData
-    val: TokenRow | None
-    summary: str
-    revision: str = ""
-
-    @classmethod
-    def of_tokens(
-        cls, tokenizer: Tokenizer, tokens: TokenRow, identity: str, val: TokenRow | None, summary: str
-    ) -> Corpus:
-        """The corpus whose tokens are all there; the order of an epoch is a permutation of its sequences."""
-        return cls(tokenizer, TrainData(identity, partial(BatchLoader, tokens), tokens), val, summary)
+    val: TokenArray | None  # None when nothing is held out
+    summary: str  # one line with documents, tokens and bytes of each split
+    revision: str = ""  # commit of the hub's data set that is read; empty when there is none, or more than one source
 
     @classmethod
     def of_set(cls, found: TokenSet, tokenizer: Tokenizer) -> Corpus:
         """The corpus whose tokens lie in the files of a set."""
-        n_bytes, n_tokens = (sum(getattr(file, name) for file in found.train) for name in ("n_bytes", "n_tokens"))
-        held_out = f"held out ({found.manifest.about}): {_size(found.val)}" if found.val else "nothing held out"
-        summary = f"training on {_size(found.train)}; {held_out}; {n_bytes / n_tokens:.2f} bytes per token"
+        names = "n_documents", "n_tokens", "n_bytes"
+        train, val = ([sum(getattr(f, name) for f in files) for name in names] for files in (found.train, found.val))
+        held_out = f"held out ({found.manifest.about}): {describe(*val)}" if found.val else "nothing held out"
+        summary = f"training on {describe(*train)}; {held_out}; {train[2] / train[1]:.2f} bytes per token"
         identity = short_hash([file.sha256 for file in found.train])
-        train, val = (TokenRow([file.tokens for file in files]) for files in (found.train, found.val))
-        return cls.of_tokens(tokenizer, train, identity, val if found.val else None, summary)
+        tokens, val_tokens = (TokenArray([file.tokens for file in files]) for files in (found.train, found.val))
+        return cls(tokenizer, TrainData.of_tokens(identity, tokens), val_tokens if found.val else None, summary)
 
 
 def describe(n_documents: int, n_tokens: int, n_bytes: int) -> str:
@@ -93,20 +78,11 @@ def describe(n_documents: int, n_tokens: int, n_bytes: int) -> str:
     return f"{n_documents:,} document{plural}, {n_tokens:,} tokens, {n_bytes:,} bytes"
 
 
-def _size(files: list[TokenFile]) -> str:
-    names = "n_documents", "n_tokens", "n_bytes"
-    return describe(*(sum(getattr(file, name) for file in files) for name in names))
-
-
 # ---- a text that is tokenised while training goes on ----------------------------------------------
 
 
 class StreamedText:
-    """A text of any size in bounded memory.
-
-    Args:
-        val_tokens: held-out tokens that are kept for evaluations; 0 keeps ``MOST_HELD_OUT_TOKENS``.
-    """
+    """A text of any size in bounded memory; ``val_tokens`` of it (0: a million) are held out for evaluations."""
 
     def __init__(self, text: Text, val_tokens: int = 0) -> None:
         self.text, self.val_tokens = text, val_tokens or MOST_HELD_OUT_TOKENS
@@ -118,17 +94,17 @@ class StreamedText:
     def open(self, tokenizer: Tokenizer, log: Log) -> Corpus:
         """Finds what is held out, and reads the tokens of it that are kept."""
         text, rule = self.text, self.text.rule
-        summary, val = f"training on a stream of {text.name}; nothing held out", None
+        about, val = "nothing held out", None
         if text.about_split:
             val, counts = held_out_tokens(text, tokenizer, self.val_tokens + 1)
             about = f"held out ({text.about_split}), the first of it for evaluations: {counts}"
-            summary = f"training on a stream of {text.name}; {about}"
+        summary = f"training on a stream of {text.name}; {about}"
         identity = short_hash([text.documents.identity, rule.fraction, rule.cut, tokenizer.fingerprint])
         train = TrainData(identity, partial(StreamLoader, text, tokenizer))
         return Corpus(tokenizer, train, val, summary, getattr(text.documents, "commit", ""))
 
 
-def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[TokenRow, str]:
+def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[TokenArray, str]:
     """The first ``limit`` held-out tokens, and the counts of what was read for them, in words."""
     tokens: list[NDArray[np.int32]] = []
     n_documents = n_bytes = n_tokens = 0
@@ -146,7 +122,7 @@ def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[Token
                 break
     if not n_tokens:
         raise wrong_share(text.fraction, f"no document of {name}")
-    return TokenRow([np.concatenate(tokens)[:limit]]), describe(n_documents, n_tokens, n_bytes)
+    return TokenArray([np.concatenate(tokens)[:limit]]), describe(n_documents, n_tokens, n_bytes)
 
 
 # ---- local text, tokenised once --------------------------------------------------------------------
@@ -155,10 +131,8 @@ def held_out_tokens(text: Text, tokenizer: Tokenizer, limit: int) -> tuple[Token
 class CachedText:
     """A text whose tokens are made on the first run and found again on the next.
 
-    What is kept is named after a hash of all that it depends on, so that nothing in it is ever out of date.
-
-    Args:
-        text: of local files; the cache is beside them, or in the user's cache where that cannot be written.
+    What is kept is named after a hash of all that it depends on, so that nothing in it is ever out of date. It lies
+    beside the local files of ``text``, or in the user's cache where that cannot be written.
     """
 
     def __init__(self, text: Text) -> None:
@@ -179,7 +153,7 @@ class CachedText:
                 state = load_tokenizer(str(folder / name)).to_state()
                 return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
         tokenizer = train_bpe(self.text.training_text(TRAINING), size)
-        folder = _writable(self.folders)
+        folder = self._writable_folder()
         with disk_errors_explained("token cache", folder):
             tokenizer.save(folder / name)
         return tokenizer
@@ -191,28 +165,36 @@ class CachedText:
             UserError: blank or undecodable text, nowhere to write the cache.
             RunError: the disk is full.
         """
-        found = self._token_set(tokenizer)
+        name = f"{self.stem}-{short_hash(tokenizer.fingerprint)}"
+        found = _whole_set(folder / name for folder in self.folders) or self._written(name, tokenizer)
         if found.manifest.nuls:
             log(f"warning: {self.text.name} holds {found.manifest.nuls:,} NUL bytes: is it really text?")
         if found.manifest.n_blank:
             log(f"note: {self.text.name}: left out {found.manifest.n_blank:,} documents without text")
         return Corpus.of_set(found, tokenizer)
 
-    def _token_set(self, tokenizer: Tokenizer) -> TokenSet:
-        name = f"{self.stem}-{short_hash(tokenizer.fingerprint)}"
-        for folder in self.folders:
-            if found := _whole_set(folder / name):
-                return found
+    def _written(self, name: str, tokenizer: Tokenizer) -> TokenSet:
         _ = self.text.rule  # looks at the text: what is wrong with it shows before anything is written
-        folder = _writable(self.folders)
+        folder = self._writable_folder()
         with disk_errors_explained("token cache", folder), _locked(folder):
-            if found := _whole_set(folder / name):
+            if found := _whole_set([folder / name]):
                 return found
             if not can_go_on(folder / name, self.text.identity(tokenizer)):
                 shutil.rmtree(folder / name, ignore_errors=True)
             found = write_token_set(self.text, tokenizer, folder / name)
-        _remove_outdated(folder, self._state)
+        # What was made from an earlier state of the same files goes; a run that still maps it keeps it.
+        for path in folder.glob(f"{self._state.split('-')[0]}-*"):
+            if not path.name.startswith(self._state):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return found
+
+    def _writable_folder(self) -> Path:
+        for folder in self.folders:
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder
+        raise UserError(f"no folder for the token cache: {' and '.join(map(str, self.folders))} cannot be written")
 
 
 @contextmanager
@@ -227,25 +209,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def _whole_set(folder: Path) -> TokenSet | None:
-    with suppress(TokenFileError):  # none there yet, or a damaged one
-        return TokenSet.open(folder)
-    return None
-
-
-def _writable(folders: list[Path]) -> Path:
+def _whole_set(folders: Iterable[Path]) -> TokenSet | None:
     for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError:
-            continue
-    raise UserError(f"no folder for the token cache: {' and '.join(map(str, folders))} cannot be written")
-
-
-def _remove_outdated(folder: Path, state: str) -> None:
-    """Removes what was made from an earlier state of the same files; a run that still maps it keeps it."""
-    for path in folder.glob(f"{state.split('-')[0]}-*"):
-        if not path.name.startswith(state):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(TokenFileError):  # none there yet, or a damaged one
+            return TokenSet.open(folder)
+    return None

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
 from nanokimi.data import documents
-from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_text, ignore, line_ends, place_to_cut
+from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_position, cut_text, ignore, line_ends
 from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
 
@@ -39,15 +42,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Format:
-    """How files are read.
+    """How files are read."""
 
-    Attributes:
-        text_column: field of JSON lines and Parquet that holds the text; "" finds it.
-        errors: ``strict``, or ``replace`` for bytes that are not UTF-8.
-    """
-
-    text_column: str = ""
-    errors: str = "strict"
+    text_column: str = ""  # of JSON lines and Parquet; "" finds it
+    errors: str = "strict"  # or "replace": for bytes that are not UTF-8
 
     def read(self, span: Span, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
         """The pieces of ``span`` from ``start`` on; ``advance`` counts bytes on disk.
@@ -56,14 +54,9 @@ class Format:
             UserError: the file is not what its name says, or damaged.
         """
         start = start if start.at else start._replace(at=span.start)
-        kind = inner_suffix(span.path)
+        readers = {".parquet": self._parquet, **dict.fromkeys(JSON_LINES, self._json_lines)}
         try:
-            if kind == ".parquet":
-                yield from self._parquet(span, start, advance)
-            elif kind in JSON_LINES:
-                yield from self._json_lines(span, start, advance)
-            else:
-                yield from self._text(span, start, advance)
+            yield from readers.get(inner_suffix(span.path), self._text)(span, start, advance)
         except OSError as error:
             reason = _in_one_line(error.strerror or error)
             raise UserError(f"{span.path}: cannot be read: {reason}: repair or replace it") from error
@@ -78,11 +71,8 @@ class Format:
             yield from self._text_pieces(file, data, start, starts_line, str(span.path))
 
     def _text_pieces(self, file: _File, data: bytes, cursor: Cursor, starts_line: bool, name: str) -> Iterator[Piece]:
-        """Cuts ``data``, which begins at ``cursor``, and what follows in ``file``.
-
-        A window of bytes is looked at: enough for the longest piece and the separator after it.
-        """
-        window, at, ended = documents.PIECE_BYTES + SEPARATOR_BYTES, 0, False
+        """Cuts ``data``, which begins at ``cursor``, and what follows in ``file``."""
+        window, at, ended = documents.PIECE_BYTES + SEPARATOR_BYTES, 0, False  # a longest piece and its separator
         while True:
             if not ended and len(data) - at <= window:  # a byte more tells whether anything comes after the window
                 more = file.read(max(BLOCK_BYTES, window + 1))
@@ -93,7 +83,7 @@ class Format:
                 return
             separators = (s.span() for s in _SEPARATOR.finditer(data, at, at + window) if s.start() > at or starts_line)
             found = next((s for s in separators if final or s[0] <= longest), None)  # the window holds all of it
-            stop = after = len(data) if final else at + place_to_cut(data[at:longest])
+            stop = after = len(data) if final else at + cut_position(data[at:longest])
             stop, after = found or (stop, after)
             ends_document = final or found is not None
             yield Piece(self._decoded(data[at:stop], cursor.at, name), ends_document, cursor)
@@ -121,23 +111,18 @@ class Format:
         """The objects of a JSON lines file from byte ``at`` on, each with the byte where its line begins."""
         with _opened(path, at, end, advance) as file:
             while line := file.readline(MAX_RECORD_BYTES + 1):
+                where = f"{path}: the line at byte {at}"
                 if len(line) > MAX_RECORD_BYTES:
-                    where = f"{path}: the line at byte {at}"
                     raise UserError(f"{where} is longer than {MAX_RECORD_BYTES >> 20} MiB: is this JSON lines?")
                 if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                    yield at, self._record(line, path, at)
+                    try:
+                        record = json.loads(self._decoded(line, at, str(path)).removeprefix("\ufeff"))
+                    except (ValueError, RecursionError) as error:
+                        raise UserError(f"{where} is not JSON ({error}): one object a line is needed") from error
+                    if not isinstance(record, dict):
+                        raise UserError(f"{where} is no JSON object: one object a line is needed")
+                    yield at, record
                 at += len(line)
-
-    def _record(self, line: bytes, path: Path, at: int) -> dict[str, Any]:
-        try:
-            record = json.loads(self._decoded(line, at, str(path)).removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}: the line at byte {at} is not JSON ({error}): one object a line is needed"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: the line at byte {at} is no JSON object: one object a line is needed")
-        return record
 
     def _column(self, record: Mapping[str, Any], path: Path) -> str:
         types = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()}
@@ -150,34 +135,25 @@ class Format:
         try:
             with _seekable(span.path) as handle:
                 file = pq.ParquetFile(handle)
-                types = {field.name: str(field.type).removeprefix("large_") for field in file.schema_arrow}
-                column = pick_text_column(types, self.text_column, str(span.path))
-                row, size = 0, span.path.stat().st_size
-                for group in range(file.num_row_groups):
-                    about = file.metadata.row_group(group)
-                    if row + about.num_rows > start.at:
-                        yield from self._row_group(file, group, row, column, start, str(span.path))
-                        advance(size * (group + 1) // file.num_row_groups - size * group // file.num_row_groups)
-                    row += about.num_rows
+                column = pick_text_column(column_types(file.schema_arrow), self.text_column, str(span.path))
+                size, n_rows = span.path.stat().st_size, file.metadata.num_rows
+                for first, values in parquet_batches(file, column, start.at, ROWS_PER_BATCH):
+                    for row, value in enumerate(values, first):
+                        where = f"{span.path} row {row}"
+                        yield from pieces_of_row(self._value(value, where), start, Cursor(start.span, row), where)
+                    advance(size * (first + len(values)) // n_rows - size * first // n_rows)
         except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
             reason = _in_one_line(error)
             raise UserError(f"{span.path}: not a Parquet file, or damaged ({reason}): replace it") from error
 
-    def _row_group(self, file: Any, group: int, row: int, column: str, start: Cursor, where: str) -> Iterator[Piece]:
-        for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=[column]):
-            first = max(row, start.at)
-            for i, value in enumerate(batch.column(0)[first - row :], first):
-                yield from pieces_of_row(self._value(value, i, where), start, Cursor(start.span, i), f"{where} row {i}")
-            row += len(batch)
-
-    def _value(self, value: Any, row: int, where: str) -> Any:
+    def _value(self, value: Any, where: str) -> Any:
         try:
             return value.as_py()
         except UnicodeDecodeError as error:
             if self.errors == "replace":
                 return value.as_buffer().to_pybytes().decode("utf-8", "replace")
             raise UserError(
-                f"{where} row {row}: not UTF-8 at byte {error.start} of the text: go on with --encoding_errors replace"
+                f"{where}: not UTF-8 at byte {error.start} of the text: go on with --encoding_errors replace"
             ) from error
 
 
@@ -201,6 +177,26 @@ def pieces_of_row(text: Any, start: Cursor, cursor: Cursor, where: str) -> Itera
             yield Piece(piece, number + 1 == len(pieces), cursor._replace(piece=number))
 
 
+def parquet_batches(file: Any, column: str, start: int, n_rows: int) -> Iterator[tuple[int, Any]]:
+    """A column of a ``pyarrow.parquet.ParquetFile`` from row ``start`` on: arrays, each with its first row's number.
+
+    Row groups before ``start`` are not read: the footer says how many rows they have.
+    """
+    ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+    group = bisect_right(ends, start)
+    row = ends[group - 1] if group else 0
+    for batch in file.iter_batches(n_rows, row_groups=range(group, len(ends)), columns=[column]):
+        if row + len(batch) > start:
+            first = max(row, start)
+            yield first, batch.column(0)[first - row :]
+        row += len(batch)
+
+
+def column_types(schema: Any) -> dict[str, str]:
+    """The type of every column of a ``pyarrow.Schema`` by its name."""
+    return {field.name: str(field.type).removeprefix("large_") for field in schema}
+
+
 def pick_text_column(types: Mapping[str, str], wanted: str, where: str) -> str:
     """The column that holds the text: ``wanted``, else ``text``, else the only one of strings.
 
@@ -215,9 +211,9 @@ def pick_text_column(types: Mapping[str, str], wanted: str, where: str) -> str:
         if wanted not in types:
             raise UserError(f"{where}: no column {wanted!r}: choose another --text_column of: {there}")
         return wanted
-    strings = [name for name, kind in types.items() if kind == "string"]
-    if "text" in strings or "text" in types:
+    if "text" in types:
         return "text"
+    strings = [name for name, kind in types.items() if kind == "string"]
     if len(strings) != 1:
         raise UserError(f"{where}: which column holds the text? Name it with --text_column; there are: {there}")
     return strings[0]
@@ -237,21 +233,20 @@ def is_compressed(path: Path) -> bool:
 class _File:
     """What a file holds, up to a byte; tells how far the file on disk is read."""
 
-    def __init__(self, raw: IO[bytes], stream: IO[bytes], left: int | None, advance: Advance) -> None:
+    def __init__(self, raw: IO[bytes], stream: IO[bytes], left: int, advance: Advance) -> None:
         self._raw, self._stream, self._left, self._advance = raw, stream, left, advance
         self._told = raw.tell()
 
     def read(self, count: int) -> bytes:
         """The next ``count`` bytes, fewer at the end."""
-        return self._taken(self._stream.read(count if self._left is None else min(count, self._left)))
+        return self._taken(self._stream.read(min(count, self._left)))
 
     def readline(self, limit: int) -> bytes:
         """The next line with its end, or ``limit`` bytes of it; empty at the end."""
-        return self._taken(self._stream.readline(limit if self._left is None else min(limit, self._left)))
+        return self._taken(self._stream.readline(min(limit, self._left)))
 
     def _taken(self, data: bytes) -> bytes:
-        if self._left is not None:
-            self._left -= len(data)
+        self._left -= len(data)
         now = self._raw.tell()
         self._advance(now - self._told)
         self._told = now
@@ -272,7 +267,7 @@ def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterat
             stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec), BLOCK_BYTES)
             for position in range(0, start, BLOCK_BYTES):
                 stream.read(min(BLOCK_BYTES, start - position))
-        yield _File(raw, stream, None if end is None else max(0, end - start), advance)
+        yield _File(raw, stream, sys.maxsize if end is None else max(0, end - start), advance)
 
 
 @contextmanager

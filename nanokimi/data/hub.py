@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from nanokimi import console
 from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short_hash
-from nanokimi.data.formats import pick_text_column, pieces_of_row
+from nanokimi.data.formats import column_types, parquet_batches, pick_text_column, pieces_of_row
 from nanokimi.data.local import cache_home
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
@@ -52,18 +52,14 @@ class HubDocuments:
         split: name of the split.
         text_column: column of strings; empty takes ``text`` or the only column of strings.
         revision: commit, branch or tag; empty takes the newest commit.
-        limit: take exactly so many rows, or all if there are fewer, as one part; 0 takes everything.
+        limit: take exactly so many rows, or all if there are fewer, as one part; 0 takes everything, a part per file.
         log: told in one line of every connection that broke.
-
-    Attributes:
-        n_parts: number of files, 1 with a ``limit``.
-        n_bytes: None: the hub does not say how much text there is.
 
     Raises:
         UserError: no such data set, configuration, split or column, no access, or no network: with choices and flag.
     """
 
-    n_bytes: int | None = None
+    n_bytes: int | None = None  # the hub does not say how much text there is
 
     def __init__(
         self,
@@ -79,7 +75,7 @@ class HubDocuments:
         if not is_hub_name(repo):
             problem = "not the name of a repository" if repo else "name a data set of the hub"
             raise UserError(f"--hf_repo_name {repo or '(empty)'}: {problem}: write owner/name, such as {FINEWEB}")
-        _settle_libraries()
+        _quiet_libraries()
         self.repo, self.split, self.limit, self._log = repo, split, limit, log
         try:
             self.commit = _find_commit(repo, revision or "main")
@@ -108,6 +104,7 @@ class HubDocuments:
     def _open(self, text_column: str) -> None:
         from datasets import load_dataset, load_dataset_builder
         from datasets.packaged_modules.parquet.parquet import ParquetConfig
+        from pyarrow.dataset import ParquetFragmentScanOptions
 
         path = f"hf://datasets/{self.repo}"  # a folder of that name in the working directory is not meant
         builder = load_dataset_builder(path, self.config, revision=self.commit)
@@ -117,7 +114,9 @@ class HubDocuments:
         options: dict[str, Any] = {"split": self.split, "revision": self.commit, "streaming": True}
         is_parquet = isinstance(builder.config, ParquetConfig)
         if is_parquet:
-            options |= _parquet_options()
+            scan = {"pre_buffer": False, "use_buffered_stream": True, "buffer_size": _PARQUET_BUFFER_BYTES}
+            options["fragment_scan_options"] = ParquetFragmentScanOptions(**scan)
+            options |= {"batch_size": _ROWS, "storage_options": {"hf": {"block_size": _PARQUET_BLOCK_BYTES}}}
         stream = load_dataset(path, self.config, **options)
         self.text_column = _choose_column(stream, text_column, self.repo)
         if is_parquet:
@@ -138,9 +137,9 @@ class HubDocuments:
                     row, failures, problem = row + 1, 0, ""
                 return
             except Exception as error:  # of whichever library is lowest
-                before, problem = problem, _brief(error)
                 failures += 1
-                self._judge(error, failures, repeated=problem == before, row=row)
+                self._judge(error, failures, repeated=problem == _brief(error), row=row)
+                problem = _brief(error)
             wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))
             attempt = f"attempt {failures} of {RETRIES} in {wait:g} s"
             self._log(f"{self.name}: the connection broke at row {row} of part {part} ({problem}): {attempt}")
@@ -148,20 +147,22 @@ class HubDocuments:
 
     def _judge(self, error: Exception, failures: int, *, repeated: bool, row: int) -> None:
         """Raises what the user is told, unless the failure is one that may pass."""
-        where, then = f"{self.name}: row {row}", "and go on from the last checkpoint with --resume"
+        where, then, brief = (
+            f"{self.name}: row {row}",
+            "and go on from the last checkpoint with --resume",
+            _brief(error),
+        )
         if isinstance(error, FileNotFoundError) or _is_refused(error):
-            raise RunError(
-                f"{where}: the hub refuses the file ({_brief(error)}): run `hf auth login` {then}"
-            ) from error
+            raise RunError(f"{where}: the hub refuses the file ({brief}): run `hf auth login` {then}") from error
         if repeated and not _is_network(error):  # a short read may look like damaged data, but not twice
-            raise UserError(f"{where}: the data cannot be read: {_brief(error)}") from error
+            raise UserError(f"{where}: the data cannot be read: {brief}") from error
         if failures > RETRIES:
-            problem = f"the connection broke {failures} times ({_brief(error)})"
+            problem = f"the connection broke {failures} times ({brief})"
             raise RunError(f"{where}: {problem}: check the network {then}") from error
 
     def _texts(self, part: int, row: int) -> Iterator[str | None]:
         """The column of a part from ``row`` on, over one set of connections."""
-        _settle_libraries()
+        _quiet_libraries()
         if not self._parquet:
             stream = self._stream if self.limit else self._stream.shard(self._n_files, part)
             yield from self._column(stream.skip(row) if row else stream)
@@ -177,7 +178,7 @@ class HubDocuments:
             yield from table[self.text_column].to_pylist()
 
 
-def _settle_libraries() -> None:
+def _quiet_libraries() -> None:
     """Turns off their progress bars, logs and retries: ours tell the user, and go on at the row that broke."""
     try:
         import datasets
@@ -219,19 +220,11 @@ def _choose_config(repo: str, commit: str, config: str) -> str:
     return config or (names[0] if len(names) == 1 else "default")
 
 
-def _parquet_options() -> dict[str, Any]:
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    storage = {"hf": {"block_size": _PARQUET_BLOCK_BYTES}}
-    scan = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True, buffer_size=_PARQUET_BUFFER_BYTES)
-    return {"batch_size": _ROWS, "fragment_scan_options": scan, "storage_options": storage}
-
-
 def _choose_column(stream: Any, wanted: str, repo: str) -> str:
     """The column of text; where no types are declared, by those of the first row."""
     features = stream.features
     schema = features.arrow_schema if features else next(iter(stream.with_format("arrow").iter(1))).schema
-    types = {field.name: str(field.type).removeprefix("large_") for field in schema}
+    types = column_types(schema)
     column = pick_text_column(types, wanted, repo)
     if types[column] != "string":
         strings = ", ".join(name for name, kind in types.items() if kind == "string") or "none"
@@ -247,14 +240,9 @@ def _from_row(path: str, column: str, row: int) -> Generator[str | None, None, i
 
     with HfFileSystem(block_size=_PARQUET_BLOCK_BYTES).open(path) as raw:
         file = ParquetFile(raw, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
-        sizes, first = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)], 0
-        while first < len(sizes) and row >= sizes[first]:
-            row, first = row - sizes[first], first + 1
-        for batch in file.iter_batches(_ROWS, row_groups=range(first, len(sizes)), columns=[column]):
-            if row < batch.num_rows:
-                yield from batch.column(0).slice(row).cast(pa.large_string()).to_pylist()
-            row = max(0, row - batch.num_rows)
-    return row
+        for _, texts in parquet_batches(file, column, row, _ROWS):
+            yield from texts.cast(pa.large_string()).to_pylist()
+    return max(0, row - int(file.metadata.num_rows))
 
 
 # ---- a sample that is kept -----------------------------------------------------------------------
@@ -266,9 +254,8 @@ def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments
     A try that was cut off goes on after its last whole row.
 
     Args:
-        limit: number of rows, above 0.
-        key: everything that the user said about them.
-        open_hub: makes the ``HubDocuments``; called only when rows have to be fetched.
+        key: everything that the user said about them, but for their number ``limit``.
+        open_hub: called only when rows have to be fetched.
 
     Raises:
         UserError: no such data set, or no network and nothing in the cache.
@@ -294,14 +281,11 @@ def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments
 
 def _fetch(documents: HubDocuments, file: IO[bytes]) -> None:
     file.seek(0)
-    n_rows = end = 0
-    for line in file:
-        if line.endswith(b"\n"):
-            n_rows, end = n_rows + 1, end + len(line)
-    file.truncate(end)
+    whole = [len(line) for line in file if line.endswith(b"\n")]
+    file.truncate(sum(whole))
     text = ""
-    with console.progress_bar(f"fetching {documents.name}", None, done=end) as advance:
-        for piece in documents.read(0, Cursor(at=n_rows), advance):
+    with console.progress_bar(f"fetching {documents.name}", None, done=sum(whole)) as advance:
+        for piece in documents.read(0, Cursor(at=len(whole)), advance):
             text += piece.text
             if piece.ends_document:
                 file.write(json.dumps({"text": text}).encode() + b"\n")

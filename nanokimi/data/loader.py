@@ -1,4 +1,4 @@
-"""Endless batches, from a row of tokens in a seeded order or from several sources, read ahead by worker processes."""
+"""Endless batches, from tokens in a seeded order or from several sources, read ahead by worker processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nanokimi.data.batch import Batch, PackedSequences, TokenRow
+from nanokimi.data.batch import Batch, PackedSequences, TokenArray
 from nanokimi.errors import RunError, UserError
 
 # B batch, T sequence length
@@ -29,27 +29,16 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are made of a source.
+    """How batches are made of a source."""
 
-    Attributes:
-        length: T, tokens of a sequence.
-        batch_size: B, sequences of a batch, on each rank.
-        seed: of the order.
-        num_workers: processes that read ahead; 0 reads in this one.
-        pin_memory: page-locked batches, for copies to a GPU that overlap with computing.
-        eot_id: see ``Batch.of_rows``.
-        shuffle_buffer: sequences of a stream among which the next one is drawn; 1 keeps the order.
-        rank, world_size: this process and how many share the data.
-    """
-
-    length: int
-    batch_size: int
-    seed: int
-    num_workers: int = 0
-    pin_memory: bool = False
-    eot_id: int | None = None
-    shuffle_buffer: int = 1024
-    rank: int = 0
+    length: int  # T, tokens of a sequence
+    batch_size: int  # B, sequences of a batch, on each rank
+    seed: int  # of the order
+    num_workers: int = 0  # processes that read ahead; 0 reads in this one
+    pin_memory: bool = False  # page-locked batches, for copies to a GPU that overlap with computing
+    eot_id: int | None = None  # see Batch.of_rows
+    shuffle_buffer: int = 1024  # sequences of a stream among which the next one is drawn; 1 keeps the order
+    rank: int = 0  # this process, of world_size that share the data
     world_size: int = 1
 
     def batch(self, rows: Tensor) -> Batch:
@@ -59,11 +48,14 @@ class LoaderOptions:
 
 
 class Loader(Protocol):
-    """Batches without end, and a position in the data that can be saved: what training sees of any source."""
+    """Batches without end, and a position in the data that can be saved: what training sees of any source.
+
+    Attributes:
+        warnings: what was met in the data that the user should hear of, and how often.
+    """
 
     @property
-    def warnings(self) -> Counter[str]:
-        """What was met in the data that the user should hear of, and how often."""
+    def warnings(self) -> Counter[str]: ...
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""
@@ -97,7 +89,7 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 class BatchLoader:
-    """Iterates forever over batches of a row of tokens; epoch after epoch, each in an order of its own.
+    """Iterates forever over batches of tokens; epoch after epoch, each in an order of its own.
 
     Sample k of a run is ``permutation(seed, epoch=k // n)[k % n]``, whatever the number of workers and ranks: every
     B samples go to the next rank, and a batch may straddle two epochs. So the position is k alone, and a resume
@@ -106,18 +98,17 @@ class BatchLoader:
     Attributes:
         sequences: n sequences of T tokens.
         samples: k, sequences handed out so far to all ranks (those merely read ahead do not count).
-        warnings: none: tokens were looked at when they were made.
 
     Raises:
         UserError: there are fewer sequences than the batches of all ranks hold.
     """
 
-    def __init__(self, tokens: TokenRow | NDArray[Any], options: LoaderOptions) -> None:
+    def __init__(self, tokens: TokenArray | NDArray[Any], options: LoaderOptions) -> None:
         self.sequences, self.options = PackedSequences(tokens, options.length), options
         if len(self.sequences) < options.batch_size * options.world_size:
             raise UserError(too_few(options.batch_size, len(self.sequences), options.length, options.world_size))
         self.samples = 0
-        self.warnings: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()  # tokens were looked at when they were made
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on; RunError if a worker died or hangs, or a file was truncated."""
@@ -127,14 +118,11 @@ class BatchLoader:
             yield self.options.batch(torch.from_numpy(rows))
 
     def _indices(self) -> Iterator[list[int]]:
-        """The sequences of this rank's batches, without end.
-
-        The batches of all ranks are cut from one order. This runs ahead of ``samples`` where workers do.
-        """
+        """The sequences of this rank's batches, without end; this runs ahead of ``samples`` where workers do."""
         n, size = len(self.sequences), self.options.batch_size
         first = size * self.options.rank
         epoch, position = divmod(self.samples, n)
-        joint: list[int] = []
+        joint: list[int] = []  # the batches of all ranks
         while True:
             for index in permutation(self.options.seed, epoch, n)[position:]:
                 joint.append(int(index))
@@ -162,7 +150,7 @@ class MixLoader:
 
     Of the sources that have given less than their share, the next sequence comes from the one that would first lack a
     whole sequence. So after k sequences each has given its weight times k, less than one more or less, on every rank
-    (Baruah et al. 1996, Proportionate progress): shares without chance need no state but counts.
+    (Baruah et al. 1996, Proportionate progress).
 
     Args:
         sources: by name the weight, above 0, and what makes the source's loader.
@@ -243,17 +231,14 @@ def too_few(batch_size: int, n_sequences: int, length: int, world_size: int = 1)
 def read_ahead(read: Callable[[Asked], Answer], wanted: Iterable[Asked], num_workers: int) -> Iterator[Answer]:
     """``read(item)`` for each item that is ``wanted``, in their order; item i is read by worker i modulo their number.
 
-    Workers may be done in any order; torch's DataLoader hands their answers out in the order of the items. It keeps
-    two items per worker on their way: enough to hide a slow one, and few enough for memory, and for the items that
-    are read twice when a run is stopped and goes on.
+    Two items per worker are on their way: enough to hide a slow one, and few enough for memory, and for the items that
+    are read twice when a run is stopped and goes on. With ``num_workers`` 0 this process reads.
 
     Args:
         read: gives arrays; each worker has a copy of it, as it was at the start.
-        num_workers: processes that read ahead; 0 reads in this one.
 
     Raises:
-        RunError: a worker died or hangs.
-        UserError, RunError: as ``read`` raises them.
+        RunError: a worker died or hangs; UserError and RunError also as ``read`` raises them.
     """
     try:
         for answer in DataLoader(

@@ -63,9 +63,7 @@ class LocalDocuments:
         return [self.stamps, self.form.text_column, self.form.errors, self.split_up and PART_BYTES]
 
     def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
-        for number, span in enumerate(self._parts[part]):
-            if number < start.span:
-                continue
+        for number, span in enumerate(self._parts[part][start.span :], start.span):
             begin = start if number == start.span else Cursor(number)
             self._require_unchanged(span.path)
             try:
@@ -102,14 +100,13 @@ def cache_home() -> Path:
 
 
 def find_files(path: str, flag: str) -> list[Path]:
-    """The files that ``path`` means, each once, in the order of their names within each of its items.
+    """The files that ``path`` means, each once, in the order of their names within each of its items."""
+    return list(dict.fromkeys(file for item in split_path(path) for file in _files_of(item, flag)))
 
-    Raises:
-        UserError: missing, empty or unreadable; the message names ``flag``.
-    """
-    items = [path] if os.path.lexists(path) else [item.strip() for item in path.split(",")]
-    files = [file for item in items for file in _files_of(item, flag)]
-    return list(dict.fromkeys(files))
+
+def split_path(path: str) -> list[str]:
+    """The items of a path that may be several with commas between them."""
+    return [path] if os.path.lexists(path) else [item.strip() for item in path.split(",")]
 
 
 def _files_of(item: str, flag: str) -> list[Path]:
@@ -124,22 +121,18 @@ def _files_of(item: str, flag: str) -> list[Path]:
         found = [Path(item)] if os.path.exists(item) else []
     if not found:
         raise UserError(f"{flag} {item}: no such file: check the path, or make one with `nanokimi prepare stdlib`")
-    for file in found:
-        if not os.path.isfile(file):
-            raise UserError(
-                f"{flag} {file}: not a regular file: it is read more than once, so save the text to disk first"
-            )
-    if all(file.stat().st_size == 0 for file in found):
+    if not os.path.isfile(found[0]):
+        raise UserError(f"{flag} {item}: not a regular file: it is read more than once, so save the text to disk first")
+    with_text = [file for file in found if file.stat().st_size]
+    if not with_text:
         raise UserError(f"{flag} {item}: the file is empty: name a text file with something in it")
-    return [file for file in found if file.stat().st_size]
+    return with_text
 
 
 def _is_text_in(path: Path, folder: Path) -> bool:
     """Whether a file below ``folder`` is text by its name; what lies in a token cache (``.nanokimi``) is not."""
-    inside = path.relative_to(folder).parents
-    return (
-        inner_suffix(path) in FOLDER_SUFFIXES and os.path.isfile(path) and all(p.suffix != CACHE_SUFFIX for p in inside)
-    )
+    in_cache = any(parent.suffix == CACHE_SUFFIX for parent in path.relative_to(folder).parents)
+    return inner_suffix(path) in FOLDER_SUFFIXES and os.path.isfile(path) and not in_cache
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -172,7 +165,8 @@ def _slices(path: Path, size: int) -> Iterator[Span]:
 
 def _boundary(data: bytes, *, documents: bool) -> int:
     """The first place in ``data`` after a document's end, else after a line end; 0 if there is neither."""
-    separator = _SEPARATOR.search(data) if documents else None
-    if documents and not separator and len(data) < SEARCHED_BYTES:
+    if documents and (separator := _SEPARATOR.search(data)):
+        return separator.end()
+    if documents and len(data) < SEARCHED_BYTES:
         return 0  # the document ends with the file
-    return separator.end() if separator else data.find(b"\n") + 1
+    return data.find(b"\n") + 1

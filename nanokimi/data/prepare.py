@@ -1,9 +1,10 @@
-"""``nanokimi prepare tokens``: any source of text as token files."""
+"""``nanokimi prepare``: any source of text as token files, and a training text that every machine has."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -15,25 +16,32 @@ from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.data.corpus import CachedText, Corpus, Log, StreamedText
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.sources import choose_tokenizer, text_of, with_sample
-from nanokimi.data.token_file import TokenFile, TokenFileError
-from nanokimi.data.token_set import MANIFEST, TOKENIZER, Manifest, TokenSet, write_token_set
-from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
-from nanokimi.errors import UserError
-from nanokimi.files import disk_errors_explained
+from nanokimi.data.token_files import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    TokenFile,
+    TokenFileError,
+    TokenSet,
+    write_token_set,
+)
+from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from nanokimi.errors import RunError, UserError
+from nanokimi.files import atomic_write, disk_errors_explained
+
+# Tests, other people's packages, and the file that holds the language reference, which is taken topic by topic.
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 
 
 def prepare_tokens(
     train: Mapping[str, Any], model: Mapping[str, Any], output: Path, *, shard_tokens: int, log: Log
 ) -> str:
-    """Tokenises what ``nanokimi train`` would read with the same settings; killed, it goes on when called again.
+    """Tokenises what ``nanokimi train`` would read with the same settings, and returns a summary; killed, it goes on.
 
     Args:
         train, model: settings by field name.
         output: folder to make; ``--dataset tokenbin --data_path`` takes it.
         shard_tokens: begin another file after about so many.
-
-    Returns:
-        a summary of a few lines.
 
     Raises:
         UserError: a setting or the data cannot be used, ``output`` holds something else.
@@ -80,11 +88,7 @@ def _bytes_in(folder: Path) -> int:
 
 @contextmanager
 def _own(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it until this one ends.
-
-    Raises:
-        UserError: it cannot be written, another process writes there, or it holds what no token set holds.
-    """
+    """Makes the folder and keeps other processes out; UserError if it is in use or holds what no token set holds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -109,3 +113,60 @@ def _require_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     path, begun = folder / TOKENIZER, (folder / MANIFEST).exists()
     if not begun and path.exists() and load_tokenizer(str(path)).fingerprint != tokenizer.fingerprint:
         raise UserError(f"--output {folder} holds another tokenizer: choose a new or empty folder")
+
+
+# ---- Python's own library as a text -----------------------------------------------------------------
+
+
+def prepare_stdlib(output: str | Path = "data/train.txt", *, library: str | Path | None = None) -> str:
+    """Writes the sources of Python's standard ``library`` and its language reference as one text.
+
+    Each source file or topic is a document. Returns a line that says what was written.
+
+    Raises:
+        UserError: there are no sources in the folder, or ``output`` is a folder.
+        RunError: ``output`` cannot be written.
+    """
+    output = Path(output)
+    folder = Path(library or sysconfig.get_path("stdlib"))
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory: name the text file to write")
+    own = (p for p in sorted(folder.rglob("*.py")) if _LEFT_OUT.isdisjoint(p.relative_to(folder).parts[:-1]))
+    sources = [_read(path) for path in own if path.is_file()]
+    if not sources:
+        raise UserError(f"{folder} holds no Python sources: train on a text of your own with --data_path")
+    files = [text for text in sources if text]
+    topics = _topics()
+    text = f"{END_OF_TEXT}\n".join(files + topics).encode()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output) as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(f"--output {output} cannot be written: {error.strerror}") from error
+    return (
+        f"{output}: {len(files)} source files and {len(topics)} topics of the language reference, "
+        f"{len(text) / 1e6:.1f} MB; left out {sources.count(None)} that are not UTF-8 or hold a line {END_OF_TEXT}"
+    )
+
+
+def _read(path: Path) -> str | None:
+    """The file as one document, ``""`` when it is blank, None when it cannot be one."""
+    try:
+        return _document(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        return None
+
+
+def _document(text: str) -> str | None:
+    if END_OF_TEXT in text.splitlines():
+        return None
+    return text.rstrip("\n") + "\n" if text.strip() else ""
+
+
+def _topics() -> list[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions put it in a package of its own
+        return []
+    return [document for _, text in sorted(topics.items()) if (document := _document(text))]

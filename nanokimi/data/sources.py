@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nanokimi.config import TrainConfig
-from nanokimi.data.batch import TokenRow
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import BPE_CHARACTERS, TRAINING, CachedText, Corpus, Log, StreamedText, TrainData
-from nanokimi.data.documents import short_hash
+from nanokimi.data.documents import Text, short_hash
 from nanokimi.data.formats import Format
 from nanokimi.data.hub import FINEWEB, FINEWEB_CONFIG, HubDocuments, fetch_sample
 from nanokimi.data.loader import MixLoader
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.split import Text
 from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
@@ -59,13 +58,13 @@ def open_corpus(
         log(f"note: the text yields only {tokenizer.vocab_size} of the {wanted} entries of {tokenizer.name}")
     if not config.mix:
         return next(iter(corpora.values()))
-    parts = {name: (shares[name][0], corpus.train) for name, corpus in corpora.items()}
-    identity = short_hash([[name, weight, data.identity] for name, (weight, data) in parts.items()])
-    train = TrainData(identity, partial(MixLoader, {name: (w, data.loader) for name, (w, data) in parts.items()}))
+    loaders = {name: (shares[name][0], corpus.train.loader) for name, corpus in corpora.items()}
+    identity = short_hash([[name, shares[name][0], corpus.train.identity] for name, corpus in corpora.items()])
+    train = TrainData(identity, partial(MixLoader, loaders))
     val = [corpus.val for corpus in corpora.values() if corpus.val is not None]
     val = val[:1] if config.val_path else val  # of sources that share one held-out file
     summary = "\n".join(f"{shares[name][0]:g} of {name}: {corpus.summary}" for name, corpus in corpora.items())
-    return Corpus(tokenizer, train, TokenRow.joined(val) if val else None, summary)
+    return Corpus(tokenizer, train, TokenArray.joined(val) if val else None, summary)
 
 
 def parse_mix(config: TrainConfig) -> dict[str, tuple[float, TrainConfig]]:
@@ -117,11 +116,7 @@ def _source(config: TrainConfig, log: Log) -> Source:
 
 
 def text_of(config: TrainConfig, log: Log, *, split_up: bool = False) -> Text:
-    """The documents that ``config`` names, local ones or those of the hub, and what is held out.
-
-    Args:
-        split_up: in parts that can be read apart, and looked at only as far as needed.
-    """
+    """The documents that ``config`` names, local or of the hub, and what is held out; ``split_up``: in parts."""
     form = Format(config.text_column, config.encoding_errors)
     val = LocalDocuments(config.val_path, "--val_path", form) if config.val_path else None
     fraction = 0.0 if val else config.val_fraction
@@ -180,11 +175,8 @@ def choose_tokenizer(sources: Sequence[Source], name: str, *, named: bool) -> To
 def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *, val_fraction: float = 0.05) -> str:
     """Trains a byte-level BPE on local text and writes its ``tokenizer.json``; returns a line that says what.
 
-    The share of the text that training holds out by default is not looked at here either.
-
-    Raises:
-        UserError: the text or the size cannot be used.
-        RunError: ``output`` cannot be written.
+    The share of the text that training holds out by default is not looked at here either. UserError if the text or the
+    size cannot be used, RunError if ``output`` cannot be written.
     """
     output = Path(output)
     text = Text(LocalDocuments(path, "FILE"), None, val_fraction, "FILE")

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from nanokimi.data.batch import Batch, too_short
-from nanokimi.data.documents import START, Cursor, Piece
+from nanokimi.data.documents import START, Cursor, Piece, Text, is_blank
 from nanokimi.data.loader import LoaderOptions, permutation, read_ahead, require_same_order, too_few
-from nanokimi.data.split import Text, is_blank
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 
@@ -38,50 +38,40 @@ Sequence = NDArray[np.int32]
 
 
 class Position(NamedTuple):
-    """Where a sequence begins: ``skip`` tokens after the start of a piece.
-
-    Attributes:
-        epoch, ordinal: which of the lane's parts of which epoch.
-        span, at, piece: ``Cursor`` within it.
-    """
+    """Where a sequence begins: ``skip`` tokens after the start of a piece."""
 
     epoch: int = 0
-    ordinal: int = 0
-    span: int = 0
+    ordinal: int = 0  # which of the lane's parts of the epoch
+    span: int = 0  # this and the next two: the Cursor of the piece in that part
     at: int = 0
     piece: int = 0
     skip: int = 0
 
 
-@dataclass
-class Chunk:
-    """What a lane makes at a time.
-
-    Attributes:
-        lane, epoch: what was asked for.
-        sequences: ``[n, T + 1]`` int32 ids (they stay below 2^31).
-        positions: ``[n, 6]``, for each sequence the ``Position`` of the next one.
-        n_tokens: tokens read, whether or not they filled a sequence.
-        ends_epoch: whether the lane has nothing more for this epoch.
-        warnings: how often something was met that the user should hear of.
-    """
+class Chunk(NamedTuple):
+    """What a lane makes at a time."""
 
     lane: int
-    epoch: int
-    sequences: NDArray[np.int32]
-    positions: NDArray[np.int64]
-    n_tokens: int
-    ends_epoch: bool
-    warnings: Counter[str] = field(default_factory=Counter)
+    epoch: int  # that the lane reads next: of those before it there is nothing more
+    sequences: NDArray[np.int32]  # [n, T + 1], ids (they stay below 2^31)
+    positions: NDArray[np.int64]  # [n, 6], for each sequence the Position of the next one
+    n_tokens: int  # that were read, whether or not they filled a sequence
+    warnings: Counter[str]  # how often something was met that the user should hear of
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """A text, its tokenizer and ``options``, of which T and the seed count: all that decides what lanes make."""
+@dataclass
+class LaneReader:
+    """Makes chunks of any lane, each from its position on; a worker process has a copy of its own.
+
+    An open lane is a state: files that are open, tokens that fill no sequence yet. So one worker must make all chunks
+    of a lane, in their order. Of ``options``, only T and the seed change what a lane makes.
+    """
 
     text: Text
     tokenizer: Tokenizer
     options: LoaderOptions
+    positions: dict[int, Position] = field(default_factory=dict)
+    _open: dict[int, Lane] = field(default_factory=dict, init=False)
 
     @property
     def n_lanes(self) -> int:
@@ -92,12 +82,19 @@ class TokenStream:
         """The parts that ``lane`` reads in ``epoch``, in this order."""
         return permutation(self.options.seed, epoch, self.text.documents.n_parts)[lane :: self.n_lanes]
 
+    def chunk(self, wanted: tuple[int, int]) -> Chunk:
+        """The next chunk of the lane ``wanted[0]`` in the epoch ``wanted[1]``: empty once the lane has ended it."""
+        number, epoch = wanted
+        if number not in self._open:
+            self._open[number] = Lane(self, number, self.positions[number])
+        return self._open[number].chunk(epoch)
+
 
 class Lane:
     """Makes the sequences of one lane, one chunk after the other."""
 
-    def __init__(self, stream: TokenStream, number: int, position: Position) -> None:
-        self.stream, self.number = stream, number
+    def __init__(self, reader: LaneReader, number: int, position: Position) -> None:
+        self.reader, self.number = reader, number
         self.epoch = position.epoch
         self._skip = position.skip
         self._pieces = self._read(position)
@@ -106,67 +103,63 @@ class Lane:
         self._warnings: Counter[str] = Counter()
 
     def chunk(self, epoch: int) -> Chunk:
-        """The next sequences of ``epoch``: none when they were all made, and ``ends_epoch`` with the last."""
-        length, sequences, positions, n_tokens = self.stream.options.length, [], [], 0
+        """The next sequences of ``epoch``: none when they were all made."""
+        length, sequences, positions, n_tokens = self.reader.options.length, [], [], 0
         while self.epoch < epoch:  # what is left of an earlier epoch fills no sequence
             self._fill()
         if self.epoch == epoch:
             n_tokens = self._fill()
         while self._n_rest > length:
             sequences.append(self._cut(length))
-            positions.append([*self._rest[0][0]])
+            positions.append(self._rest[0][0])
         warnings, self._warnings = self._warnings, Counter()
         rows = np.array(sequences, np.int32).reshape(-1, length + 1)
-        places = np.array(positions, np.int64).reshape(-1, len(Position._fields))
-        return Chunk(self.number, epoch, rows, places, n_tokens, self.epoch > epoch, warnings)
+        nexts = np.array(positions, np.int64).reshape(-1, len(Position._fields))
+        return Chunk(self.number, self.epoch, rows, nexts, n_tokens, warnings)
 
     def _fill(self) -> int:
         """Tokenises about CHUNK_CHARACTERS, or up to the end of the epoch; returns the number of tokens."""
         batch: list[tuple[Position, Piece]] = []
         size = n_tokens = 0
-        for found in self._pieces:
+        while size < CHUNK_CHARACTERS:
+            found = next(self._pieces)
             if found is None:
                 self.epoch += 1
                 break
             batch.append(found)
             size += len(found[1].text)
-            if size >= CHUNK_CHARACTERS:
-                break
         texts = [piece.text for _, piece in batch]
         if nuls := sum(text.count("\0") for text in texts):
             self._warnings[NULS] += nuls
-        encoded = self.stream.tokenizer.encode_batch(texts)
-        for (position, piece), ids in zip(batch, encoded, strict=True):
-            tokens = np.array([*ids, self.stream.tokenizer.eot_id] if piece.ends_document else ids, np.int32)
+        eot_id = self.reader.tokenizer.eot_id
+        for (position, piece), ids in zip(batch, self.reader.tokenizer.encode_batch(texts), strict=True):
+            tokens = np.array([*ids, eot_id] if piece.ends_document else ids, np.int32)
             n_tokens += len(tokens)
-            left = tokens[self._skip :]
-            if len(left):
-                self._rest.append((position._replace(skip=self._skip), left))
-                self._n_rest += len(left)
+            if len(tokens) > self._skip:
+                self._rest.append((position._replace(skip=self._skip), tokens[self._skip :]))
+                self._n_rest += len(tokens) - self._skip
             self._skip = 0
         return n_tokens
 
     def _cut(self, length: int) -> Sequence:
         """Takes the next T tokens away and returns them with the one after them, which opens the next sequence."""
-        need, parts = length, []
+        need, taken = length, []
         self._n_rest -= need
         while need:
             position, tokens = self._rest.popleft()
             if len(tokens) > need:
-                left = position._replace(skip=position.skip + need)
-                self._rest.appendleft((left, tokens[need:]))
-            parts.append(tokens[:need])
-            need -= len(parts[-1])
-        parts.append(self._rest[0][1][:1])
-        return np.concatenate(parts)
+                self._rest.appendleft((position._replace(skip=position.skip + need), tokens[need:]))
+            taken.append(tokens[:need])
+            need -= len(taken[-1])
+        return np.concatenate([*taken, self._rest[0][1][:1]])
 
     def _read(self, start: Position) -> Iterator[tuple[Position, Piece] | None]:
         """Every piece to train on, epoch after epoch, and None after the last of each epoch."""
         epoch, ordinal, cursor = start.epoch, start.ordinal, Cursor(start.span, start.at, start.piece)
         while True:
-            parts = self.stream.parts(self.number, epoch)
+            parts = self.reader.parts(self.number, epoch)
             for number in range(ordinal, len(parts)):
-                for held_out, piece in self.stream.text.read(int(parts[number]), cursor):
+                for held_out, piece in self.reader.text.read(int(parts[number]), cursor):
                     if is_blank(piece):
                         self._warnings[NO_TEXT] += 1
                     elif not held_out:
@@ -174,25 +167,6 @@ class Lane:
                 cursor = START
             yield None
             epoch, ordinal = epoch + 1, 0
-
-
-class LaneReader:
-    """Makes chunks of any lane; a worker process has one of its own.
-
-    A lane is a state: files that are open, tokens that fill no sequence yet. So one worker must make all chunks of a
-    lane, in their order.
-    """
-
-    def __init__(self, stream: TokenStream, positions: dict[int, Position]) -> None:
-        self._stream, self._positions = stream, positions
-        self._lanes: dict[int, Lane] = {}
-
-    def chunk(self, wanted: tuple[int, int]) -> Chunk:
-        """The next chunk of the lane ``wanted[0]`` in the epoch ``wanted[1]``."""
-        number, epoch = wanted
-        if number not in self._lanes:
-            self._lanes[number] = Lane(self._stream, number, self._positions[number])
-        return self._lanes[number].chunk(epoch)
 
 
 class StreamLoader:
@@ -209,8 +183,8 @@ class StreamLoader:
     """
 
     def __init__(self, text: Text, tokenizer: Tokenizer, options: LoaderOptions) -> None:
-        self.stream, self.options = TokenStream(text, tokenizer, options), options
-        n_lanes, rank, world_size = self.stream.n_lanes, options.rank, options.world_size
+        self.reader, self.options = LaneReader(text, tokenizer, options), options
+        n_lanes, rank, world_size = self.reader.n_lanes, options.rank, options.world_size
         self._lanes = list(range(n_lanes)[rank::world_size] if n_lanes >= world_size else range(n_lanes))
         self._keep_one_of = 1 if n_lanes >= world_size else world_size
         # Item i goes to worker i modulo their number: a lane stays with one worker if that number divides the lanes.
@@ -249,10 +223,9 @@ class StreamLoader:
         while True:
             while not self._emptying and len(self._buffer) < self.options.shuffle_buffer:
                 sequence = next(kept)
-                if sequence is None:
-                    self._emptying = True
-                else:
+                if sequence is not None:
                     self._buffer.append(sequence)
+                self._emptying = sequence is None
             if self._buffer:
                 at = draw(self.options.seed, self.options.rank, self._draws, len(self._buffer))
                 self._buffer[at], self._buffer[-1] = self._buffer[-1], self._buffer[at]
@@ -276,15 +249,17 @@ class StreamLoader:
     def _in_turn(self) -> Iterator[Sequence | None]:
         """The sequences of all lanes in turn, and None where an epoch is over.
 
-        The state of the loader moves with each sequence that is handed out, never with what workers made ahead: so a
-        saved position does not depend on them.
+        The loader's state moves with each sequence that is handed out, never with what workers made ahead.
         """
         if self._epoch_over:
             yield None
-        reader = LaneReader(self.stream, dict(self._positions))
-        chunks = read_ahead(reader.chunk, self._wanted_chunks(), self.num_workers)
+        reader = replace(self.reader, positions=dict(self._positions))
+        wanted = (
+            (lane, self.epoch) for lane in cycle(self._lanes)
+        )  # a chunk of an epoch that its lane has ended is empty
+        chunks = read_ahead(reader.chunk, wanted, self.num_workers)
         queues: dict[int, deque[tuple[Sequence, NDArray[np.int64]]]] = {lane: deque() for lane in self._lanes}
-        ended = dict.fromkeys(self._lanes, -1)  # epoch whose last sequences are in the queue
+        reached = dict.fromkeys(self._lanes, 0)  # the epoch up to which all sequences are in the queue, or were
         from_start = all(position == Position() for position in self._positions.values())
         n_sequences = n_tokens = 0
         while True:
@@ -293,10 +268,10 @@ class StreamLoader:
             if self._epochs[lane] > epoch:
                 continue
             # Chunks come lane after lane, whichever is short of sequences: those of other lanes wait in their queues.
-            while not queues[lane] and ended[lane] < epoch:
+            while not queues[lane] and reached[lane] <= epoch:
                 chunk = next(chunks)
                 queues[chunk.lane].extend(zip(chunk.sequences, chunk.positions, strict=True))
-                ended[chunk.lane] = max(ended[chunk.lane], chunk.epoch if chunk.ends_epoch else -1)
+                reached[chunk.lane] = chunk.epoch
                 n_tokens += chunk.n_tokens
                 self.warnings += chunk.warnings
             if queues[lane]:
@@ -313,12 +288,6 @@ class StreamLoader:
                 from_start = False
                 yield None
 
-    def _wanted_chunks(self) -> Iterator[tuple[int, int]]:
-        """Lane after lane. A chunk that is asked for ahead may be of an epoch that its lane has ended: it is empty."""
-        while True:
-            for lane in self._lanes:
-                yield lane, self.epoch
-
     def _require_enough(self, n_sequences: int, n_tokens: int) -> None:
         if n_tokens <= self.options.length:
             raise UserError(too_short(self.options.length, n_tokens))
@@ -329,23 +298,19 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it depends on, and the shuffle buffer (int32 ``[n, T + 1]``)."""
-        empty = np.empty((0, self.options.length + 1), np.int32)
+        buffer = np.array(self._buffer, np.int32).reshape(-1, self.options.length + 1)
         own = {
             "lanes": {lane: [self._epochs[lane], *self._positions[lane]] for lane in self._lanes},
             "turn": self._turn,
             "draws": self._draws,
             "epoch_over": self._epoch_over,
             "emptying": self._emptying,
-            "buffer": torch.from_numpy(np.stack(self._buffer) if self._buffer else empty),
+            "buffer": torch.from_numpy(buffer),
         }
         return {**self._order(), "ranks": [own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position.
-
-        On as many ranks as before the rest of the run is the same to the bit; on another number of them no sequence is
-        lost or repeated.
-        """
+        """Goes to a saved position: on as many ranks to the bit, on others so that no sequence is lost or repeated."""
         require_same_order(state, self._order())
         ranks, rank, world_size = state["ranks"], self.options.rank, self.options.world_size
         own = ranks[rank] if len(ranks) == world_size else _dealt_out(ranks, rank, world_size)
@@ -362,17 +327,14 @@ class StreamLoader:
             self.load_state_dict(state)
 
     def _order(self) -> dict[str, int]:
-        n_parts = self.stream.text.documents.n_parts
-        return {"length": self.options.length, "seed": self.options.seed, "parts": n_parts}
+        parts = self.reader.text.documents.n_parts
+        return {"length": self.options.length, "seed": self.options.seed, "parts": parts}
 
 
 def _dealt_out(ranks: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
     """The state of one rank of ``world_size``, out of the states of another number of them."""
-    lanes: dict[int, list[int]] = {}
-    for state in ranks:
-        lanes |= state["lanes"]
     return {
-        "lanes": lanes,
+        "lanes": {lane: position for state in ranks for lane, position in state["lanes"].items()},
         "turn": 0,
         "draws": max(state["draws"] for state in ranks),
         "epoch_over": False,

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanokimi.console import progress_bar
-from nanokimi.data.batch import TokenRow
-from nanokimi.data.corpus import Corpus
-from nanokimi.data.documents import short_hash
-from nanokimi.data.split import ENOUGH_DOCUMENTS, in_share, wrong_share
-from nanokimi.data.token_file import MAGIC, TokenFile
-from nanokimi.data.token_set import MANIFEST, TOKENIZER, TokenSet
+from nanokimi.data.batch import TokenArray
+from nanokimi.data.corpus import Corpus, TrainData
+from nanokimi.data.documents import ENOUGH_DOCUMENTS, in_share, short_hash, wrong_share
+from nanokimi.data.local import split_path
+from nanokimi.data.token_files import MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
 from nanokimi.errors import UserError
 
@@ -40,8 +39,7 @@ class TokenBin:
     fewer than 100, the end of the row. With a share of 0 nothing is, and ``val*`` files are left alone.
 
     Args:
-        path: as the user gave it; several with commas between them.
-        val_path: held-out token files; "" for the rule above.
+        path, val_path: as the user gave them; "" as ``val_path`` for the rule above.
         fraction: the share.
     """
 
@@ -75,11 +73,12 @@ class TokenBin:
         fraction = 0.0 if val else self.fraction
         kept, held_out, about = divide_tokens(train, fraction)
         if val:
-            held_out, about = TokenRow([file.tokens for file in val]), "in " + ", ".join(file.path.name for file in val)
+            held_out = TokenArray([file.tokens for file in val])
+            about = "in " + ", ".join(file.path.name for file in val)
         summary = f"training on {len(kept):,} tokens of {self.path}; "
         summary += "nothing held out" if held_out is None else f"held out ({about}): {len(held_out):,} tokens"
         identity = short_hash([[file.sha256 for file in train], fraction])
-        return Corpus.of_tokens(tokenizer, kept, identity, held_out, summary)
+        return Corpus(tokenizer, TrainData.of_tokens(identity, kept), held_out, summary)
 
     @cached_property
     def _paths(self) -> tuple[list[Path], list[Path]]:
@@ -98,36 +97,25 @@ class TokenBin:
 
 
 def find_token_files(path: str, flag: str) -> list[Path]:
-    """The files that ``path`` means: a file, the ``.bin`` files of a folder, a pattern, or several with commas.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The files that ``path`` means: a file, the ``.bin`` files of a folder, a pattern, or several with commas."""
     files: list[Path] = []
-    for item in [path] if os.path.lexists(path) else [item.strip() for item in path.split(",")]:
+    for item in split_path(path):
         if os.path.isdir(item):
-            found = sorted(Path(item).glob("*.bin"))
-            if not found:
-                raise UserError(f"{flag} {item} is a directory without .bin files: make them with `nanokimi prepare`")
+            found, missing = sorted(Path(item).glob("*.bin")), " is a directory without .bin files: make them"
         else:
-            found = sorted(map(Path, glob.glob(item))) if not os.path.lexists(item) else [Path(item)]
-            if not found:
-                raise UserError(f"{flag} {item}: no such file: check the path, or make it with `nanokimi prepare`")
+            found = [Path(item)] if os.path.lexists(item) else sorted(map(Path, glob.glob(item)))
+            missing = ": no such file: check the path, or make it"
+        if not found:
+            raise UserError(f"{flag} {item}{missing} with `nanokimi prepare`")
         files += found
     return files
 
 
-def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, TokenRow | None, str]:
-    """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids.
-
-    Raises:
-        UserError: one of the two splits would be empty.
-    """
+def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenArray, TokenArray | None, str]:
+    """What to train on, what is held out, and the rule in words: that of a text, but for the hash of ids."""
     arrays = [file.tokens for file in files]
-    everything = TokenRow(arrays)
-    if not fraction:
-        return everything, None, ""
-    if sum(len(file.document_ends) for file in files) < ENOUGH_DOCUMENTS:
+    everything = TokenArray(arrays)
+    if sum(file.n_documents for file in files) < ENOUGH_DOCUMENTS or not fraction:
         cut = len(everything) - int(len(everything) * fraction)
         if cut == len(everything):
             return everything, None, ""
@@ -135,25 +123,26 @@ def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenRow, To
     kept, held_out = (np.array(runs, np.int64).reshape(-1, 3) for runs in _runs(files, fraction))
     if not len(kept) or not len(held_out):
         raise wrong_share(fraction, f"{'all' if len(held_out) else 'none'} of the documents")
-    return TokenRow(arrays, kept), TokenRow(arrays, held_out), "documents by hash"
+    return TokenArray(arrays, kept), TokenArray(arrays, held_out), "documents by hash"
 
 
 def _runs(files: list[TokenFile], fraction: float) -> tuple[list[list[int]], list[list[int]]]:
     """Stretches of documents that are kept, and of those that are held out: file, first token and end of each."""
     runs: tuple[list[list[int]], list[list[int]]] = [], []
-    open_side: bool | None = None  # of a document that goes on in the next file
+    goes_on: bool | None = None  # whether a document that the file before left open is held out
     for number, file in enumerate(files):
-        is_open = not len(file.document_ends) or file.document_ends[-1] != len(file.tokens)
+        ends = [int(end) for end in file.document_ends]
+        is_open = not ends or ends[-1] != file.n_tokens
         start = 0
-        for end in map(int, [*file.document_ends, len(file.tokens)] if is_open else file.document_ends):
+        for end in [*ends, file.n_tokens] if is_open else ends:
             beginning = file.tokens[start : min(end, start + HASHED_TOKENS)].astype("<u4").tobytes()
-            held_out = in_share(beginning, fraction) if open_side is None else open_side
-            last = runs[held_out][-1] if runs[held_out] else None
-            if last and (last[0], last[2]) == (number, start):
-                last[2] = end
+            held_out = in_share(beginning, fraction) if goes_on is None else goes_on
+            side = runs[held_out]
+            if side and (side[-1][0], side[-1][2]) == (number, start):
+                side[-1][2] = end
             else:
-                runs[held_out].append([number, start, end])
-            start, open_side = end, held_out if is_open and end == len(file.tokens) else None
+                side.append([number, start, end])
+            start, goes_on = end, held_out if is_open and end == file.n_tokens else None
     return runs
 
 
@@ -221,14 +210,14 @@ def _open_plain(path: Path, tokenizer: Tokenizer) -> TokenFile:
 
 
 def _require_known(path: Path, block: NDArray[Any], begin: int, tokenizer: Tokenizer) -> None:
-    if int(block.max()) >= tokenizer.vocab_size:
-        at = int(np.argmax(block >= tokenizer.vocab_size))
-        short = (
-            f', or, if it is of uint16, say {{"dtype": "uint16"}} in {path.name}.json' if block.itemsize == 4 else ""
-        )
+    unknown = np.flatnonzero(block >= tokenizer.vocab_size)
+    if len(unknown):
+        at = int(unknown[0])
+        short = f', or, if it is of uint16, say {{"dtype": "uint16"}} in {path.name}.json'
         raise UserError(
             f"{path}: token {int(block[at])} at position {begin + at} is beyond the {tokenizer.vocab_size} entries of "
-            f"{tokenizer.name}: name the tokenizer that made the file with --set tokenizer_name=...{short}"
+            f"{tokenizer.name}: name the tokenizer that made the file with --set tokenizer_name=..."
+            f"{short if block.itemsize == 4 else ''}"
         )
 
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         eot_id: id of the token that ends a document.
         bos_id: id of ``bos``, or of the end of text if it is no token.
+        special_tokens: ids of the special tokens, end of text included, by how they are written.
+        fixed_tokens: ids of the other added tokens, which are found wherever a text holds what they say.
         fingerprint: SHA-256 of its canonical JSON; equal exactly when text becomes the same ids.
 
     Raises:
@@ -64,11 +67,19 @@ class Tokenizer:
         self.name, self._inner = name, inner
         self._vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
-        self.eot = _find_eot(self._vocabulary, name) if eot is None else eot
+        usual = (token for token in (END_OF_TEXT, *_OTHER_ENDS) if token in self._vocabulary)
+        self.eot = eot or next(usual, "")
+        if not self.eot:
+            raise UserError(f"tokenizer {name}: has no end-of-text token such as {END_OF_TEXT}: use {_ALTERNATIVES}")
         self.eot_id = self._vocabulary[self.eot]
         self.bos = self.eot if bos is None else bos
         self.bos_id = self._vocabulary.get(self.bos, self.eot_id)
         self.chat_template = chat_template
+        added: dict[int, AddedToken] = inner.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special or i == self.eot_id}
+        self.special_tokens = {added[i].content: i for i in added if i in special}
+        self._special_bytes = {i: text.encode() for text, i in self.special_tokens.items()}
+        self.fixed_tokens = {added[i].content: i for i in added if i not in special}
         layout = json.loads(inner.to_str())
         self.fingerprint = hashlib.sha256(json.dumps([layout, self.eot], sort_keys=True).encode()).hexdigest()
         pipeline = json.dumps([layout["normalizer"], layout["pre_tokenizer"], layout["decoder"]], ensure_ascii=False)
@@ -79,11 +90,7 @@ class Tokenizer:
             raise UserError(f"tokenizer {name}: text cannot be restored from its tokens: use {_ALTERNATIVES}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, nothing added; special tokens written in it are plain text.
-
-        Raises:
-            UnicodeEncodeError: ``text`` holds lone surrogates and so is not Unicode.
-        """
+        """Ids of ``text``, nothing added; special tokens in it are plain text. UnicodeEncodeError: lone surrogates."""
         data = text.encode()
         if self._is_bytes:
             return list(data)
@@ -98,47 +105,29 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, special tokens show as they are written."""
-        return b"".join(map(self.piece, ids)).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
-    def piece(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes with which ``token`` is shown."""
-        return self._specials[token].encode() if token in self._specials else self.token_bytes[token]
+        return self._text_bytes[token] or self._special_bytes.get(token, b"")
 
     def count_bytes(self, tokens: Tensor) -> int:
         """UTF-8 bytes of text that ``tokens`` stand for (ids of any shape, on the CPU); special tokens have none."""
         return int(self._byte_counts[tokens].sum())
 
     @cached_property
-    def token_bytes(self) -> list[bytes]:
+    def _text_bytes(self) -> list[bytes]:
         """The bytes of text of every id [vocab_size]; ``b""`` for special tokens and unused ids."""
         table = [b""] * self.vocab_size
-        added = self._inner.get_added_tokens_decoder()
+        bytes_of = _from_byte_level if self._byte_level else _from_sentencepiece
         for token, token_id in self._vocabulary.items():
-            if token_id not in added:
-                table[token_id] = _from_byte_level(token) if self._byte_level else _from_sentencepiece(token)
-            elif token_id not in self._specials:
-                table[token_id] = token.encode()
+            if token not in self.special_tokens:
+                table[token_id] = token.encode() if token in self.fixed_tokens else bytes_of(token)
         return table
 
     @cached_property
-    def _specials(self) -> dict[int, str]:
-        added: dict[int, AddedToken] = self._inner.get_added_tokens_decoder()
-        return {i: token.content for i, token in added.items() if token.special or i == self.eot_id}
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Ids of the special tokens, end of text included, by how they are written."""
-        return {text: token for token, text in self._specials.items()}
-
-    @property
-    def fixed_tokens(self) -> dict[str, int]:
-        """Ids of the added tokens that are not special, by how they are written: found wherever a text holds that."""
-        added: dict[int, AddedToken] = self._inner.get_added_tokens_decoder()
-        return {token.content: i for i, token in added.items() if i not in self._specials}
-
-    @cached_property
     def _byte_counts(self) -> Tensor:
-        return torch.tensor([len(piece) for piece in self.token_bytes])
+        return torch.tensor([len(text) for text in self._text_bytes])
 
     def to_state(self) -> dict[str, str]:
         """Everything about it as plain strings, for a checkpoint."""
@@ -163,16 +152,16 @@ class Tokenizer:
 class TextStream:
     """Text of tokens that arrive one by one; an incomplete character is held back until it is whole.
 
-    The pieces joined are ``tokenizer.decode`` of all ids, less an incomplete character at the very end.
+    What it returns, joined, is ``tokenizer.decode`` of all ids, less an incomplete character at the very end.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._piece = tokenizer.piece
+        self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
         """The text that became complete with ``token``; may be empty."""
-        return self._decoder.decode(self._piece(token))
+        return self._decoder.decode(self._token_bytes(token))
 
     @property
     def pending(self) -> bool:
@@ -181,13 +170,10 @@ class TextStream:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, name: str = "") -> Tokenizer:
-    """A byte-level BPE of ``vocab_size`` entries, ``<|endoftext|>`` included as the last one.
+    """A byte-level BPE with GPT-2's splitting rule; the same texts give the same tokenizer.
 
-    The splitting rule is GPT-2's. Deterministic: the same texts give the same tokenizer. A text with too few
-    repetitions gives fewer entries; compare ``vocab_size``.
-
-    Raises:
-        UserError: ``vocab_size`` has no room for the 256 bytes and the end of text.
+    It has ``vocab_size`` entries, ``<|endoftext|>`` the last of them; fewer where the texts repeat too little.
+    UserError if that has no room for the 256 bytes and the end of text.
     """
     if vocab_size < 257:
         raise UserError(f"tokenizer_name bpe:{vocab_size}: needs at least 257 entries: 256 bytes and {END_OF_TEXT}")
@@ -209,8 +195,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         UserError: nothing usable under that name; the message names the alternatives.
     """
-    if name == "byte":
-        return _byte_tokenizer()
+    if name == "byte":  # every byte its own token with its own value, then the end of text: a BPE without merges
+        inner = _byte_level(models.BPE(vocab=_BYTE_OF, merges=[]))
+        inner.add_special_tokens([END_OF_TEXT])
+        return Tokenizer(inner, "byte")
     path = Path(name)
     if os.path.isdir(path):
         return _from_file(path / "tokenizer.json", name)
@@ -225,23 +213,12 @@ def is_hub_name(name: str) -> bool:
 
 
 def bpe_size(name: str) -> int | None:
-    """N of the tokenizer name ``bpe:N``, None for every other name.
-
-    Raises:
-        UserError: N is not a whole number.
-    """
+    """N of the tokenizer name ``bpe:N``, None for every other name; UserError if N is not a whole number."""
     if not name.startswith("bpe:"):
         return None
     if not name[4:].isdecimal():
         raise UserError(f"tokenizer_name {name}: write bpe:N with the number of entries, such as bpe:4096")
     return int(name[4:])
-
-
-def _byte_tokenizer() -> Tokenizer:
-    """Every byte its own token with its own value, then the end of text: a BPE without merges."""
-    inner = _byte_level(models.BPE(vocab={char: byte for char, byte in _BYTE_OF.items()}, merges=[]))
-    inner.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(inner, "byte")
 
 
 def _byte_level(model: models.BPE) -> HFTokenizer:
@@ -265,29 +242,23 @@ def _from_file(path: Path, name: str) -> Tokenizer:
 
 
 def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
     if not is_hub_name(name):
         raise UserError(f"tokenizer_name {name}: no such file, and not a repository name: use {_ALTERNATIVES}")
     try:
-        path = _download(name)
+        path = try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(path, str):
+            # One quick try: without a connection the download itself would retry for half a minute.
+            get_hf_file_metadata(hf_hub_url(name, "tokenizer.json"))
+            path = hf_hub_download(name, "tokenizer.json")
     except Exception as error:  # besides its own errors, those of whichever HTTP client the hub library uses
         raise UserError(f"tokenizer_name {name}: {hub_problem(error)}; or use {_ALTERNATIVES}") from error
-    return _from_file(path, name)
-
-
-def _download(name: str) -> Path:
-    """The repository's ``tokenizer.json`` in the local cache, fetched when it is not there yet."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, "tokenizer.json", local_files_only=True))
-    except LocalEntryNotFoundError:
-        # One quick try: without a connection the download itself would retry for half a minute.
-        get_hf_file_metadata(hf_hub_url(name, "tokenizer.json"))
-        return Path(hf_hub_download(name, "tokenizer.json"))
+    return _from_file(Path(path), name)
 
 
 def hub_problem(error: Exception) -> str:
+    """Why a repository's tokenizer could not be fetched."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -299,24 +270,15 @@ def hub_problem(error: Exception) -> str:
     return f"it is not on this machine and the Hugging Face hub cannot be reached ({type(error).__name__})"
 
 
-def _find_eot(vocabulary: Mapping[str, int], name: str) -> str:
-    for token in (END_OF_TEXT, *_OTHER_ENDS):
-        if token in vocabulary:
-            return token
-    raise UserError(f"tokenizer {name}: has no end-of-text token such as {END_OF_TEXT}: use {_ALTERNATIVES}")
-
-
 def _config(path: Path) -> dict[str, Any]:
     """What ``tokenizer_config.json`` says; nothing where there is none."""
     if not path.is_file():
         return {}
-    try:
+    with suppress(ValueError, RecursionError):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON object: repair or remove it") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object: repair or remove it")
-    return config
+        if isinstance(config, dict):
+            return config
+    raise UserError(f"{path}: not a JSON object: repair or remove it")
 
 
 def _token(config: Mapping[str, Any], name: str) -> str:
@@ -343,18 +305,9 @@ def _template_beside(path: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _byte_characters() -> Iterator[tuple[str, int]]:
-    """GPT-2's printable character for each byte: itself where it is visible, else the next one from U+0100 on."""
-    shifted = 0x100
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
-            yield chr(byte), byte
-        else:
-            yield chr(shifted), byte
-            shifted += 1
-
-
-_BYTE_OF = dict(_byte_characters())
+# GPT-2's printable character for each byte: itself where it is visible, else the next one from U+0100 on.
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+_BYTE_OF = dict(zip(_ALPHABET, sorted(range(256), key=lambda byte: chr(byte) not in _ALPHABET), strict=True))
 _BYTES_AND_END = {**_BYTE_OF, END_OF_TEXT: 256}
 
 

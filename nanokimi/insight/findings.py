@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanokimi.data.batch import TokenRow
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions, MixLoader, permutation
 from nanokimi.data.stream import StreamLoader
@@ -116,7 +116,7 @@ def seen_documents(sequence: Tokens, eot: int) -> Iterator[Document]:
         start = end + 1
 
 
-def whole_documents(row: TokenRow, indices: Sequence[int], length: int, eot: int) -> Iterator[Document]:
+def whole_documents(row: TokenArray, indices: Sequence[int], length: int, eot: int) -> Iterator[Document]:
     """Every document of which sequences ``indices`` (ascending) of ``row`` show something, once and in full.
 
     Only one that reaches further than ``LOOK_AROUND`` beyond its sequence may be cut.
@@ -134,7 +134,7 @@ def whole_documents(row: TokenRow, indices: Sequence[int], length: int, eot: int
             start = given = end + finishes
 
 
-def _start_of_document(row: TokenRow, low: int, position: int, eot: int) -> int:
+def _start_of_document(row: TokenArray, low: int, position: int, eot: int) -> int:
     """Where the document of the token at ``position`` begins; at the earliest at ``low``."""
     low = max(low, position - LOOK_AROUND)
     while position > low:
@@ -146,7 +146,7 @@ def _start_of_document(row: TokenRow, low: int, position: int, eot: int) -> int:
     return low
 
 
-def _ends(row: TokenRow, start: int, stop: int, eot: int) -> Iterator[int]:
+def _ends(row: TokenArray, start: int, stop: int, eot: int) -> Iterator[int]:
     """Where the documents from ``start`` on end, up to that of the token before ``stop``: at an end of text."""
     limit = min(len(row), stop + LOOK_AROUND)
     for at in range(start, limit, BLOCK_TOKENS):

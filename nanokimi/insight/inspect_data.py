@@ -176,7 +176,7 @@ def _quoted(token: int, tokenizer: Tokenizer) -> str:
     """A token as a Python literal: bytes where it is part of a character."""
     if token == tokenizer.eot_id:
         return tokenizer.eot
-    piece = tokenizer.piece(token)
+    piece = tokenizer.token_bytes(token)
     try:
         return repr(piece.decode())
     except UnicodeDecodeError:

@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from nanokimi.config import TrainConfig, field_names
-from nanokimi.data.batch import TokenRow
-from nanokimi.data.documents import START, Advance, Piece
+from nanokimi.data.batch import TokenArray
+from nanokimi.data.documents import START, Advance, Piece, Text, is_blank, settled
 from nanokimi.data.sources import parse_mix, text_of, with_sample
-from nanokimi.data.split import Text, is_blank, settled
 from nanokimi.data.tokenbin import TokenBin, find_token_files
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
@@ -131,14 +130,14 @@ def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, lo
     return ChosenText(name, width * sum(map(len, rows)), partial(_token_parts, rows, tokenizer, width))
 
 
-def _all_rows(path: str, tokenizer: Tokenizer, log: Log) -> list[TokenRow]:
+def _all_rows(path: str, tokenizer: Tokenizer, log: Log) -> list[TokenArray]:
     """Everything in the files of ``path``; what lies in a folder's ``val*`` files is a row of its own."""
     has_val = os.path.isdir(path) and any(file.name.startswith("val") for file in find_token_files(path, "--data_path"))
     corpus = TokenBin(path, "", TrainConfig.val_fraction if has_val else 0.0).open(tokenizer, log)
     return [row for row in (corpus.train.tokens, corpus.val) if row is not None]
 
 
-def _token_parts(rows: Iterable[TokenRow], tokenizer: Tokenizer, width: int, advance: Advance) -> Iterator[Part]:
+def _token_parts(rows: Iterable[TokenArray], tokenizer: Tokenizer, width: int, advance: Advance) -> Iterator[Part]:
     """The runs between ends of text."""
     for row in rows:
         for start in range(0, len(row), BLOCK_TOKENS):

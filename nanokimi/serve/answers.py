@@ -40,7 +40,7 @@ class Answer(ABC):
     ) -> None:
         self.worker, self.job, self.body = worker, worker.submit(arguments), body
         self.prompt_tokens = sum(len(one.prompt) for one in arguments[:: body.n or 1])  # of every prompt once
-        self._bytes_of = served.tokenizer.piece
+        self._bytes_of = served.tokenizer.token_bytes
         self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 

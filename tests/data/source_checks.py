@@ -21,9 +21,9 @@ from streams import LENGTH, corpus, inputs, loader, sequences, take
 
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.corpus import Corpus
+from nanokimi.data.documents import is_blank
 from nanokimi.data.loader import BatchLoader, merge_states, permutation
 from nanokimi.data.sources import open_corpus
-from nanokimi.data.split import is_blank
 from nanokimi.data.stream import StreamLoader
 from nanokimi.training.step import cross_entropy
 from nanokimi.training.trainer import Trainer
@@ -80,7 +80,7 @@ def ranks(folder: Path, values: dict[str, Any]) -> None:
         ]
         for batches in both:
             batches.load_state_dict(state)
-        in_lanes = isinstance(alone, StreamLoader) and alone.stream.n_lanes > 1
+        in_lanes = isinstance(alone, StreamLoader) and alone.reader.n_lanes > 1
         if in_lanes:  # each rank has lanes of its own
             rest = [row for batches in both for row in rest_of_epoch(batches)]
             assert Counter([*seen, *rest]) == Counter(rest_of_epoch(loader(source, batch_size=1, shuffle_buffer=1)))
@@ -114,7 +114,7 @@ def documents(folder: Path, values: dict[str, Any]) -> None:
                 assert Counter(found[:-1]) == Counter(t.encode() for t in texts[: len(found) - 1])
                 assert texts[len(found) - 1].encode().startswith(found[-1])  # what was cut is the last remainder
                 assert sum(map(len, texts)) + len(texts) - n * LENGTH <= LENGTH
-        elif batches.stream.n_lanes == 1:  # type: ignore[attr-defined]
+        elif batches.reader.n_lanes == 1:  # type: ignore[attr-defined]
             text = b"".join(inputs(islice(iter(batches), 600)))
             found = text.split(b"\xff")
             for epoch in range(2):
@@ -128,14 +128,14 @@ def documents(folder: Path, values: dict[str, Any]) -> None:
 
 def reference_epoch(source: Corpus) -> tuple[Counter[tuple[int, ...]], list[str]]:
     """The sequences of the first epoch, put together in the most obvious way; and the documents in them."""
-    stream = loader(source).stream  # type: ignore[attr-defined]
+    reader = loader(source).reader  # type: ignore[attr-defined]
     expected: Counter[tuple[int, ...]] = Counter()
     texts: list[str] = []
-    for lane in range(stream.n_lanes):
+    for lane in range(reader.n_lanes):
         row: list[int] = []
-        for part in stream.parts(lane, 0):
+        for part in reader.parts(lane, 0):
             text = ""
-            for piece in stream.text.documents.read(int(part)):
+            for piece in reader.text.documents.read(int(part)):
                 text += piece.text
                 row += (
                     [] if is_blank(piece) else [*piece.text.encode(), *[source.tokenizer.eot_id] * piece.ends_document]

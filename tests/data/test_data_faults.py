@@ -37,7 +37,7 @@ from nanokimi.cli import main
 from nanokimi.data import stream
 from nanokimi.data.batch import Batch
 from nanokimi.data.loader import BatchLoader, permutation
-from nanokimi.data.token_file import write_tokens
+from nanokimi.data.token_files import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 

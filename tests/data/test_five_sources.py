@@ -18,9 +18,9 @@ from streams import write_json_lines, write_parquet, write_text
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
+from nanokimi.data.documents import Text
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.split import Text
-from nanokimi.data.token_set import write_token_set
+from nanokimi.data.token_files import write_token_set
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 TESTS = Path(__file__).parent.parent

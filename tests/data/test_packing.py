@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nanokimi.data.batch import PackedSequences, TokenRow
+from nanokimi.data.batch import PackedSequences, TokenArray
 from nanokimi.errors import RunError, UserError
 
 
@@ -48,7 +48,7 @@ def test_a_pickled_mapped_file_is_mapped_again_and_not_copied(tmp_path: Path) ->
 # ---- rows ------------------------------------------------------------------------------------------------
 
 
-def draw_row(seed: int) -> tuple[TokenRow, NDArray[np.int64]]:
+def draw_row(seed: int) -> tuple[TokenArray, NDArray[np.int64]]:
     """A row of random runs, empty ones too, over arrays of both widths; and what it should hold."""
     draw = np.random.default_rng(seed)
     arrays = [
@@ -56,14 +56,14 @@ def draw_row(seed: int) -> tuple[TokenRow, NDArray[np.int64]]:
         for _ in range(draw.integers(1, 5))
     ]
     if seed % 3 == 0:
-        return TokenRow(arrays), np.concatenate(arrays).astype(np.int64)
+        return TokenArray(arrays), np.concatenate(arrays).astype(np.int64)
     runs = []
     for _ in range(draw.integers(1, 12)):
         number = int(draw.integers(len(arrays)))
         start, end = sorted(draw.integers(0, len(arrays[number]) + 1, 2).tolist())
         runs.append([number, start, end])
     expected = np.concatenate([arrays[number][start:end] for number, start, end in runs])
-    return TokenRow(arrays, np.array(runs, np.int64)), expected.astype(np.int64)
+    return TokenArray(arrays, np.array(runs, np.int64)), expected.astype(np.int64)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -95,17 +95,17 @@ def test_a_part_of_a_row_is_a_row(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_joined_rows_follow_one_another(seed: int) -> None:
     rows, contents = zip(*(draw_row(3 * seed + i) for i in range(3)), strict=True)
-    joined, expected = TokenRow.joined([*rows, rows[0].part(0, len(rows[0]) // 2)]), np.concatenate(contents)
+    joined, expected = TokenArray.joined([*rows, rows[0].part(0, len(rows[0]) // 2)]), np.concatenate(contents)
     expected = np.concatenate([expected, contents[0][: len(contents[0]) // 2]])
     assert len(joined) == len(expected)
     assert joined.read(0, len(joined)).tolist() == expected.tolist()
     middle = len(joined) // 2
     assert joined.read(middle, len(joined)).tolist() == expected[middle:].tolist()
-    assert TokenRow.joined([joined]).read(0, middle).tolist() == expected[:middle].tolist()
+    assert TokenArray.joined([joined]).read(0, middle).tolist() == expected[:middle].tolist()
 
 
 def test_a_row_of_nothing_is_empty() -> None:
-    for row in (TokenRow([]), TokenRow([np.zeros(0, np.uint16)]), TokenRow([np.arange(9)]).part(4, 4)):
+    for row in (TokenArray([]), TokenArray([np.zeros(0, np.uint16)]), TokenArray([np.arange(9)]).part(4, 4)):
         assert len(row) == 0
         assert row.read(0, 0).tolist() == []
 
@@ -116,7 +116,7 @@ def test_a_row_of_several_mapped_files_is_pickled_without_their_contents(tmp_pat
         np.arange(50_000, dtype=dtype).tofile(tmp_path / str(number))
         arrays.append(np.memmap(tmp_path / str(number), dtype, "r", 8 * number))
     runs = np.array([[2, 5, 30_000], [0, 0, 7], [1, 100, 40_000], [2, 0, 5]], np.int64)
-    for row in (TokenRow(arrays), TokenRow(arrays, runs), TokenRow(arrays, runs).part(29_000, 50_000)):
+    for row in (TokenArray(arrays), TokenArray(arrays, runs), TokenArray(arrays, runs).part(29_000, 50_000)):
         data = pickle.dumps(row)
         assert len(data) < 3000
         again = pickle.loads(data)
@@ -128,8 +128,8 @@ def test_a_mapped_file_that_became_too_short_is_an_error_also_behind_parts_and_p
     """Fault 23."""
     for name in "ab":
         np.arange(50_000, dtype=np.uint16).tofile(tmp_path / name)
-    whole = TokenRow([np.memmap(tmp_path / name, np.uint16, "r") for name in "ab"])
-    rows = [whole, whole.part(10_000, 90_000), TokenRow.joined([whole, whole]), pickle.loads(pickle.dumps(whole))]
+    whole = TokenArray([np.memmap(tmp_path / name, np.uint16, "r") for name in "ab"])
+    rows = [whole, whole.part(10_000, 90_000), TokenArray.joined([whole, whole]), pickle.loads(pickle.dumps(whole))]
     os.truncate(tmp_path / "b", 4096)
     for row in rows:
         assert len(row.read(0, 10)) == 10  # of the other file

@@ -22,10 +22,9 @@ from streams import write_json_lines, write_parquet, write_text
 from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
-from nanokimi.data import token_set
+from nanokimi.data import token_files
 from nanokimi.data.sources import open_corpus
-from nanokimi.data.token_file import TokenFile, TokenWriter
-from nanokimi.data.token_set import Manifest, TokenSet
+from nanokimi.data.token_files import Manifest, TokenFile, TokenSet, TokenWriter
 from nanokimi.data.tokenizer import load_tokenizer
 
 PROGRESS = ("reading ", "tokenising ", "training the tokenizer on ")
@@ -34,10 +33,10 @@ SHARDS = ("--shard_tokens", "1000")
 CHILD = f"""
 import sys, time
 from nanokimi.cli import main
-from nanokimi.data import token_set
+from nanokimi.data import token_files
 from nanokimi.data.tokenizer import Tokenizer
 
-encode_batch, token_set.BATCH_CHARACTERS = Tokenizer.encode_batch, {BATCH_CHARACTERS}
+encode_batch, token_files.BATCH_CHARACTERS = Tokenizer.encode_batch, {BATCH_CHARACTERS}
 
 def slow(self, texts):
     time.sleep(0.03)
@@ -51,7 +50,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(autouse=True)
 def small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_set, "BATCH_CHARACTERS", BATCH_CHARACTERS)
+    monkeypatch.setattr(token_files, "BATCH_CHARACTERS", BATCH_CHARACTERS)
     monkeypatch.setattr(
         "nanokimi.training.plots.plot_training", lambda *args, **options: None
     )  # it takes half a second

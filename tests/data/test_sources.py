@@ -12,12 +12,12 @@ import torch
 
 from nanokimi.config import TrainConfig
 from nanokimi.data import corpus as corpus_module
-from nanokimi.data import documents, sources, token_set
-from nanokimi.data.batch import TokenRow
+from nanokimi.data import documents, sources, token_files
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
+from nanokimi.data.documents import Text
 from nanokimi.data.sources import train_tokenizer_on
-from nanokimi.data.split import Text
-from nanokimi.data.token_set import TokenSet, write_token_set
+from nanokimi.data.token_files import TokenSet, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError, UserError
 
@@ -58,12 +58,12 @@ def open_corpus(
     return sources.open_corpus(config, tokenizer_name, tokenizer=tokenizer, log=log)
 
 
-def train_row(corpus: Corpus) -> TokenRow:
+def train_row(corpus: Corpus) -> TokenArray:
     assert corpus.train.tokens is not None
     return corpus.train.tokens
 
 
-def texts(corpus: Corpus, row: TokenRow | None) -> list[str]:
+def texts(corpus: Corpus, row: TokenArray | None) -> list[str]:
     """The documents of a row, decoded; each must end in exactly one end of text."""
     assert row is not None
     found: list[list[int]] = [[]]
@@ -81,7 +81,7 @@ def texts(corpus: Corpus, row: TokenRow | None) -> list[str]:
 def test_every_document_is_found_exactly_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, batch: int
 ) -> None:
-    monkeypatch.setattr(token_set, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(token_files, "BATCH_CHARACTERS", batch)
     monkeypatch.setattr(documents, "PIECE_BYTES", 50)
     wanted = [f"document {i}\n" * (i % 9 + 1) for i in range(150)]
     (tmp_path / "t.txt").write_text("<|endoftext|>\n".join(wanted))
@@ -253,7 +253,7 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing_half_made(path: Path, mon
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanokimi.data.token_file.TokenWriter.add", full)
+    monkeypatch.setattr("nanokimi.data.token_files.TokenWriter.add", full)
     with pytest.raises(RunError, match="disk is full"):
         open_corpus(path, "byte")
     (folder,) = path.with_name("train.txt.nanokimi").iterdir()
@@ -262,7 +262,7 @@ def test_a_full_disk_is_a_run_error_and_leaves_nothing_half_made(path: Path, mon
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_set, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_files, "BATCH_CHARACTERS", 100)
     monkeypatch.setattr(documents, "PIECE_BYTES", 50)
 
 

@@ -5,8 +5,19 @@ from typing import Any
 
 import pytest
 
-from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore
-from nanokimi.data.split import MOST_BLANK_PIECES, HoldOutRule, Text, divide, is_blank, settled
+from nanokimi.data.documents import (
+    MOST_BLANK_PIECES,
+    START,
+    Advance,
+    Cursor,
+    HoldOutRule,
+    Piece,
+    Text,
+    divide,
+    ignore,
+    is_blank,
+    settled,
+)
 from nanokimi.errors import UserError
 
 

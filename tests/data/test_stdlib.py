@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanokimi.data.stdlib import prepare_stdlib
+from nanokimi.data.prepare import prepare_stdlib
 from nanokimi.errors import RunError, UserError
 
 FILES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from streams import (
 from nanokimi.data import local, stream
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import merge_states
-from nanokimi.data.stream import LaneReader, Position
+from nanokimi.data.stream import Position
 from nanokimi.errors import RunError, UserError
 
 N_DOCUMENTS = 120
@@ -108,10 +109,10 @@ def test_the_shuffle_buffer_moves_sequences_and_loses_none(path: Path, monkeypat
 
 
 def test_a_lane_reader_that_was_pickled_reads_the_same(source: Corpus) -> None:
-    made = loader(source).stream  # type: ignore[attr-defined]
-    reader = LaneReader(made, dict.fromkeys(range(made.n_lanes), Position()))
+    made = loader(source).reader  # type: ignore[attr-defined]
+    reader = replace(made, positions=dict.fromkeys(range(made.n_lanes), Position()))
     copy = pickle.loads(pickle.dumps(reader))
-    for lane in range(made.n_lanes):
+    for lane in range(reader.n_lanes):
         for _ in range(5):
             assert copy.chunk((lane, 0)).sequences.tolist() == reader.chunk((lane, 0)).sequences.tolist()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanokimi.data.token_file import TokenFile, TokenFileError, write_tokens
+from nanokimi.data.token_files import TokenFile, TokenFileError, write_tokens
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -10,11 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanokimi.data import documents, formats, token_set
+from nanokimi.data import documents, formats, token_files
+from nanokimi.data.documents import Text
 from nanokimi.data.local import LocalDocuments
-from nanokimi.data.split import Text
-from nanokimi.data.token_file import TokenFile, TokenFileError, TokenWriter
-from nanokimi.data.token_set import Manifest, TokenSet, can_go_on, write_token_set
+from nanokimi.data.token_files import (
+    Manifest,
+    TokenFile,
+    TokenFileError,
+    TokenSet,
+    TokenWriter,
+    can_go_on,
+    write_token_set,
+)
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
 
@@ -27,7 +34,7 @@ BATCH_CHARACTERS = 250
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE_BYTES", 100)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(token_set, "BATCH_CHARACTERS", BATCH_CHARACTERS)
+    monkeypatch.setattr(token_files, "BATCH_CHARACTERS", BATCH_CHARACTERS)
 
 
 @pytest.fixture
@@ -80,7 +87,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def token_files(folder: Path) -> dict[str, bytes]:
+def bin_files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".bin")}
 
 
@@ -206,7 +213,7 @@ def run_and_be_killed(work: Callable[[], object], owner: object, name: str, numb
 @pytest.mark.parametrize("kind", ["hash", "val file", "tail"])
 @pytest.mark.parametrize(
     ("owner", "name", "behind"),
-    [(token_set._Shard, "add", True), (Manifest, "write", False), (os, "replace", True)],
+    [(token_files._FilePair, "add", True), (Manifest, "write", False), (os, "replace", True)],
 )
 def test_a_set_that_was_killed_anywhere_goes_on_to_the_same_result(
     tmp_path: Path, byte: Tokenizer, encoded: list[int], kind: str, owner: object, name: str, behind: bool
@@ -214,7 +221,7 @@ def test_a_set_that_was_killed_anywhere_goes_on_to_the_same_result(
     path = write(tmp_path / "text.txt", 90 if kind == "tail" else 120)
     val = write(tmp_path / "val.txt", 10, seed=1) if kind == "val file" else None
     whole = prepare(path, tmp_path / "whole", byte, val=val).manifest
-    expected, n_pieces = token_files(tmp_path / "whole"), sum(encoded)
+    expected, n_pieces = bin_files(tmp_path / "whole"), sum(encoded)
     assert len(whole.shards) > 6
     went_on = 0
     for number in range(1, 100, 7 if name == "add" else 1):
@@ -226,7 +233,7 @@ def test_a_set_that_was_killed_anywhere_goes_on_to_the_same_result(
         done = (folder / "manifest.json").exists() and len(Manifest.read(folder).shards)
         encoded.clear()
         prepare(path, folder, byte, val=val)
-        assert token_files(folder) == expected
+        assert bin_files(folder) == expected
         manifest = Manifest.read(folder)
         assert (manifest.shards, manifest.n_blank, manifest.nuls) == (whole.shards, whole.n_blank, whole.nuls)
         assert sum(encoded) == 0 if complete else 0 < sum(encoded) <= n_pieces
@@ -243,11 +250,11 @@ def test_a_second_kill_is_survived_too(path: Path, tmp_path: Path, byte: Tokeniz
     prepare(path, tmp_path / "whole", byte, 500)
     for number in (12, 13, 14, 15):
         assert run_and_be_killed(
-            lambda: prepare(path, folder, byte, 500), token_set._Shard, "add", number, behind=False
+            lambda: prepare(path, folder, byte, 500), token_files._FilePair, "add", number, behind=False
         )
     assert len(Manifest.read(folder).shards) > 2
     prepare(path, folder, byte, 500)
-    assert token_files(folder) == token_files(tmp_path / "whole")
+    assert bin_files(folder) == bin_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [1, 20, 110, 180])

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from nanokimi.data import tokenbin
 from nanokimi.data.batch import PackedSequences
 from nanokimi.data.corpus import Corpus, StreamedText
+from nanokimi.data.documents import Text
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.sources import choose_tokenizer
-from nanokimi.data.split import Text
-from nanokimi.data.token_file import TokenFile, write_tokens
-from nanokimi.data.token_set import TokenSet, write_token_set
+from nanokimi.data.token_files import TokenFile, TokenSet, write_token_set, write_tokens
 from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import RunError, UserError
@@ -97,7 +96,7 @@ def prepared(folder: Path, tokenizer: Tokenizer, count: int = 200, shard_tokens:
 
 
 def test_a_prepared_folder_keeps_its_split(tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanokimi.data.token_set.BATCH_CHARACTERS", 300)
+    monkeypatch.setattr("nanokimi.data.token_files.BATCH_CHARACTERS", 300)
     found = prepared(tmp_path / "set", byte)
     assert len(found.train) > 2
     train, val = rows(opened(tmp_path / "set", byte, fraction=0.5))
@@ -161,7 +160,7 @@ def test_a_document_over_two_files_is_on_one_side(tmp_path: Path, byte: Tokenize
 def test_shards_that_are_named_one_by_one_are_divided_into_whole_documents(
     tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanokimi.data.token_set.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("nanokimi.data.token_files.BATCH_CHARACTERS", 50)
     monkeypatch.setattr("nanokimi.data.documents.PIECE_BYTES", 20)
     found = prepared(tmp_path / "set", byte, shard_tokens=60)
     assert any(file.tokens[-1] != END for file in found.train)

@@ -16,7 +16,7 @@ from scored import document_log_prob, log_prob, save_model
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
 from nanokimi.data.sources import open_corpus, text_of
-from nanokimi.data.token_file import write_tokens
+from nanokimi.data.token_files import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import RunError
 from nanokimi.insight import scoring

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nanokimi.cli import main
 from nanokimi.config import TrainConfig
-from nanokimi.data.batch import TokenRow
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
@@ -127,7 +127,7 @@ def test_the_edges_of_a_sequence_are_no_documents() -> None:
 
 
 def test_documents_are_found_whatever_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = TokenRow([np.array([*range(30), EOT, 7, EOT, EOT, *range(50)], np.uint16)])
+    row = TokenArray([np.array([*range(30), EOT, 7, EOT, EOT, *range(50)], np.uint16)])
     for block in (1, 3, 32, 1000):
         monkeypatch.setattr(findings, "BLOCK_TOKENS", block)
         assert [(d.n_tokens, d.whole) for d in whole_documents(row, [2, 8], 10, EOT)] == [(30, True), (50, True)]
@@ -136,7 +136,7 @@ def test_documents_are_found_whatever_the_size_of_a_block(monkeypatch: pytest.Mo
 
 def test_a_search_for_the_end_of_a_document_ends_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(findings, "LOOK_AROUND", 20)
-    row = TokenRow([np.arange(1000).astype(np.uint16) % 200])
+    row = TokenArray([np.arange(1000).astype(np.uint16) % 200])
     (document,) = whole_documents(row, [30], 10, EOT)
     assert (document.n_tokens, document.whole) == (50, False)
 
