@@ -64,13 +64,18 @@ class Layout:
                 "choose a divisor of them"
             )
 
-    def expert_place(self, shard: int) -> tuple[int, int]:
-        """Of shard rank ``shard``: its number in the group that experts are dealt out over, and its part of these.
+    def shard_rows(self, rows: int, shard: int, *, dealt_out: bool = False) -> slice:
+        """Which of the ``rows`` of a parameter shard rank ``shard`` holds.
 
-        The ranks of one such group are neighbours: what they exchange stays inside a machine where it can.
+        Experts that are ``dealt_out`` lie on ``expert_parallel`` ranks that are neighbours, so that what these exchange
+        stays inside a machine where it can. What one of them is dealt is cut over the ranks of the same remainder.
         """
+        if not (dealt_out and self.expert_parallel):
+            return rows_of(rows, self.shards, shard)
         part, group_rank = divmod(shard, self.expert_parallel)
-        return group_rank, part
+        own = rows // self.expert_parallel
+        held = rows_of(own, self.shards // self.expert_parallel, part)
+        return slice(group_rank * own + held.start, group_rank * own + held.stop)
 
 
 ONE = Layout("one")
