@@ -18,8 +18,6 @@ from nanokimi.parallel.memory_estimate import FP32, Device, Job, memory, muon_wo
 
 GB, TERA = 1e9, 1e12
 
-# ---- traffic ------------------------------------------------------------------------------------
-
 
 class Transfer(NamedTuple):
     """What one rank takes part in during a step, by one collective."""
@@ -46,7 +44,8 @@ def transfers(job: Job) -> list[Transfer]:
     statistics = FP32 * config.n_layers * config.n_heads + 8 * numbers
     found = [Transfer("statistics", "all_reduce", statistics, layout.ranks)]
     if layout.mode == "fsdp":
-        found += _of_shards(job, experts=False) + _of_shards(job, experts=True)
+        found += _of_shards(job, experts=False)
+        found += _of_shards(job, experts=True) if layout.expert_parallel else []
     else:
         gradients = FP32 * sum(m.local for m in parameters(config, layout))
         found.append(Transfer("gradients", "all_reduce", gradients, layout.ranks, overlap="last backward"))
@@ -66,21 +65,18 @@ def transfers(job: Job) -> list[Transfer]:
 
 def _of_shards(job: Job, *, experts: bool) -> list[Transfer]:
     """Of experts that are dealt out, or of all else: blocks are gathered forward and backward, the root once."""
-    layout, stride = job.layout, max(1, job.layout.expert_parallel) if experts else 1
+    layout, what = job.layout, " of experts" if experts else ""
+    stride = layout.expert_parallel if experts else 1
+    group = layout.shards // stride
     mine = [m for m in parameters(job.config, layout) if (m.dealt > 0) == experts]
     whole = FP32 * job.passes * sum(m.gathered for m in mine)
     blocks = FP32 * job.passes * sum(m.gathered for m in mine if m.block is not None)
-    local = FP32 * sum(m.local for m in mine)
-    group, of = layout.shards // stride, " of experts" if experts else ""
-    between = f"gradients{of} between replicas"
+    local, between = FP32 * sum(m.local for m in mine), f"gradients{what} between replicas"
     return [
-        Transfer(f"weights{of}", "all_gather", whole + blocks, group, stride, "passes"),
-        Transfer(f"gradients{of}", "reduce_scatter", whole, group, stride, "passes"),
+        Transfer(f"weights{what}", "all_gather", whole + blocks, group, stride, "passes"),
+        Transfer(f"gradients{what}", "reduce_scatter", whole, group, stride, "passes"),
         Transfer(between, "all_reduce", local, layout.replicas, layout.shards, "last backward"),
     ]
-
-
-# ---- FLOPs and time -----------------------------------------------------------------------------
 
 
 def working_weights(config: ModelConfig, active_parameters: int) -> int:
@@ -160,9 +156,6 @@ def step_time(job: Job, machine: Machine) -> StepTime:
     return StepTime(model, again, muon, computing, overlapped, exposed, seconds, utilisation)
 
 
-# ---- the command --------------------------------------------------------------------------------
-
-
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that ``plan_lines`` reads beside those of the configs."""
     machine = Machine()
@@ -216,22 +209,22 @@ def plan_lines(args: argparse.Namespace, train: Mapping[str, Any], model: Mappin
         yield from _one_layout(job, machine) if args.ranks == 1 else _comparison(job, args.ranks, machine)
     yield ""
     yield "Counted: parameters, FLOPs, payloads. Estimated: memory that comes and goes, all times (docs/scaling.md)."
-    rate, near, far = machine.peak_tflops, machine.bandwidth, machine.network
-    yield f"Assumed: products reach {machine.efficiency:.0%} of {rate:,.0f} TFLOP/s, experts have equally much to do,"
-    yield f"a device sends {near:,.0f} GB/s inside a node of {machine.ranks_per_node} and {far:,.0f} GB/s to others."
+    reached = f"{machine.efficiency:.0%} of {machine.peak_tflops:,.0f} TFLOP/s"
+    inside = f"{machine.bandwidth:,.0f} GB/s inside a node of {machine.ranks_per_node}"
+    yield f"Assumed: products reach {reached}, experts have equally much to do,"
+    yield f"a device sends {inside} and {machine.network:,.0f} GB/s to others."
 
 
 def _machine(args: argparse.Namespace) -> Machine:
-    for name in ("ranks", "ranks_per_node"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    machine = Machine(**{name: getattr(args, name) for name in Machine._fields})
-    for name in ("device_memory", "peak_tflops", "efficiency", "bandwidth", "network"):
-        if not 0 < getattr(machine, name) < math.inf:
-            raise UserError(f"--{name} must be positive and finite, got {getattr(machine, name):g}")
-    if machine.efficiency > 1:
-        raise UserError(f"--efficiency is a share of the peak, 1 or less, got {machine.efficiency:g}")
-    return machine
+    for name in ("ranks", *Machine._fields):
+        value = getattr(args, name)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{name} must be 1 or more, got {value}")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} must be positive and finite, got {value:g}")
+    if args.efficiency > 1:
+        raise UserError(f"--efficiency is a share of the peak, 1 or less, got {args.efficiency:g}")
+    return Machine(**{name: getattr(args, name) for name in Machine._fields})
 
 
 def _one_layout(job: Job, machine: Machine) -> Iterator[str]:
@@ -271,7 +264,7 @@ def _comparison(job: Job, ranks: int, machine: Machine) -> Iterator[str]:
     """The best layout of each family, the quickest of those that fit marked."""
 
     def cost(job: Job) -> tuple[bool, float]:
-        """What fits comes first, by its time; then the others, by their memory."""
+        """Whether it is too large; seconds of what fits, bytes of what does not."""
         need = peak(memory(job))
         too_large = need > machine.device_memory * GB
         return too_large, need if too_large else step_time(job, machine).seconds
@@ -282,11 +275,10 @@ def _comparison(job: Job, ranks: int, machine: Machine) -> Iterator[str]:
     nothing_fits, _ = cost(quickest)
     table: list[tuple[str, ...]] = [("Layout", "memory, GB", "fits", "sent, GB", "step, s", "MFU", "")]
     for one in best:
-        time, need, sent = step_time(one, machine), peak(memory(one)), sum(t.sent for t in transfers(one))
-        fits = "no" if cost(one)[0] else "yes"
+        time, sent = step_time(one, machine), sum(t.sent for t in transfers(one))
+        figures = (_gb(peak(memory(one))), "no" if cost(one)[0] else "yes", _gb(sent), f"{time.seconds:,.3f}")
         mark = "<- the quickest that fits" if one is quickest and not nothing_fits else ""
-        figures = (f"{time.seconds:,.3f}", f"{time.utilisation:.1%}")
-        table.append((flags(one.layout), _gb(need), fits, _gb(sent), *figures, mark))
+        table.append((flags(one.layout), *figures, f"{time.utilisation:.1%}", mark))
     yield from ("", *aligned(table, "<><>>><"), "")
     if not nothing_fits:
         yield f"Part by part: the same command with {flags(quickest.layout)}"

@@ -37,6 +37,11 @@ class Device(NamedTuple):
         return 2 if self.half else FP32
 
     @property
+    def operand(self) -> int:
+        """Bytes of a number that goes into two products: autocast rounds it for each of them."""
+        return 2 * 2 if self.half else FP32
+
+    @property
     def newton_schulz(self) -> int:
         """Bytes of a number in Newton-Schulz."""
         return 2 if self.cuda else FP32
@@ -59,9 +64,6 @@ class Job(NamedTuple):
     def tokens(self) -> int:
         """Tokens of one forward pass on one rank."""
         return self.sequences * self.config.max_seq_length
-
-
-# ---- parameters on the ranks --------------------------------------------------------------------
 
 
 class Parameter(NamedTuple):
@@ -100,9 +102,6 @@ def parameters(config: ModelConfig, layout: Layout = ONE) -> tuple[Parameter, ..
 def _rows_held(layout: Layout, rows: int, experts: bool) -> list[int]:
     cuts = (layout.shard_rows(rows, shard, dealt_out=experts) for shard in range(layout.shards))
     return [held.stop - held.start for held in cuts]
-
-
-# ---- Newton-Schulz ------------------------------------------------------------------------------
 
 
 class MuonWork(NamedTuple):
@@ -179,16 +178,13 @@ def _assigned(matrices: Sequence[Parameter], layout: Layout) -> tuple[list[Sides
     return [of_kinds[kind] for of_kinds in work for kind in kind_of], shares
 
 
-# ---- memory -------------------------------------------------------------------------------------
-
-
 def memory(job: Job) -> dict[str, float]:
     """Bytes on the rank that has most, by component; ``peak`` says how much of it is there at one time."""
     from nanokimi.ops.loss import CPU_STRIP, ROWS_PER_CHUNK
     from nanokimi.optim.muonclip import MUON_ROLES
 
-    config, layout, device = job.config, job.layout, job.device
-    placed, fsdp = parameters(config, layout), layout.mode == "fsdp"
+    config, layout, device, fsdp = job.config, job.layout, job.device, job.layout.mode == "fsdp"
+    placed = parameters(config, layout)
     weights = FP32 * sum(m.local for m in placed)
     muon = FP32 * sum(m.local for m in placed if m.role in MUON_ROLES)
     kept, half_weights = _kept(job)
@@ -225,14 +221,6 @@ def peak(parts: dict[str, float]) -> float:
     return sum(parts[name] for name in STATIC) + max(passes, parts["Newton-Schulz"])
 
 
-def replica_bytes(
-    config: ModelConfig, sequences: int, *, ranks: int = 1, device: Device = GPU, checkpointing: bool = False
-) -> float:
-    """What each of ``ranks`` needs to hold a replica: the ``peak`` under ``--parallel ddp``."""
-    layout = Layout("ddp", ranks) if ranks > 1 else ONE
-    return peak(memory(Job(config, layout, sequences, device=device, checkpointing=checkpointing)))
-
-
 # ---- what autograd keeps for the backward pass, in bytes per token -------------------------------
 
 
@@ -240,7 +228,7 @@ def _kept(job: Job) -> tuple[float, float]:
     """What is kept at the most, and bytes of all weights that autocast rounded to bf16, which it keeps too."""
     config, device = job.config, job.device
     attention = _kept_by_attention(config, device)
-    dense = _kept_by_norm(config.dim, device) + _kept_for_products(config.dim, device)
+    dense = _kept_by_norm(config.dim, device) + config.dim * device.operand
     mlps = [dense + 3 * config.inter_dim * device.product] * config.n_dense_layers
     mlps += [_kept_by_moe(config, device, dealt_out=job.layout.expert_parallel > 0)] * config.n_moe_layers
     end = INT64 + _kept_by_norm(config.dim, device) + config.dim * device.product  # ids, last norm, its gradient
@@ -250,8 +238,8 @@ def _kept(job: Job) -> tuple[float, float]:
             rounded[m.block] += 2 * math.prod(m.shape) // max(1, m.dealt)
     if not job.checkpointing:
         return sum(attention + mlp for mlp in mlps) + end, rounded.total()
-    inputs = config.n_layers * FP32 * config.dim
-    return inputs + attention + max(mlps) - FP32 * config.dim + end, max(rounded.values())
+    inputs = (config.n_layers - 1) * FP32 * config.dim  # of the other blocks
+    return inputs + attention + max(mlps) + end, max(rounded.values())
 
 
 def _kept_by_norm(width: int, device: Device, *, mixed: bool = False) -> int:
@@ -263,16 +251,11 @@ def _kept_by_norm(width: int, device: Device, *, mixed: bool = False) -> int:
     return FP32 * (width * (1 if fused else 2) + 1)
 
 
-def _kept_for_products(width: int, device: Device) -> int:
-    """The input of two products: autocast rounds it for each of them."""
-    return width * (2 * 2 if device.half else FP32)
-
-
 def _kept_by_attention(config: ModelConfig, device: Device) -> int:
     heads, value, number = config.n_heads, config.v_head_dim, device.product
     multiple = 8 if device.cuda else 1
     width = -(-max(config.qk_head_dim, value) // multiple) * multiple  # see ops.attention
-    kept = _kept_by_norm(config.dim, device) + _kept_for_products(config.dim, device)
+    kept = _kept_by_norm(config.dim, device) + config.dim * device.operand
     for rank in filter(None, (config.q_lora_rank, config.kv_lora_rank)):
         kept += _kept_by_norm(rank, device, mixed=True) + rank * number
     if not device.half:
@@ -293,8 +276,8 @@ def _kept_by_moe(config: ModelConfig, device: Device, *, dealt_out: bool) -> int
     if config.norm_topk_prob:
         kept += (chosen + 1) * FP32
     kept += (4 if dealt_out else 2) * chosen * INT64  # orders of rows
-    rows = dim * number if dealt_out else _kept_for_products(dim, device)  # rounded once, before they travel
+    rows = dim * number if dealt_out else dim * device.operand  # rounded once, before they travel
     kept += chosen * (rows + (3 * config.moe_inter_dim + dim + 1) * number)
     if shared := config.n_shared_experts * config.moe_inter_dim:
-        kept += (_kept_for_products(dim, device) if device.half else 0) + 3 * shared * number
+        kept += (dim * device.operand if device.half else 0) + 3 * shared * number
     return kept + (FP32 if config.aux_loss_coeff else 0)

@@ -27,7 +27,6 @@ from nanokimi.parallel.memory_estimate import (
     muon_work,
     parameters,
     peak,
-    replica_bytes,
 )
 
 DEBUG = ModelConfig.preset("debug", max_seq_length=64)
@@ -151,10 +150,10 @@ def test_the_height_is_in_a_pass_or_in_the_update_whichever_is_more() -> None:
 
 
 def test_a_replica_needs_more_for_more_sequences_and_less_with_checkpointing() -> None:
-    config = ModelConfig.preset("nano-243m")
-    need = [replica_bytes(config, n) for n in (1, 8, 64)]
+    jobs = [Job(ModelConfig.preset("nano-243m"), Layout("ddp", 2), n) for n in (1, 8, 64)]
+    need = [peak(memory(job)) for job in jobs]
     assert need == sorted(need)
-    assert replica_bytes(config, 64, checkpointing=True) < need[2] / 3
+    assert peak(memory(jobs[2]._replace(checkpointing=True))) < need[2] / 3
     assert need[0] > 4 * 243_263_104 * 3
 
 
