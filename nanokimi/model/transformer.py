@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -341,8 +341,9 @@ def _counted(tokens: Tensor, labelled: Tensor | None, documents: Tensor | None) 
     return counted if documents is None else counted & (documents >= 0)
 
 
+@cache
 def meta_model(config: ModelConfig) -> Transformer:
-    """``Transformer(config)`` on the meta device: its names, shapes and counts, without any memory."""
+    """``Transformer(config)`` on the meta device, for its names, shapes and counts: it needs no memory."""
     with torch.device("meta"):
         return Transformer(config)
 

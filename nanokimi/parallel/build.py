@@ -62,12 +62,13 @@ def choose_layout(
 
 def replica_fits(config: TrainConfig, model_config: ModelConfig, device: torch.device, ranks: Ranks) -> bool:
     """Whether each rank has the memory to train the whole model; True where the memory cannot be measured."""
-    from nanokimi.parallel.memory_estimate import CPU, GPU, replica_bytes
+    from nanokimi.parallel.memory_estimate import CPU, GPU, Job, memory, peak
 
     parts = share_of_step(config.batch_size, config.gradient_accumulation, ranks.size)
-    cuda = device.type == "cuda"
-    kind, checkpointing = GPU if cuda else CPU, config.activation_checkpointing
-    need = replica_bytes(model_config, parts.batch_size, ranks=ranks.size, device=kind, checkpointing=checkpointing)
+    cuda, layout = device.type == "cuda", Layout("ddp", ranks.size)
+    estimated = GPU if cuda else CPU
+    job = Job(model_config, layout, *parts, device=estimated, checkpointing=config.activation_checkpointing)
+    need = peak(memory(job))
     if cuda:
         return need < REPLICA_SHARE * torch.cuda.get_device_properties(device).total_memory
     free = free_memory()

@@ -8,6 +8,7 @@ between experts, so each rank has whole matrices already. Replicas hold the same
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -47,23 +48,23 @@ def assign(shapes: Sequence[torch.Size], rows: Sequence[Sequence[slice]], layout
     Args:
         rows: of each parameter, the rows of each shard rank.
     """
-    replicas, shards = layout.replicas, layout.shards
-    loads = [[0] * shards for _ in range(replicas)]
-    assignments = []
     costs = [newton_schulz_flops(*shape[-2:]) for shape in shapes]  # of one matrix
-    order = sorted(range(len(shapes)), key=lambda i: (len(shapes[i]) == 2, -costs[i]))  # stacks have less choice
-    for number in order:
-        shape, cost = shapes[number], costs[number]
-        if len(shape) == 2:
-            load, replica, shard = min((loads[r][s], r, s) for r in range(replicas) for s in range(shards))
-            loads[replica][shard] = load + cost
-            assignments.append(Assignment(number, None, replica, shard))
-            continue
+    order = sorted(range(len(shapes)), key=lambda i: -costs[i])
+    assignments = []
+    # Heaps, whose first entry is the rank that has the least work so far.
+    by_shard = [[(0, replica) for replica in range(layout.replicas)] for _ in range(layout.shards)]
+    for number in (i for i in order if len(shapes[i]) != 2):  # stacks first: they have less choice
         for shard, held in enumerate(rows[number]):
-            for part in _cut(held.stop - held.start, replicas):
-                load, replica = min((loads[r][shard], r) for r in range(replicas))
-                loads[replica][shard] = load + cost * (part.stop - part.start)
+            for part in _cut(held.stop - held.start, layout.replicas):
+                load, replica = by_shard[shard][0]
+                heapreplace(by_shard[shard], (load + costs[number] * (part.stop - part.start), replica))
                 assignments.append(Assignment(number, part, replica, shard))
+    ranks = [(load, replica, shard) for shard, loads in enumerate(by_shard) for load, replica in loads]
+    heapify(ranks)
+    for number in (i for i in order if len(shapes[i]) == 2):
+        load, replica, shard = ranks[0]
+        heapreplace(ranks, (load + costs[number], replica, shard))
+        assignments.append(Assignment(number, None, replica, shard))
     return assignments
 
 

@@ -21,7 +21,7 @@ from nanokimi.optim.qk_clip import local
 from nanokimi.parallel.ddp import compile_blocks
 from nanokimi.parallel.distributed_muon import DistributedMuon
 from nanokimi.parallel.experts import ExpertExchange
-from nanokimi.parallel.layout import Layout, rows_of
+from nanokimi.parallel.layout import Layout
 from nanokimi.parallel.ranks import Ranks
 
 
@@ -128,13 +128,7 @@ class Sharded:
         return self._shard_rows(self._names[id(parameter)], shard)
 
     def _shard_rows(self, name: str, shard: int) -> slice:
-        rows = self._shapes[name][0]
-        if not self._has_own_mesh(name):
-            return rows_of(rows, self.layout.shards, shard)
-        group_rank, part = self.layout.expert_position(shard)
-        own = rows // self.layout.expert_parallel
-        held = rows_of(own, self.layout.shards // self.layout.expert_parallel, part)
-        return slice(group_rank * own + held.start, group_rank * own + held.stop)
+        return self.layout.shard_rows(self._shapes[name][0], shard, distributed=self._has_own_mesh(name))
 
     def _has_own_mesh(self, name: str) -> bool:
         """Whether ``name`` is a stack of experts that are distributed over ranks of their own."""

@@ -65,13 +65,18 @@ class Layout:
                 "choose a divisor of them"
             )
 
-    def expert_position(self, shard: int) -> tuple[int, int]:
-        """Of shard rank ``shard``: its number in the group of ranks that share the experts, and which part it holds.
+    def shard_rows(self, rows: int, shard: int, *, distributed: bool = False) -> slice:
+        """Which of the ``rows`` of a parameter shard rank ``shard`` holds.
 
-        The ranks of a group are neighbours, so that tokens travel inside a machine where possible.
+        Experts that are ``distributed`` lie on ``expert_parallel`` ranks that are neighbours, so that tokens travel
+        inside a machine where possible. The experts of one of them are sharded over the ranks of the same remainder.
         """
+        if not (distributed and self.expert_parallel):
+            return rows_of(rows, self.shards, shard)
         part, group_rank = divmod(shard, self.expert_parallel)
-        return group_rank, part
+        own = rows // self.expert_parallel
+        held = rows_of(own, self.shards // self.expert_parallel, part)
+        return slice(group_rank * own + held.start, group_rank * own + held.stop)
 
 
 ONE = Layout("one")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,21 @@ import torch
 
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
-from nanokimi.insight.planner import Job, Machine, Transfer, forward_flops, step_time, transfers
-from nanokimi.model.transformer import Transformer
+from nanokimi.insight.planner import Machine, Transfer, forward_flops, step_time, transfers
+from nanokimi.model.transformer import Transformer, meta_model
 from nanokimi.ops.newton_schulz import newton_schulz_flops
-from nanokimi.optim.muonclip import STATE, MuonClip
+from nanokimi.optim.muonclip import MUON_ROLES, STATE, MuonClip
 from nanokimi.parallel.distributed_muon import assign
-from nanokimi.parallel.layout import ONE, Layout, StepParts, share_of_step
+from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.memory_estimate import (
     CPU,
-    MUON_ROLES,
+    GPU,
     Device,
+    Job,
     memory,
-    meta_model,
     muon_work,
     parameters,
     peak,
-    replica_bytes,
 )
 
 DEBUG = ModelConfig.preset("debug", max_seq_length=64)
@@ -69,15 +67,15 @@ def test_weights_gradients_and_state_take_the_bytes_foreseen(shape: str) -> None
     losses = model(tokens[:, :-1], tokens[:, 1:])
     losses.loss.backward()
     optimizer.step()
-    planned = memory(config, ONE, 2, device=CPU)
+    planned = memory(Job(config, ONE, 2, device=CPU))
     assert planned["weights"] == sum(p.nbytes for p in model.parameters())
     assert planned["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    for name, kind in (("momentum", "muon"), ("adamw", "adamw")):
+    for name, kind in (("momentum (Muon)", "muon"), ("two moments (AdamW)", "adamw")):
         state = [
             optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if group["kind"] == kind
         ]
         assert planned[name] == sum(s[part].nbytes for s in state for part in STATE[kind])
-    assert planned["tables"] == model.cos.nbytes + model.sin.nbytes
+    assert planned["rotary tables"] == model.cos.nbytes + model.sin.nbytes
 
 
 # ---- what comes and goes ------------------------------------------------------------------------
@@ -134,27 +132,28 @@ def kept_in_a_block(model: Transformer, layer: int, batch: int, half: bool) -> i
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_what_is_kept_for_the_backward_pass_is_foreseen(shape: str, checkpointing: bool) -> None:
     for batch, half in ((1, False), (3, False), (2, True)):
-        planned = memory(SHAPES[shape], ONE, batch, device=Device(half, cuda=False), checkpointing=checkpointing)
+        device = Device(half, cuda=False)
+        planned = memory(Job(SHAPES[shape], ONE, batch, device=device, checkpointing=checkpointing))
         measured = kept_in_a_pass(SHAPES[shape], batch, checkpointing=checkpointing, half=half)
         head = SHAPES[shape].vocab_size * SHAPES[shape].dim * (2 if half else 4)  # its gradient is made with the loss
-        assert planned["activations"] + planned["half_weights"] + head == pytest.approx(measured, rel=0.02), (
-            batch,
-            half,
-        )
+        kept = planned["kept for the backward pass"] + planned["weights in bf16, kept too"] + head
+        assert kept == pytest.approx(measured, rel=0.02), (batch, half)
 
 
 def test_the_height_is_in_a_pass_or_in_the_update_whichever_is_more() -> None:
-    parts = memory(DEBUG, ONE, 1, device=CPU)
-    static = sum(parts[name] for name in ("weights", "gradients", "momentum", "adamw", "tables"))
-    assert peak(parts | {"newton_schulz": 1e9}) == static + 1e9
-    assert peak(parts | {"newton_schulz": 0}) == static + parts["activations"] + parts["logits"]
+    parts = memory(Job(DEBUG, ONE, 1, device=CPU))
+    held = ("weights", "gradients", "momentum (Muon)", "two moments (AdamW)", "rotary tables")
+    static = sum(parts[name] for name in held)
+    assert peak(parts | {"Newton-Schulz": 1e9}) == static + 1e9
+    passing = parts["kept for the backward pass"] + parts["a chunk of logits"]
+    assert peak(parts | {"Newton-Schulz": 0}) == static + passing
 
 
 def test_a_replica_needs_more_for_more_sequences_and_less_with_checkpointing() -> None:
-    config = ModelConfig.preset("nano-243m")
-    need = [replica_bytes(config, n) for n in (1, 8, 64)]
+    jobs = [Job(ModelConfig.preset("nano-243m"), Layout("ddp", 2), n) for n in (1, 8, 64)]
+    need = [peak(memory(job)) for job in jobs]
     assert need == sorted(need)
-    assert replica_bytes(config, 64, checkpointing=True) < need[2] / 3
+    assert peak(memory(jobs[2]._replace(checkpointing=True))) < need[2] / 3
     assert need[0] > 4 * 243_263_104 * 3
 
 
@@ -166,9 +165,9 @@ def test_rows_that_do_not_divide_are_padded_in_memory_and_on_their_way() -> None
         next(m for m in parameters(DEBUG, layout) if m.role == "experts")  # [8, 16, 32]
         for layout in (Layout("fsdp", 16), Layout("fsdp", 16, 1, 2), Layout("ddp", 16))
     )
-    assert sharded.rows_held() == [1] * 8 + [0] * 8
+    assert sharded.held == [1] * 8 + [0] * 8
     assert (sharded.local, sharded.gathered) == (16 * 32, 16 * 16 * 32)
-    assert dealt.rows_held() == [1] * 8 + [0] * 8  # four experts over eight ranks, twice
+    assert dealt.held == [1] * 8 + [0] * 8  # four experts over eight ranks, twice
     assert (dealt.local, dealt.gathered) == (16 * 32, 8 * 16 * 32)
     assert replicated.gathered == 8 * 16 * 32
 
@@ -177,30 +176,30 @@ def test_rows_that_do_not_divide_are_padded_in_memory_and_on_their_way() -> None
     "layout", [Layout("ddp", 5), Layout("fsdp", 4), Layout("fsdp", 6, 3), Layout("fsdp", 32, 2, 4)], ids=str
 )
 def test_the_work_of_the_ranks_is_what_the_optimizer_deals_out(layout: Layout) -> None:
-    for role, work in zip(MUON_ROLES, muon_work(DEBUG, layout), strict=True):
+    for role, work in zip(MUON_ROLES, muon_work(DEBUG, layout, GPU), strict=True):
         alike = [m for m in parameters(DEBUG, layout) if m.role == role]
-        held = [[slice(0, n) for n in m.rows_held()] for m in alike]
+        held = [[slice(0, n) for n in m.held] for m in alike]
         flops, sizes = [0] * layout.ranks, [[0] * layout.replicas for _ in range(layout.shards)]
-        for owned in assign([torch.Size(m.shape) for m in alike], held, layout):
-            matrix, rows = alike[owned.number], owned.rows
+        for number, rows, replica, shard in assign([m.shape for m in alike], held, layout):
+            matrix = alike[number]
             count = 1 if rows is None else rows.stop - rows.start
-            flops[owned.replica * layout.shards + owned.shard] += count * newton_schulz_flops(*matrix.shape[-2:])
-            for shard in range(layout.shards) if rows is None else [owned.shard]:
-                here = matrix.rows_held()[shard] if rows is None else count * matrix.shape[1]
-                sizes[shard][owned.replica] += here * matrix.shape[-1]
+            flops[replica * layout.shards + shard] += count * newton_schulz_flops(*matrix.shape[-2:])
+            for other in range(layout.shards) if rows is None else [shard]:
+                here = matrix.held[other] if rows is None else count * matrix.shape[1]
+                sizes[other][replica] += here * matrix.shape[-1]
         assert work.flops == flops
         assert work.longest == ([max(of_replicas) for of_replicas in sizes] if layout.replicas > 1 else [])
 
 
 def test_rings_send_all_but_their_own_share_and_sums_take_two_rounds() -> None:
-    found = [Transfer("", kind, 800, 4, 1, "nothing") for kind in ("all_gather", "all_reduce", "all_to_all")]
+    found = [Transfer("", kind, 800, 4) for kind in ("all_gather", "all_reduce", "all_to_all")]
     assert {t.collective: t.sent for t in found} == {"all_gather": 600, "all_reduce": 1200, "all_to_all": 600}
 
 
 def payload(layout: Layout, sequences: int, passes: int) -> dict[str, float]:
     """Of all transfers of a step of the debug model, by collective."""
     sums: dict[str, float] = {}
-    for transfer in transfers(Job(DEBUG, layout, StepParts(sequences, passes))):
+    for transfer in transfers(Job(DEBUG, layout, sequences, passes)):
         sums[transfer.collective] = sums.get(transfer.collective, 0) + transfer.payload
     return sums
 
@@ -209,41 +208,43 @@ def test_traffic_of_shards_grows_with_passes_and_that_of_replicas_does_not() -> 
     sharded, replicas = Layout("fsdp", 4), Layout("ddp", 4)
     assert payload(sharded, 1, 6)["all_gather"] == 6 * payload(sharded, 2, 1)["all_gather"]
     assert payload(replicas, 1, 6) == payload(replicas, 2, 1)
-    weights = 4 * sum(m.numel for m in parameters(DEBUG))
+    weights = 4 * meta_model(DEBUG).num_parameters()
     assert payload(replicas, 1, 1)["all_reduce"] == pytest.approx(weights, rel=0.01)
 
 
 def test_a_transfer_takes_the_slower_way_of_its_group() -> None:
     machine = Machine(bandwidth=400, network=50, ranks_per_node=4)
-    by = {kind: Transfer("", kind, 1600, 8, 1, "nothing") for kind in ("all_gather", "all_to_all")}
-    assert machine.seconds(replace(by["all_gather"], group=4)) == 1600 * 3 / 4 / 400
+    by = {kind: Transfer("", kind, 1600e9, 8) for kind in ("all_gather", "all_to_all")}
+    assert machine.seconds(by["all_gather"]._replace(group=4)) == 1600 * 3 / 4 / 400
     assert machine.seconds(by["all_gather"]) == 1600 * 7 / 8 / (50 * 4)  # a ring through four devices of each node
-    assert machine.seconds(replace(by["all_gather"], stride=4)) == 1600 * 7 / 8 / 50
-    assert machine.seconds(by["all_to_all"]) == 1600 * 4 / 8 / 50  # to the four of the other node
+    assert machine.seconds(by["all_gather"]._replace(stride=4)) == 1600 * 7 / 8 / 50
+    assert machine.seconds(by["all_to_all"]) == 1600e9 / 8 * (4 / 50e9)  # to the four of the other node
 
 
 # ---- FLOPs and time -----------------------------------------------------------------------------
 
 
 def test_a_step_without_traffic_takes_what_its_products_take() -> None:
-    job = Job(DEBUG, ONE, share_of_step(2, 3, 1))
-    time = step_time(job, Machine(peak_flops=1e9, efficiency=0.25))
+    job = Job(DEBUG, ONE, 2, 3)
+    machine = Machine(peak_tflops=1e-3, efficiency=0.25)
+    time = step_time(job, machine)
     model = 3 * forward_flops(DEBUG, meta_model(DEBUG).num_parameters(active=True), 6, 64)
-    muon = sum(sum(work.flops) for work in muon_work(DEBUG, ONE))
+    muon = sum(sum(work.flops) for work in muon_work(DEBUG, ONE, GPU))
     assert time.seconds == pytest.approx((model + muon) / 0.25e9)
     assert time.utilisation == pytest.approx(model / time.seconds / 1e9)
-    again = step_time(replace(job, checkpointing=True), Machine(peak_flops=1e9, efficiency=0.25))
+    again = step_time(job._replace(checkpointing=True), machine)
     assert 0.2 * model < again.again < model / 3
     assert again.utilisation < time.utilisation
 
 
 def test_traffic_that_takes_longer_than_what_it_is_beside_is_waited_for() -> None:
-    job = Job(DEBUG, Layout("fsdp", 4), share_of_step(1, 4, 4))
-    fast, slow = (step_time(job, Machine(1e12, 0.5, bandwidth, 1, 4)) for bandwidth in (1e15, 1e6))
-    assert fast.seconds == pytest.approx(fast.computing, rel=0.01)
-    seconds = sum(map(Machine(1e12, 0.5, 1e6, 1, 4).seconds, transfers(job)))
-    assert slow.exposed + slow.overlapped == pytest.approx(seconds)
-    assert slow.overlapped < slow.computing < slow.exposed
+    job = Job(DEBUG, Layout("fsdp", 4), 1)
+    fast, slow = (Machine(4, 80, 1, 0.5, bandwidth, 1) for bandwidth in (1e6, 1e-3))
+    free = step_time(job, fast)
+    assert free.seconds == pytest.approx(free.computing, rel=0.01)
+    waited, seconds = step_time(job, slow), sum(map(slow.seconds, transfers(job)))
+    assert waited.exposed + waited.overlapped == pytest.approx(seconds)
+    assert waited.overlapped < waited.computing < waited.exposed
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -58,8 +58,9 @@ def test_replicas_times_shards_are_the_ranks(layout: Layout, replicas: int, shar
 
 def test_ranks_between_which_the_experts_are_dealt_out_are_neighbours() -> None:
     layout = Layout("fsdp", 16, 2, 4)
-    places = [layout.expert_position(shard) for shard in range(layout.shards)]
-    assert places == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1), (2, 1), (3, 1)]
+    held = [layout.shard_rows(8, shard, distributed=True) for shard in range(layout.shards)]
+    assert [rows.start for rows in held] == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert {rows.stop - rows.start for rows in held} == {1}
 
 
 def test_all_sequences_of_a_step_are_taken_in_the_fewest_even_passes() -> None:

@@ -104,21 +104,23 @@ def test_a_replica_fits_where_the_ranks_of_a_machine_leave_a_fifth_of_its_memory
 ) -> None:
     """Where memory cannot be looked at, nobody is kept from trying."""
     monkeypatch.setattr(build, "free_memory", lambda: free)
-    monkeypatch.setattr(memory_estimate, "replica_bytes", lambda *_, **__: 70.0)
+    monkeypatch.setattr(memory_estimate, "peak", lambda _: 70.0)
     assert replica_fits(config(), DEBUG, CPU, ranks(8, on_this_machine)) is fits
 
 
 def test_what_a_replica_needs_is_that_of_a_pass_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
+    asked: list[memory_estimate.Job] = []
 
-    def need(model: ModelConfig, sequences: int, *, checkpointing: bool, **_: Any) -> float:
-        asked.append((model, sequences, checkpointing))
-        return 0.0
+    def memory(job: memory_estimate.Job) -> dict[str, float]:
+        asked.append(job)
+        return {}
 
-    monkeypatch.setattr(memory_estimate, "replica_bytes", need)
+    monkeypatch.setattr(memory_estimate, "memory", memory)
+    monkeypatch.setattr(memory_estimate, "peak", lambda _: 0.0)
     replica_fits(config(batch_size=6), DEBUG, CPU, ranks(4))
-    replica_fits(config(activation_checkpointing=True), DEBUG, CPU, ranks(1))
-    assert asked == [(DEBUG, 3, False), (DEBUG, 4, True)]
+    replica_fits(config(activation_checkpointing=True), DEBUG, CPU, ranks(2))
+    assert [(job.config, job.sequences, job.checkpointing) for job in asked] == [(DEBUG, 3, False), (DEBUG, 4, True)]
+    assert [job.layout for job in asked] == [Layout("ddp", 4), Layout("ddp", 2)]
 
 
 def test_one_process_has_all_of_the_model_and_nothing_else() -> None:

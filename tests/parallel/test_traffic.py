@@ -12,10 +12,10 @@ import pytest
 import torch
 import traffic_worker as worker
 
-from nanokimi.insight.planner import Job, transfers
+from nanokimi.insight.planner import transfers
 from nanokimi.ops.newton_schulz import best_dtype
-from nanokimi.parallel.layout import Layout, StepParts
-from nanokimi.parallel.memory_estimate import CPU, Device, memory
+from nanokimi.parallel.layout import Layout
+from nanokimi.parallel.memory_estimate import CPU, Device, Job, memory
 
 pytestmark = pytest.mark.serial
 
@@ -50,20 +50,20 @@ def test_what_is_exchanged_and_held_is_what_the_planner_says(tmp_path: Path) -> 
 
 
 def check_traffic(layout: Layout, checkpointing: bool, sent: dict[str, float]) -> None:
-    config = worker.small_config()
-    parts = StepParts(worker.SEQUENCES, worker.PASSES)
+    job = Job(worker.small_config(), layout, worker.SEQUENCES, worker.PASSES, HERE, checkpointing)
     planned: dict[str, float] = {}
-    for transfer in transfers(Job(config, layout, parts, HERE, checkpointing)):
+    for transfer in transfers(job):
         planned[transfer.collective] = planned.get(transfer.collective, 0) + transfer.payload
     assert planned == pytest.approx(sent, rel=0.05), layout
 
 
 def check_memory(layout: Layout, checkpointing: bool, found: worker.Found) -> None:
     """In a pass never too little, and at most three tenths too much: not all is there when the largest block is."""
-    config = worker.small_config()
-    parts = memory(config, layout, worker.SEQUENCES, device=CPU, checkpointing=checkpointing)
+    job = Job(worker.small_config(), layout, worker.SEQUENCES, device=CPU, checkpointing=checkpointing)
+    parts = memory(job)
     assert parts["weights"] == found.weights, layout
-    passing = parts["activations"] + parts["root"] + max(parts["blocks"], parts["logits"])
+    passing = parts["kept for the backward pass"] + parts["embedding and head, gathered"]
+    passing += max(parts["blocks on their way"], parts["a chunk of logits"])
     assert found.passing <= passing <= 1.3 * found.passing, layout
-    updating = memory(config, layout, worker.SEQUENCES, device=HERE)["newton_schulz"]
+    updating = memory(job._replace(device=HERE))["Newton-Schulz"]
     assert updating == pytest.approx(found.updating, rel=0.1), layout
