@@ -283,16 +283,16 @@ def prepare(options: ServeOptions, worker: Worker) -> Served:
     model, tokenizer = load(options.checkpoint, device=resolve_device(options.device))
     template = chat_template_of(tokenizer, options.chat_template)
     use_weights_(model, options.weights)
-    caches, on_host = f"--slots {options.slots}: their caches", next(model.parameters()).device.type == "cpu"
+    slots, on_host = f"--slots {options.slots}", next(model.parameters()).device.type == "cpu"
 
     def new_engine() -> Engine:
         try:
             decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
         except RuntimeError as error:
-            raise UserError(f"{caches} cannot be had ({error}): lower it") from error
+            raise UserError(f"{slots}: their caches cannot be had ({error}): lower it") from error
         need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
         if free is not None and need > free:  # they are reserved, and filled only later
-            raise UserError(f"{caches} take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
+            raise UserError(f"{slots}: their caches take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
         return Engine(model, tokenizer, decoder=decoder, prefill_chunk=options.prefill_chunk)
 
     engine = worker.use(new_engine)

@@ -237,7 +237,7 @@ def as_version_1(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = checkpoint.read(path)
     content["model"] = {{"embed.weight": "embed"}.get(name, name): t.clone() for name, t in content["model"].items()}
     with monkeypatch.context() as earlier:
-        earlier.setattr(checkpoint, "VERSION", 1)
+        earlier.setattr(file, "VERSION", 1)
         content.pop("version")
         checkpoint.save(path, content)
 

@@ -298,7 +298,7 @@ def test_a_token_that_a_stop_string_begins_within_keeps_its_place() -> None:
         vocab_size = 3
 
         @staticmethod
-        def piece(token: int) -> bytes:
+        def token_bytes(token: int) -> bytes:
             return (b"one S", b"TOP", b" two")[token]
 
     assembly = TextAssembly(Words(), ("STOP",))  # type: ignore[arg-type]
