@@ -35,37 +35,24 @@ class Question(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Share of right answers, and its standard error; None for a single question."""
+    """Share of right answers, and the standard error of this mean; None for a single question."""
 
     value: float
     stderr: float | None
 
 
-class Answers(NamedTuple):
-    """How ``n`` questions were answered.
-
-    Attributes:
-        acc: by the log-probability of each choice.
-        acc_norm: by that divided by the choice's characters, so that short ones have no advantage.
-    """
-
-    n: int
-    acc: Share
-    acc_norm: Share
-
-
 def answer(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    questions: Sequence[Question],
-    scoring: Scoring,
-    advance: Advance = ignore,
-) -> Answers:
+    model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], scoring: Scoring, advance: Advance = ignore
+) -> dict[str, Share]:
     """Answers at least one question, each by the choice that is the likeliest after the context and a space.
 
     Args:
         model: in evaluation mode.
         advance: told the ``size`` of each question that is done.
+
+    Returns:
+        ``acc`` by the log-probability of each choice; ``acc_norm`` by that divided by the choice's characters, so that
+        short ones have no advantage.
     """
     pairs = (encode_pair(tokenizer, q.context, " " + choice) for q in questions for choice in q.choices)
     scores = score_rows(model, pairs, scoring)
@@ -76,7 +63,7 @@ def answer(
         right.append(log_probs.index(max(log_probs)) == question.gold)
         right_norm.append(per_character.index(max(per_character)) == question.gold)
         advance(question.size)
-    return Answers(len(questions), _share(right), _share(right_norm))
+    return {"acc": _share(right), "acc_norm": _share(right_norm)}
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -92,7 +79,6 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 def _share(right: Sequence[bool]) -> Share:
-    """The mean and the standard error of the mean, by the sample's standard deviation."""
     n, mean = len(right), sum(right) / len(right)
     return Share(mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None)
 
@@ -158,8 +144,7 @@ def _field(record: Mapping[str, Any], names: Sequence[str], what: str) -> tuple[
 
 def _choices(name: str, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The choices, and what they are called: A, B, C and so on, unless the record says otherwise."""
-    labels = value.get("label") if isinstance(value, dict) else None
-    texts = value.get("text") if isinstance(value, dict) else value
+    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is no list of texts")
     if len(texts) < 2:
@@ -174,7 +159,6 @@ def _choices(name: str, value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _gold(name: str, value: Any, choices: Sequence[str], labels: Sequence[str]) -> int:
-    """The index of the right choice, given as a text, a letter or an index."""
     for names in (choices, labels):
         if value in names:
             return names.index(value)

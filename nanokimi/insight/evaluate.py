@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,26 +43,18 @@ HARNESS_RESULTS = (
 class EvalOptions:
     """What is to be evaluated, beside settings of TrainConfig.
 
-    Attributes:
-        part: ``all`` of the text, its ``held_out`` part, or "": what is held out, unless a text is named.
-        stride, max_tokens: see ``score_text``.
-        tasks: files of questions, which end in ``.jsonl``, and names of tasks of the harness.
-        include_path, num_fewshot: see ``harness.run_tasks``.
-        limit: questions of each file and task; 0 takes all.
-        output: JSON file for the results; "" for none.
-
     Raises:
         UserError: a value is out of range; the message names the flag.
     """
 
-    part: str = ""
-    stride: int = 0
-    max_tokens: int = 0
-    tasks: tuple[str, ...] = ()
-    include_path: str = ""
-    num_fewshot: int | None = None
-    limit: int = 0
-    output: str = ""
+    part: str = ""  # "all" of the text, its "held_out" part, or "": what is held out, unless a text is named
+    stride: int = 0  # see score_text
+    max_tokens: int = 0  # see score_text
+    tasks: tuple[str, ...] = ()  # files of questions, which end in .jsonl, and names of tasks of the harness
+    include_path: str = ""  # see harness.run_tasks
+    num_fewshot: int | None = None  # see harness.run_tasks
+    limit: int = 0  # questions of each file and task; 0 takes all
+    output: str = ""  # JSON file for the results; "" for none
 
     def __post_init__(self) -> None:
         for name in ("stride", "max_tokens", "num_fewshot", "limit"):
@@ -75,13 +66,8 @@ class EvalOptions:
             raise UserError("--num_fewshot and --include_path are for tasks of the harness: name one with --tasks")
 
     @property
-    def files(self) -> list[str]:
-        """Those tasks that are files."""
-        return [task for task in self.tasks if task.endswith(".jsonl")]
-
-    @property
     def harness_tasks(self) -> list[str]:
-        """Those that are not."""
+        """Those tasks that are not files."""
         return [task for task in self.tasks if not task.endswith(".jsonl")]
 
 
@@ -106,7 +92,8 @@ def run_eval(path: str, train: Mapping[str, Any], model: Mapping[str, Any], opti
     with out_of_memory_explained():
         evaluation = Evaluation(path, config, options)
         texts = evaluation.choose_texts(config, train)
-        questions = {file: read_questions(Path(file), options.limit) for file in options.files}
+        files = [task for task in options.tasks if task.endswith(".jsonl")]
+        questions = {file: read_questions(Path(file), options.limit) for file in files}
         if options.harness_tasks and importlib.util.find_spec("lm_eval") is None:
             raise UserError(
                 f"--tasks {','.join(options.harness_tasks)}: needs the evaluation harness: pip install "
@@ -144,26 +131,13 @@ class Evaluation:
         precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
         self.scoring = Scoring(config.batch_size, precision)
         self.table = [("of", "figure", "value", "stderr", "over")]
-        self.results: dict[str, Any] = {
-            "complete": False,
-            "texts": [],
-            "files": [],
-            "harness": {},
-            "nanokimi": __version__,
-            "model": {
-                "path": path,
-                "parameters": self.model.num_parameters(),
-                "context": context,
-                "tokenizer": self.tokenizer.name,
-                "vocab_size": self.tokenizer.vocab_size,
-            },
-            "settings": {
-                **asdict(options),
-                "device": str(self.model.embed.weight.device),
-                "batch_size": config.batch_size,
-                "mixed_precision": config.mixed_precision,
-            },
-        }
+        model, tokenizer = self.model, self.tokenizer
+        about = {"path": path, "parameters": model.num_parameters(), "context": context}
+        about |= {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+        settings = {**asdict(options), "device": str(model.embed.weight.device)}
+        settings |= {name: getattr(config, name) for name in DEFAULTS}
+        self.results: dict[str, Any] = {"complete": False, "texts": [], "files": [], "harness": {}}
+        self.results |= {"nanokimi": __version__, "model": about, "settings": settings}
 
     def choose_texts(self, config: TrainConfig, train: Mapping[str, Any]) -> list[ChosenText]:
         """The texts to score: the named one; none where only tasks are asked for; else what the model was trained on.
@@ -188,11 +162,10 @@ class Evaluation:
 
     def score(self, text: ChosenText) -> None:
         """Bits per byte and perplexity of one text."""
-        stride, max_tokens = self.options.stride, self.options.max_tokens
+        limits = {"stride": self.options.stride, "max_tokens": self.options.max_tokens}
         began = time.monotonic()
         with progress_bar(f"scoring {text.name}", text.n_bytes) as advance:
-            parts = text.read(advance)
-            found = score_text(self.model, self.tokenizer, parts, self.scoring, stride=stride, max_tokens=max_tokens)
+            found = score_text(self.model, self.tokenizer, text.read(advance), self.scoring, **limits)
         seconds = time.monotonic() - began
         if not found.tokens:
             raise UserError(
@@ -208,37 +181,35 @@ class Evaluation:
     def answer(self, file: str, questions: Sequence[Question]) -> None:
         """The share of right answers to the questions of one file."""
         with progress_bar(f"answering {file}", sum(question.size for question in questions)) as advance:
-            found = answer(self.model, self.tokenizer, questions, self.scoring, advance)
-        results: dict[str, Any] = {"path": file, "n": found.n}
-        for name, share in (("acc", found.acc), ("acc_norm", found.acc_norm)):
+            shares = answer(self.model, self.tokenizer, questions, self.scoring, advance)
+        results: dict[str, Any] = {"path": file, "n": len(questions)}
+        for name, share in shares.items():
             results |= {name: share.value, f"{name}_stderr": share.stderr}
-            self._add(file, name, share.value, share.stderr, f"{found.n:,} questions")
+            self._add(file, name, share.value, share.stderr, f"{len(questions):,} questions")
         self.results["files"].append(results)
 
     def run_harness(self) -> None:
         """Every metric of each task; with its filter only where a task has several ways to read its answers."""
         from nanokimi.insight.harness import NanokimiLM, run_tasks
 
-        adapter = NanokimiLM(
-            loaded=(self.model, self.tokenizer), batch_size=self.scoring.batch_size, precision=self.scoring.precision
-        )
+        loaded, scoring, options = (self.model, self.tokenizer), self.scoring, self.options
         found = run_tasks(
-            adapter,
-            self.options.harness_tasks,
-            include_path=self.options.include_path,
-            num_fewshot=self.options.num_fewshot,
-            limit=self.options.limit,
+            NanokimiLM(loaded=loaded, batch_size=scoring.batch_size, precision=scoring.precision),
+            options.harness_tasks,
+            include_path=options.include_path,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
         )
         self.results["harness"] = {name: found[name] for name in HARNESS_RESULTS if name in found}
         for task, values in found["results"].items():
             n = found["n-samples"].get(task, {}).get("effective")
+            over = "" if n is None else f"{n:,} samples"
             for key, value in values.items():
                 name, _, way = key.partition(",")
                 if isinstance(value, float) and not name.endswith("_stderr"):
-                    stderr = values.get(f"{name}_stderr,{way}")
+                    stderr = values.get(f"{name}_stderr,{way}")  # text where there is none
                     stderr = stderr if isinstance(stderr, float) else None
-                    figure, over = name if way == "none" else key, "" if n is None else f"{n:,} samples"
-                    self._add(task, figure, value, stderr, over)
+                    self._add(task, name if way == "none" else key, value, stderr, over)
 
     def _add(self, what: str, figure: str, value: float, stderr: float | None = None, over: str = "") -> None:
         self.table.append((what, figure, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", over))
@@ -254,12 +225,13 @@ class Evaluation:
         show("\n".join(aligned(self.table, "<<>><")))
         if self.options.output:
             path = Path(self.options.output)
+            # What JSON has: null for NaN and infinity, text for what is no value (functions of a task, say).
+            plain = json.loads(json.dumps(self.results, default=str), parse_constant=lambda _: None)
             with disk_errors_explained("results file", path), atomic_write(path) as file:
-                file.write(json.dumps(_plain(self.results), indent=1, allow_nan=False).encode())
+                file.write(json.dumps(plain, indent=1).encode())
 
 
 def _trained_with(path: str) -> TrainConfig:
-    """The settings of the run that made a checkpoint."""
     try:
         saved = checkpoint.read(Path(path)).get("train_config")
     except checkpoint.CheckpointError:  # a model in another format
@@ -267,14 +239,3 @@ def _trained_with(path: str) -> TrainConfig:
     if saved is None:
         raise UserError(f"{path} does not say what it was trained on: name the text to score with --data_path")
     return from_dict(TrainConfig, saved)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` in what JSON has: null for NaN and infinity, text for what is no value (functions of a task, say)."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,10 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token, which stands before a text and ends one."""
         return self.text_tokenizer.eot_id
 
     @property
     def max_length(self) -> int:
-        """The context in tokens."""
         return self.model.config.max_seq_length
 
     @property
@@ -85,7 +83,6 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
 
     @property
     def batch_size(self) -> int:
-        """Rows of a forward pass."""
         return self.scoring.batch_size
 
     @property
@@ -97,15 +94,9 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         """Ids of a text; nothing is ever added to them."""
         return self.text_tokenizer.encode(string)
 
-    def tok_decode(self, tokens: Iterable[int], **_: Any) -> str:
-        """The text of ids."""
-        return self.text_tokenizer.decode(tokens)
-
     def get_model_info(self) -> dict[str, Any]:
         """What the harness reports of the model beside the results."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.embed.weight.dtype)}
-
-    # ---- log-probabilities ------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -128,11 +119,8 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         scores = score_rows(self.model, rows, self.scoring)
         yield from tqdm(scores, f"scoring {what}", total=len(rows), disable=quiet)
 
-    # ---- generation -------------------------------------------------------------------------------
-
     @functools.cached_property
     def decoder(self) -> Decoder:
-        """One for all requests."""
         return new_decoder(self.model)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -145,25 +133,18 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         return texts
 
     def _generate(self, context: str, choices: dict[str, Any]) -> str:
-        settings = self._settings(choices)
-        room = self.max_length - settings.max_tokens
-        prompt = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-        tokens = stream_tokens(
-            self.model,
-            prompt,
-            settings,
-            stop_tokens=(self.eot_token_id,),
-            vocab_size=self.text_tokenizer.vocab_size,
-            decoder=self.decoder,
-        )
+        tokenizer, settings = self.text_tokenizer, self._settings(choices)
+        prompt = self.tok_encode(context)[settings.max_tokens - self.max_length :] or [self.prefix_token_id]
+        stop, size = (self.eot_token_id,), tokenizer.vocab_size
+        tokens = stream_tokens(self.model, prompt, settings, stop_tokens=stop, vocab_size=size, decoder=self.decoder)
         ids, text = [], ""
         with contextlib.closing(tokens):
             for token in tokens:
                 ids.append(token)
-                text = self.tok_decode(ids)
+                text = tokenizer.decode(ids)
                 if any(stop in text for stop in settings.stop):
                     break
-        return text[: min((at for stop in settings.stop if (at := text.find(stop)) >= 0), default=len(text))]
+        return text[: min((text.find(stop) for stop in settings.stop if stop in text), default=len(text))]
 
     def _settings(self, choices: dict[str, Any]) -> SamplingOptions:
         """The sampling that a task asks for; more tokens than the context holds become half of it."""
@@ -179,9 +160,6 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
 
 
 register_model("nanokimi")(NanokimiLM)
-
-
-# ---- running tasks ------------------------------------------------------------------------------
 
 
 def run_tasks(
@@ -203,18 +181,27 @@ def run_tasks(
         raise UserError(
             f"--include_path {include_path}: no such folder: name the one with the YAML files of your tasks"
         )
-    with contextlib.redirect_stdout(sys.stderr), _explained(names):  # stdout is for the results
-        manager, chosen = _find(names, include_path)
-        results: dict[str, Any] = lm_eval.simple_evaluate(
-            model,
-            tasks=chosen,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit or None,
-            log_samples=False,
-            batch_size=model.batch_size,
-            device=str(model.device),
-        )
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the results
+            manager, chosen = _find(names, include_path)
+            results: dict[str, Any] = lm_eval.simple_evaluate(
+                model,
+                tasks=chosen,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit or None,
+                log_samples=False,
+                batch_size=model.batch_size,
+                device=str(model.device),
+            )
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # whatever the harness, its tasks and their data sets raise
+        reason = " ".join(str(error).split())[:300] or "no more is known"
+        raise RunError(
+            f"--tasks {','.join(names)}: the harness failed: {type(error).__name__}: {reason}; without a network only "
+            "tasks with data on this machine can run"
+        ) from error
     return results
 
 
@@ -223,15 +210,16 @@ def _find(names: Sequence[str], include_path: str) -> tuple[Any, list[str]]:
 
     Its own tasks are thousands of files, so they are only looked at when one of them is meant.
     """
-    own = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
-    if own is not None and set(names) <= set(own.all_subtasks):
-        return own, list(names)
+    if include_path:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own, list(names)
     print("looking for tasks of the harness", file=sys.stderr, flush=True)
     manager = TaskManager(include_path=include_path or None)
     chosen: list[str] = []
     for name in names:
-        found = [name] if Path(name).suffix in (".yaml", ".yml") and Path(name).is_file() else []
-        found = found or manager.match_tasks([name])
+        is_file = Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+        found = [name] if is_file else manager.match_tasks([name])
         if not found:
             raise UserError(
                 f"--tasks {name}: no such task{suggest(name, set(manager.all_tasks))}; `lm-eval ls tasks` lists those "
@@ -239,18 +227,3 @@ def _find(names: Sequence[str], include_path: str) -> tuple[Any, list[str]]:
             )
         chosen += found
     return manager, list(dict.fromkeys(chosen))
-
-
-@contextlib.contextmanager
-def _explained(names: Sequence[str]) -> Iterator[None]:
-    """Turns whatever the harness, its tasks and their data sets raise into one line."""
-    try:
-        yield
-    except (UserError, RunError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or "no more is known"
-        raise RunError(
-            f"--tasks {','.join(names)}: the harness failed: {type(error).__name__}: {reason}; without a network only "
-            "tasks with data on this machine can run"
-        ) from error

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from nanokimi import console
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
-from nanokimi.data.loader import LoaderOptions
+from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions, MixLoader, permutation
 from nanokimi.data.sources import open_corpus
+from nanokimi.data.stream import StreamLoader
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.files import atomic_write, require_writable
-from nanokimi.insight.findings import LOOK_AROUND, Document, Findings, Tokens, look_at
+from nanokimi.files import atomic_write, disk_errors_explained, require_writable
 
+BLOCK_TOKENS = 1 << 14
+LOOK_AROUND = 1 << 20  # tokens before and after a sequence among which the ends of its documents are looked for
 BAR = 40  # characters of the longest bar
 HEAD_TOKENS, TAIL_TOKENS = 200, 100  # shown of a longer sequence
 FREQUENT = 10  # tokens listed
 PAIRS = 5  # tokens shown with their labels
-WIDTH, HEIGHT, BINS = 1100, 600, 48  # of the picture, in pixels
-# Control characters but for line break and tab are shown by their pictures in Unicode, or by their number.
+BINS = 48  # of the picture
+# Control characters except line break and tab are shown by their pictures in Unicode, or by their number.
 PICTURES: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 PICTURES |= {127: 0x2421} | {code: f"\\x{code:x}" for code in range(128, 160)}
+
+Tokens = NDArray[np.int64]
 
 
 def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences: int, show: int, output: Path) -> int:
     """Prints what a run with these settings would be trained on and draws its documents' lengths; returns 0.
 
     Args:
-        train, model: settings by field name, as for ``Request``.
+        train, model: settings by field name.
         sequences: how many to look at; of a source that ends, at most one epoch.
         show: how many of them to print.
         output: the PNG file.
@@ -51,31 +60,137 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     model_config = ModelConfig.preset(config.preset, **model)
     require_writable(output, example="data_lengths.png")
     corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, log=console.log)
-    context, workers = model_config.max_seq_length, config.num_workers
-    options = LoaderOptions(context, 1, config.seed, workers, shuffle_buffer=config.shuffle_buffer)
+    context, tokenizer = model_config.max_seq_length, corpus.tokenizer
+    options = LoaderOptions(context, 1, config.seed, config.num_workers, shuffle_buffer=config.shuffle_buffer)
     found = look_at(corpus, options, sequences, keep=max(1, show))
     plot_lengths(found.documents, context, output)
-    lines = [*_about_source(corpus, context), *_about_sequences(found, corpus.tokenizer, sequences)]
-    lines += [*_about_lengths(found, context), *_about_tokens(found, corpus.tokenizer), *_about_copies(found)]
+    lines = [*_about_sequences(found, corpus, context, sequences), *_about_lengths(found, context)]
+    lines += _about_tokens(found, tokenizer)
     for number, sequence in enumerate(found.samples[:show], 1):
-        lines += _sample(number, sequence, corpus.tokenizer)
-    console.show("\n".join([*lines, *_labels(found.samples[0], corpus.tokenizer), "", f"Picture: {output}"]))
+        lines += _sample(number, sequence[:-1], tokenizer)
+    console.show("\n".join([*lines, *_labels(found.samples[0], tokenizer), "", f"Picture: {output}"]))
     return 0
+
+
+# ---- what is counted ----------------------------------------------------------------------------
+
+
+class Document(NamedTuple):
+    """A document, or what is seen of one: its length without the end of text, and a digest of its tokens."""
+
+    n_tokens: int
+    whole: bool
+    digest: bytes
+
+
+@dataclass
+class Findings:
+    """What was seen in some sequences; every token counts once, as an input."""
+
+    counts: Tokens  # how often each id occurs [vocab_size]
+    n_sequences: int = 0
+    n_bytes: int = 0  # of text, which an end of text is not
+    n_mixed: int = 0  # sequences with tokens of more than one document
+    copies: Counter[bytes] = field(default_factory=Counter)  # how often each sequence was seen, by its digest
+    samples: list[Tokens] = field(default_factory=list)  # the first sequences, T + 1 ids each
+    documents: list[Document] = field(default_factory=list)
+    from_stream: int = 0  # sequences of a stream, whose neighbours are not known
+    by_source: dict[str, int] = field(default_factory=dict)  # sequences of each source of a mixture
+    epoch: int = 0  # sequences that there are in all; 0 where nobody knows
+
+
+def look_at(corpus: Corpus, options: LoaderOptions, wanted: int, *, keep: int) -> Findings:
+    """Measures the first sequences that training would read, up to ``wanted`` or an epoch; keeps the first ``keep``."""
+    loader, tokenizer = corpus.train.loader(options), corpus.tokenizer
+    sources = loader.loaders.values() if isinstance(loader, MixLoader) else [loader]
+    rows = [source for source in sources if isinstance(source, BatchLoader)]
+    found, batches = Findings(np.zeros(tokenizer.vocab_size, np.int64)), iter(loader)
+    while (count := min(wanted - found.n_sequences, _left(loader))) > 0:
+        for sequence in (batch.rows()[0].numpy() for batch in islice(batches, count)):
+            inputs = sequence[:-1]
+            found.n_sequences += 1
+            found.n_bytes += tokenizer.count_bytes(torch.from_numpy(inputs))
+            found.n_mixed += bool((inputs[:-1] == tokenizer.eot_id).any())
+            np.add.at(found.counts, inputs, 1)
+            found.copies[_digest(sequence)] += 1
+            if len(found.samples) < keep:
+                found.samples.append(sequence)
+            if sum(row.samples for row in rows) + found.from_stream < found.n_sequences:  # no row gave it
+                found.from_stream += 1
+                found.documents += seen_documents(sequence, tokenizer.eot_id)
+    for row in rows:
+        indices = sorted(permutation(row.options.seed, 0, len(row.sequences))[: row.samples].tolist())
+        found.documents += whole_documents(row.sequences.tokens, indices, options.length, tokenizer.eot_id)
+    if isinstance(loader, BatchLoader):
+        found.epoch = len(loader.sequences)
+    if isinstance(loader, MixLoader):
+        found.by_source = loader.state_dict()["counts"]
+    return found
+
+
+def _left(loader: Loader) -> int:
+    """How many sequences ``loader`` can at least give before it begins again; 0 when it has given everything."""
+    if isinstance(loader, MixLoader):
+        return min(map(_left, loader.loaders.values()))
+    if isinstance(loader, BatchLoader):
+        return max(0, len(loader.sequences) - loader.samples)
+    assert isinstance(loader, StreamLoader)
+    waiting = len(loader.state_dict()["ranks"][0]["buffer"])
+    return waiting if loader.epoch else max(1, waiting)
+
+
+def seen_documents(sequence: Tokens, eot: int) -> Iterator[Document]:
+    """The documents of one sequence ``[T + 1]`` as far as it shows them; the last token is only looked ahead at."""
+    inputs, start = sequence[:-1], 0
+    for end in map(int, [*np.flatnonzero(inputs == eot), len(inputs)]):
+        if end > start or 0 < start < len(inputs):  # at an edge, nothing of a document is no document
+            whole = start > 0 and int(sequence[end]) == eot
+            yield Document(end - start, whole, _digest(inputs[start:end]))
+        start = end + 1
+
+
+def whole_documents(row: TokenArray, indices: Sequence[int], length: int, eot: int) -> Iterator[Document]:
+    """Every document of which sequences ``indices`` (ascending) of ``row`` show something, once and in full.
+
+    Only one that reaches further than ``LOOK_AROUND`` beyond its sequence may be cut.
+    """
+    given = 0  # all up to here was given
+    for index in indices:
+        shown, stop = max(given, index * length), (index + 1) * length
+        if shown >= stop:
+            continue
+        low, high = max(given, shown - LOOK_AROUND), min(len(row), stop + LOOK_AROUND)
+        start = next((end + 1 for end in _ends(row, shown, low, eot)), low)
+        for end in chain(_ends(row, start, high, eot), [high]):
+            if start >= stop:
+                break
+            begins = start == 0 or int(row.read(start - 1, start)[0]) == eot
+            finishes = end == len(row) or int(row.read(end, end + 1)[0]) == eot
+            yield Document(end - start, begins and finishes, _digest(row.read(start, end)))
+            start = given = end + finishes
+
+
+def _ends(row: TokenArray, start: int, limit: int, eot: int) -> Iterator[int]:
+    """Where ends of text are from ``start`` on up to ``limit``, or down to it: the nearest first."""
+    forward = limit > start
+    for at in range(start, limit, BLOCK_TOKENS if forward else -BLOCK_TOKENS):
+        low, high = (at, min(at + BLOCK_TOKENS, limit)) if forward else (max(at - BLOCK_TOKENS, limit), at)
+        found = np.flatnonzero(row.read(low, high) == eot) + low
+        yield from (found if forward else found[::-1]).tolist()
+
+
+def _digest(tokens: Tokens) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(tokens).tobytes(), digest_size=16).digest()
 
 
 # ---- the report ---------------------------------------------------------------------------------
 
 
-def _about_source(corpus: Corpus, context: int) -> Iterator[str]:
-    first, *others = corpus.summary.replace("; ", "\n").split("\n")
-    yield f"Source     {first}"
-    yield from (f"           {line}" for line in others)
-    yield f"Tokenizer  {corpus.tokenizer.name}, {corpus.tokenizer.vocab_size:,} entries"
+def _about_sequences(found: Findings, corpus: Corpus, context: int, wanted: int) -> Iterator[str]:
+    tokenizer, n, n_tokens = corpus.tokenizer, found.n_sequences, int(found.counts.sum())
+    yield "Source     " + corpus.summary.replace("; ", "\n").replace("\n", "\n           ")
+    yield f"Tokenizer  {tokenizer.name}, {tokenizer.vocab_size:,} entries"
     yield f"Context    {context:,} tokens"
-
-
-def _about_sequences(found: Findings, tokenizer: Tokenizer, wanted: int) -> Iterator[str]:
-    n, n_tokens = found.n_sequences, int(found.counts.sum())
     fewer = f", not {wanted:,}: there the data begins again" if n < wanted else ""
     epoch = f" of an epoch of {found.epoch:,}" if found.epoch else ""
     yield f"\nLooked at {_count(n, 'sequence')}{epoch}{fewer}"
@@ -98,26 +213,29 @@ def _about_lengths(found: Findings, context: int) -> Iterator[str]:
         yield f"  {where}each in full: what a sequence cuts is put together from the source{far}"
     if found.n_sequences < found.epoch:
         yield "  long ones are met more often than short ones, unless all sequences are looked at"
+    longer = f"   longer than the context: {_percent(int((lengths > context).sum()), len(lengths))}"
     if found.from_stream:
-        share = _percent(n_cut, len(lengths))
+        longer, share = "", _percent(n_cut, len(lengths))
         yield f"  {n_cut:,} ({share}) may be cut: of a stream only what a sequence shows is known, and counts"
         yield "  longer sequences show more: --set max_seq_length=..."
     median, high = np.percentile(lengths, [50, 90])
-    longer = f"longer than the context: {_percent(int((lengths > context).sum()), len(lengths))}"
-    yield (
-        f"  min {lengths.min():,}   median {median:,.0f}   mean {lengths.mean():,.0f}   90 % {high:,.0f}   "
-        f"max {lengths.max():,}   {longer if not found.from_stream else ''}".rstrip()
-    )
-    bins = Counter(int(length).bit_length() for length in lengths)  # by powers of two
+    numbers = {"min": lengths.min(), "median": median, "mean": lengths.mean(), "90 %": high, "max": lengths.max()}
+    yield "  " + "   ".join(f"{name} {number:,.0f}" for name, number in numbers.items()) + longer
+    yield from _bars(Counter(int(length).bit_length() for length in lengths), context)
+
+
+def _bars(bins: Counter[int], context: int) -> Iterator[str]:
+    """A bar for each number of bits that lengths have, that is from one power of two to the next."""
     width = len(f"{1 << max(bins):,}")
-    for power in range(min(bins), max(bins) + 1):
-        low, high = (1 << power) >> 1, max(0, (1 << power) - 1)
-        bar = "█" * max(round(BAR * bins[power] / max(bins.values())), bins[power] > 0)
+    for bits in range(min(bins), max(bins) + 1):
+        low, high = (1 << bits) >> 1, (1 << bits) - 1
+        bar = "█" * max(round(BAR * bins[bits] / max(bins.values())), bins[bits] > 0)
         mark = f"  < context {context:,}" if low <= context <= high else ""
-        yield f"  {low:>{width},} to {high:>{width},}  {bins[power]:>8,}  {bar}{mark}"
+        yield f"  {low:>{width},} to {high:>{width},}  {bins[bits]:>8,}  {bar}{mark}"
 
 
 def _about_tokens(found: Findings, tokenizer: Tokenizer) -> Iterator[str]:
+    """How often tokens occur, and how often whole documents and sequences are the same."""
     n_tokens, used = int(found.counts.sum()), int((found.counts > 0).sum())
     yield "\nTokens"
     yield f"  {used:,} of {tokenizer.vocab_size:,} entries occur ({_percent(used, tokenizer.vocab_size)})"
@@ -125,9 +243,6 @@ def _about_tokens(found: Findings, tokenizer: Tokenizer) -> Iterator[str]:
     yield "  the most frequent:"
     for token in np.argsort(-found.counts, kind="stable")[: min(FREQUENT, used)].tolist():
         yield f"  {_percent(int(found.counts[token]), n_tokens):>8}  {token:>7}  {_quoted(token, tokenizer)}"
-
-
-def _about_copies(found: Findings) -> Iterator[str]:
     yield "\nExact copies among what was looked at"
     whole = Counter(document.digest for document in found.documents if document.whole)
     for copies, what in ((whole, "whole document"), (found.copies, "sequence")):
@@ -136,20 +251,18 @@ def _about_copies(found: Findings) -> Iterator[str]:
         yield f"  {repeated:,} of {_count(n, what)}{share} were seen more than once"
 
 
-def _sample(number: int, sequence: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
+def _sample(number: int, inputs: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     """A sequence's inputs, with marks of their own for what is no text."""
-    inputs = sequence[:-1]
     n_documents = int((inputs[:-1] == tokenizer.eot_id).sum()) + 1
     yield f"\nSequence {number}: {_count(len(inputs), 'token')} of {_count(n_documents, 'document')}"
     yield "┌ start of the sequence"
-    if len(inputs) <= HEAD_TOKENS + TAIL_TOKENS:
-        yield from _shown(inputs, tokenizer)
-    else:
+    if len(inputs) > HEAD_TOKENS + TAIL_TOKENS:
         left_out = inputs[HEAD_TOKENS:-TAIL_TOKENS]
         n_ends = int((left_out == tokenizer.eot_id).sum())
         yield from _shown(inputs[:HEAD_TOKENS], tokenizer)
         yield f"┊ ... {_count(len(left_out), 'token')} left out, {_count(n_ends, 'end')} of text among them ..."
-        yield from _shown(inputs[-TAIL_TOKENS:], tokenizer)
+        inputs = inputs[-TAIL_TOKENS:]
+    yield from _shown(inputs, tokenizer)
     yield "└ end of the sequence"
 
 
@@ -165,11 +278,9 @@ def _shown(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
 
 def _labels(sequence: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     """The first inputs of a sequence above their labels."""
-    pairs = list(pairwise(_quoted(token, tokenizer) for token in sequence[: PAIRS + 1].tolist()))
-    widths = [max(map(len, pair)) for pair in pairs]
+    pairs = [("  input", "  label"), *pairwise(_quoted(id_, tokenizer) for id_ in sequence[: PAIRS + 1].tolist())]
     yield "\nWhat is to be predicted is the next token (sequence 1)"
-    for name, row in zip(("input", "label"), zip(*pairs, strict=True), strict=True):
-        yield f"  {name}  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+    yield from console.aligned(list(zip(*pairs, strict=True)), "<" * len(pairs))
 
 
 def _quoted(token: int, tokenizer: Tokenizer) -> str:
@@ -204,54 +315,33 @@ def plot_lengths(documents: Sequence[Document], context: int, path: Path) -> Non
         RunError: ``path`` cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import: not before it is needed
-
-    from nanokimi.training.metrics import cannot_write
-    from nanokimi.training.plots import DPI
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
     whole, cut = (np.array([d.n_tokens for d in documents if d.whole == w and d.n_tokens], int) for w in (True, False))
-    parts = " and parts of documents" if len(cut) else ""
-    n_empty = len(documents) - len(whole) - len(cut)
-    empty = f" ({n_empty:,} empty, not drawn)" if n_empty else ""
-    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI)
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.85, bottom=0.1)
-    _draw(figure.subplots(), whole, cut, context, f"Lengths of {_count(len(documents), 'document')}{parts}{empty}")
-    try:
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def _draw(ax: Any, whole: Tokens, cut: Tokens, context: int, title: str) -> None:
-    """Stacked bars, the median and the context; the legend is above, where no bar can be."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-
-    from nanokimi.training.plots import BLUE, FONT_SIZE, GREY, RED, ROUND_STEPS
-
     lengths = np.concatenate([whole, cut])
-    kinds = [k for k in ((whole, BLUE, "whole documents"), (cut, GREY, "cut: what a sequence shows")) if len(k[0])]
-    if kinds:
-        values, colors, labels = zip(*kinds, strict=True)
+    n_empty = len(documents) - len(lengths)
+    parts = " and parts of documents" if len(cut) else ""
+    empty = f" ({n_empty:,} empty, not drawn)" if n_empty else ""
+    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
+    ax = figure.subplots()
+    if len(lengths):
         # Edges between whole numbers, evenly spread over the logarithm as far as whole numbers allow.
         edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, BINS + 1).round()) - 0.5
-        ax.hist(values, edges, stacked=True, color=colors, label=labels, edgecolor="white", linewidth=0.4)
+        labels = ["whole documents" if len(whole) else "", "cut: what a sequence shows" if len(cut) else ""]
+        ax.hist(
+            [whole, cut], edges.tolist(), stacked=True, color=["#0072B2", "#7F7F7F"], label=labels, edgecolor="white"
+        )
         median = float(np.median(lengths))
         ax.axvline(median, color="#222222", linestyle=":", linewidth=1.8, label=f"median: {median:,.0f} tokens")
-    ax.axvline(context, color=RED, linestyle="--", linewidth=1.5, label=f"context: {context:,} tokens")
+    ax.axvline(context, color="#D55E00", linestyle="--", linewidth=1.5, label=f"context: {context:,} tokens")
     shown = np.append(lengths, context)
-    low, high = float(shown.min()), float(shown.max())
-    margin = max(1.25, (10 * low / high) ** 0.5)  # a decade or more, or there would hardly be a number below
-    ax.set(xscale="log", xlim=(low / margin, high * margin), axisbelow=True)
-    ax.set_title(title, loc="left", fontsize=FONT_SIZE + 3, fontweight="bold", pad=28)
-    ax.set_xlabel("tokens, without the end of text", fontsize=FONT_SIZE + 1)
-    ax.set_ylabel("documents", fontsize=FONT_SIZE + 1)
-    ax.tick_params(which="both", labelsize=FONT_SIZE, color=GREY)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#E6E6E6", linewidth=0.8)
-    ax.yaxis.set(major_locator=MaxNLocator(7, integer=True, steps=ROUND_STEPS))
-    ax.xaxis.set(major_locator=LogLocator(subs=(1.0, 2.0, 5.0) if high < 3000 * low else (1.0,), numticks=20))
-    ax.xaxis.set(minor_locator=NullLocator())
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.005), "ncols": 4, "borderpad": 0.0, "borderaxespad": 0.3}
-    ax.legend(frameon=False, fontsize=FONT_SIZE + 1, handlelength=1.5, columnspacing=1.5, **place)
+    ax.set(xscale="log", xlim=(shown.min() / 2, shown.max() * 2), axisbelow=True)
+    ax.set(xlabel="tokens, without the end of text", ylabel="documents")
+    ax.set_title(f"Lengths of {_count(len(documents), 'document')}{parts}{empty}", loc="left", fontweight="bold")
+    ax.grid(True, color="#E6E6E6")
+    ax.minorticks_off()
+    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:,.0f}"))
+    ax.yaxis.set(major_locator=MaxNLocator(integer=True), major_formatter=StrMethodFormatter("{x:,.0f}"))
+    figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    with disk_errors_explained("picture", path), atomic_write(path) as file:
+        figure.savefig(file, format="png")

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import RunError
@@ -39,15 +39,10 @@ class Score(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How windows are run through a model.
+    """How windows are run through a model."""
 
-    Attributes:
-        batch_size: windows of a forward pass; no score depends on it but for rounding.
-        precision: an autocast context for the forward passes.
-    """
-
-    batch_size: int = 8
-    precision: AbstractContextManager[object] | None = None
+    batch_size: int = 8  # windows of a forward pass; no score depends on it except for rounding
+    precision: AbstractContextManager[object] | None = None  # an autocast context for the forward passes
 
 
 def windows(
@@ -55,14 +50,14 @@ def windows(
 ) -> Iterator[Window]:
     """Cuts rows of tokens of any length so that every token is predicted exactly once, in bounded memory.
 
-    Windows do not overlap but for the last one of a row, which looks back so that it is full: what
+    Windows do not overlap, except that the last one of a row looks back so that it is full: what
     ``lm_eval.utils.get_rolling_token_windows`` does with a ``context_len`` of 1.
 
     Args:
         chunks: stretches of tokens in their order, and for each whether it ends a row.
-        prefix: what stands in front of every row, not scored; one that is too long is cut at its left.
+        prefix: what stands before every row, not scored; one that is too long is cut at its left.
         context: most inputs of a window.
-        stride: tokens predicted by every window of a row but the first, 1 to ``context``: a smaller one sees more
+        stride: tokens predicted by every window of a row except the first, 1 to ``context``: a smaller one sees more
             of what came before (their ``context_len`` is ``context - stride + 1``); 0 takes ``context``.
     """
     row, at, room = list(prefix), len(prefix), context
@@ -119,34 +114,26 @@ def score_rows(
 @torch.inference_mode()
 def _score_batch(model: Transformer, batch: Sequence[Window]) -> list[Score]:
     """Scores some windows together, padded at their right, which no earlier position sees."""
-    length = max(len(window.tokens) for window in batch)
-    rows = torch.tensor([window.tokens + [0] * (length - len(window.tokens)) for window in batch])
-    ends = torch.tensor([[len(window.tokens) - 1] for window in batch])
-    starts = ends - torch.tensor([[window.scored] for window in batch])
-    places = torch.arange(length - 1)
     device = model.embed.weight.device
-    rows, chosen = rows.to(device), ((places >= starts) & (places < ends)).to(device)  # [B, T]
-    hidden = model.hidden_states(rows[:, :-1])
-    log_probs, hits = _read_off(model, hidden[chosen], rows[:, 1:][chosen])
-    counts = [window.scored for window in batch]
-    sums = [float(part.sum()) for part in log_probs.split(counts)]
-    if not all(map(math.isfinite, sums)):
-        raise RunError("the model's logits are not finite: its weights are damaged, try an earlier checkpoint")
-    return [Score(total, bool(hit.all())) for total, hit in zip(sums, hits.split(counts), strict=True)]
-
-
-def _read_off(model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability, in fp64, of ``labels`` ``[S]`` after ``hidden`` ``[S, D]``, and whether they are the likeliest.
-
-    Both are on the CPU.
-    """
+    rows = pad_sequence([torch.tensor(window.tokens) for window in batch], batch_first=True)  # [B, T + 1]
+    chosen = torch.zeros(len(batch), rows.shape[1] - 1, dtype=torch.bool)
+    for is_scored, window in zip(chosen, batch, strict=True):
+        end = len(window.tokens) - 1
+        is_scored[end - window.scored : end] = True
+    rows, chosen = rows.to(device), chosen.to(device)
+    hidden, labels = model.hidden_states(rows[:, :-1])[chosen], rows[:, 1:][chosen]  # [S, D], [S]
     log_probs, hits = [], []
     size = max(1, MOST_LOGITS // model.config.vocab_size)
     for part, label in zip(hidden.split(size), labels.split(size), strict=True):
         logits = at_least_fp32(model.head(part))
         log_probs.append(logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(dim=1))
         hits.append(logits.argmax(dim=1) == label)
-    return torch.cat(log_probs).cpu().double(), torch.cat(hits).cpu()
+    counts = [window.scored for window in batch]
+    sums = [float(part.sum()) for part in torch.cat(log_probs).cpu().double().split(counts)]
+    if not all(map(math.isfinite, sums)):
+        raise RunError("the model's logits are not finite: its weights are damaged, try an earlier checkpoint")
+    greedy = [bool(part.all()) for part in torch.cat(hits).cpu().split(counts)]
+    return list(map(Score, sums, greedy))
 
 
 # ---- whole documents ----------------------------------------------------------------------------
@@ -154,21 +141,14 @@ def _read_off(model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tenso
 
 @dataclass
 class TextScore:
-    """What it costs to predict a text.
+    """What it costs to predict a text."""
 
-    Attributes:
-        nats: minus the log-probability of all of it.
-        documents: with text; ``empty`` ones are only counted.
-        n_bytes: UTF-8 bytes.
-        windows: stretches of at most a context in which it was scored.
-    """
-
-    nats: float = 0.0
-    documents: int = 0
-    empty: int = 0
+    nats: float = 0.0  # minus the log-probability of all of it
+    documents: int = 0  # with text
+    empty: int = 0  # documents without
     tokens: int = 0
-    n_bytes: int = 0
-    windows: int = 0
+    n_bytes: int = 0  # in UTF-8
+    windows: int = 0  # stretches of at most a context in which it was scored
 
     @property
     def bits_per_byte(self) -> float:
@@ -223,20 +203,19 @@ def _counted(
 ) -> Iterator[tuple[list[int], bool]]:
     """Tokens, the first ``max_tokens`` of them, and whether a document ends with them; adds up what passes."""
     has_text = False
-    for part in parts:
-        room = max_tokens - found.tokens
-        is_last = bool(max_tokens) and len(part.tokens) >= room
-        if is_last:
-            tokens = part.tokens[:room]
-            n_bytes = part.n_bytes if len(tokens) == len(part.tokens) else tokenizer.count_bytes(torch.tensor(tokens))
-            part = Part(tokens, n_bytes, True)
-        found.tokens += len(part.tokens)
-        found.n_bytes += part.n_bytes
-        has_text = has_text or bool(part.tokens)
-        if part.ends_document:
+    for tokens, n_bytes, ends_document in parts:
+        excess = found.tokens + len(tokens) - max_tokens if max_tokens else -1
+        is_last = excess >= 0
+        if excess > 0:
+            tokens = tokens[:-excess]
+            n_bytes = tokenizer.count_bytes(torch.tensor(tokens))
+        found.tokens += len(tokens)
+        found.n_bytes += n_bytes
+        has_text = has_text or bool(tokens)
+        if ends_document or is_last:
             found.documents += has_text
             found.empty += not has_text
             has_text = False
-        yield part.tokens, part.ends_document
+        yield tokens, ends_document or is_last
         if is_last:
             return

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nanokimi.config import TrainConfig, field_names
 from nanokimi.data.batch import TokenArray
-from nanokimi.data.documents import START, Advance, Piece, Text, is_blank, settled
+from nanokimi.data.documents import START, Advance, Piece, is_blank, settled
 from nanokimi.data.sources import parse_mix, text_of, with_sample
-from nanokimi.data.tokenbin import TokenBin, find_token_files
+from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 
@@ -28,19 +27,14 @@ Log = Callable[[str], None]
 
 
 class Part(NamedTuple):
-    """A document, or of a very long one the next stretch; ``tokens`` holds no end of text.
-
-    Attributes:
-        n_bytes: UTF-8 bytes of its text.
-    """
+    """A document, or of a very long one the next stretch: its tokens without the end of text, and its UTF-8 bytes."""
 
     tokens: list[int]
     n_bytes: int
     ends_document: bool
 
 
-@dataclass(frozen=True)
-class ChosenText:
+class ChosenText(NamedTuple):
     """Documents to be scored.
 
     Attributes:
@@ -81,32 +75,27 @@ def _nothing_held_out(config: TrainConfig, name: str) -> UserError:
     )
 
 
-# ---- text ---------------------------------------------------------------------------------------
-
-
 def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Log) -> ChosenText:
     config = with_sample(config, log)
     text = text_of(config, log, split_up=config.dataset == "localstreaming")
-    if not held_out:
-        return ChosenText(
-            text.name, text.documents.n_bytes, partial(_text_parts, partial(_all_pieces, text), tokenizer)
-        )
-    if not text.about_split:
-        raise _nothing_held_out(config, text.name)
-    n_bytes = text.documents.n_bytes if text.val is None else text.val.n_bytes
-    name = f"{text.name}, held out {text.about_split}"
-    return ChosenText(name, n_bytes, partial(_text_parts, text.held_out_pieces, tokenizer))
+    name, documents = text.name, text.documents
+    if held_out:
+        if not text.about_split:
+            raise _nothing_held_out(config, name)
+        name, documents = f"{name}, held out {text.about_split}", documents if text.val is None else text.val
+
+    def pieces(advance: Advance) -> Iterator[Piece]:
+        if held_out:
+            return text.held_out_pieces(advance)
+        parts = (documents.read(part, START, advance) for part in range(documents.n_parts))
+        return chain.from_iterable(map(settled, parts))
+
+    return ChosenText(name, documents.n_bytes, lambda advance: _encoded(pieces(advance), tokenizer))
 
 
-def _all_pieces(text: Text, advance: Advance) -> Iterator[Piece]:
-    for part in range(text.documents.n_parts):
-        yield from settled(text.documents.read(part, START, advance))
-
-
-def _text_parts(read: Callable[[Advance], Iterator[Piece]], tokenizer: Tokenizer, advance: Advance) -> Iterator[Part]:
-    """The documents that the pieces make up."""
+def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[Part]:
     waiting: list[str] = []
-    for piece in read(advance):
+    for piece in pieces:
         waiting.append("" if is_blank(piece) else piece.text)
         if piece.ends_document or sum(map(len, waiting)) >= ENCODED_CHARACTERS:
             text = "".join(waiting)
@@ -114,42 +103,30 @@ def _text_parts(read: Callable[[Advance], Iterator[Piece]], tokenizer: Tokenizer
             waiting = []
 
 
-# ---- tokens -------------------------------------------------------------------------------------
-
-
 def _choose_tokens(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Log) -> ChosenText:
-    path, name = config.data_path, config.data_path
+    """Token files; of a folder with ``val*`` files all is two rows: theirs and the others'."""
+    path, width = config.data_path, 2 if tokenizer.vocab_size <= 1 << 16 else 4
     if held_out:
-        val = TokenBin(path, config.val_path, config.val_fraction).open(tokenizer, log).val
-        if val is None:
+        corpus = TokenBin(path, config.val_path, config.val_fraction).open(tokenizer, log)
+        if corpus.val is None:
             raise _nothing_held_out(config, path)
-        rows, name = [val], f"{path}, held out"
+        name, rows = f"{path}, held out", [corpus.val]
     else:
-        rows = _all_rows(path, tokenizer, log)
-    width = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+        fraction = TrainConfig.val_fraction if any(Path(path).glob("val*.bin")) else 0.0
+        corpus = TokenBin(path, "", fraction).open(tokenizer, log)
+        name, rows = path, [row for row in (corpus.train.tokens, corpus.val) if row is not None]
     return ChosenText(name, width * sum(map(len, rows)), partial(_token_parts, rows, tokenizer, width))
 
 
-def _all_rows(path: str, tokenizer: Tokenizer, log: Log) -> list[TokenArray]:
-    """Everything in the files of ``path``; what lies in a folder's ``val*`` files is a row of its own."""
-    has_val = os.path.isdir(path) and any(file.name.startswith("val") for file in find_token_files(path, "--data_path"))
-    corpus = TokenBin(path, "", TrainConfig.val_fraction if has_val else 0.0).open(tokenizer, log)
-    return [row for row in (corpus.train.tokens, corpus.val) if row is not None]
-
-
-def _token_parts(rows: Iterable[TokenArray], tokenizer: Tokenizer, width: int, advance: Advance) -> Iterator[Part]:
-    """The runs between ends of text."""
+def _token_parts(rows: list[TokenArray], tokenizer: Tokenizer, width: int, advance: Advance) -> Iterator[Part]:
+    """The runs between ends of text, of which ``count_bytes`` counts none."""
     for row in rows:
         for start in range(0, len(row), BLOCK_TOKENS):
-            block = row.read(start, min(start + BLOCK_TOKENS, len(row)))
+            stop = min(start + BLOCK_TOKENS, len(row))
+            block = row.read(start, stop)
             advance(width * len(block))
-            begin = 0
-            for end in np.flatnonzero(block == tokenizer.eot_id).tolist():
-                yield _run(block[begin:end], tokenizer, ends_document=True)
-                begin = end + 1
-            if begin < len(block):
-                yield _run(block[begin:], tokenizer, ends_document=start + len(block) == len(row))
-
-
-def _run(tokens: NDArray[np.int64], tokenizer: Tokenizer, *, ends_document: bool) -> Part:
-    return Part(tokens.tolist(), tokenizer.count_bytes(torch.from_numpy(tokens)), ends_document)
+            *documents, rest = np.split(block, np.flatnonzero(block == tokenizer.eot_id) + 1)
+            for tokens in documents:
+                yield Part(tokens[:-1].tolist(), tokenizer.count_bytes(torch.from_numpy(tokens)), True)
+            if len(rest):
+                yield Part(rest.tolist(), tokenizer.count_bytes(torch.from_numpy(rest)), stop == len(row))

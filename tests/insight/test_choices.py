@@ -13,7 +13,7 @@ from scored import log_prob, save_model
 from nanokimi.cli import main
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.insight.choices import Answers, Question, Share, answer, encode_pair, read_questions
+from nanokimi.insight.choices import Question, Share, answer, encode_pair, read_questions
 from nanokimi.insight.scoring import Scoring
 from nanokimi.model.transformer import Transformer
 
@@ -138,7 +138,7 @@ def test_the_likeliest_choice_is_the_answer(debug_model: Transformer, batch_size
     assert right != right_norm  # the comparison is of something
     n, done = len(questions), []
     found = answer(debug_model, BYTE, questions, Scoring(batch_size), done.append)
-    for share, expected in ((found.acc, right), (found.acc_norm, right_norm)):
+    for share, expected in ((found["acc"], right), (found["acc_norm"], right_norm)):
         mean = sum(expected) / n
         variance = sum((value - mean) ** 2 for value in expected) / (n - 1)
         assert share == pytest.approx((mean, math.sqrt(variance / n)))
@@ -150,8 +150,7 @@ def test_a_single_question_has_no_standard_error(debug_model: Transformer) -> No
     values = by_hand(debug_model, question)
     gold = values.index(max(values))
     found = answer(debug_model, BYTE, [question._replace(gold=gold)], Scoring())
-    assert isinstance(found, Answers)
-    assert (found.n, found.acc) == (1, Share(1.0, None))
+    assert found["acc"] == Share(1.0, None)
 
 
 def test_the_command_answers_files_and_leaves_texts_alone(
@@ -166,12 +165,12 @@ def test_the_command_answers_files_and_leaves_texts_alone(
     written = json.loads(Path("e.json").read_text())
     expected = answer(debug_model, BYTE, questions, Scoring())
     first, second = written["files"]
-    assert (first["path"], first["n"], first["acc"]) == ("questions.jsonl", 9, expected.acc.value)
-    assert first["acc_norm_stderr"] == pytest.approx(expected.acc_norm.stderr)
+    assert (first["path"], first["n"], first["acc"]) == ("questions.jsonl", 9, expected["acc"].value)
+    assert first["acc_norm_stderr"] == pytest.approx(expected["acc_norm"].stderr)
     assert (second["n"], second["acc_stderr"]) == (1, None)
     assert written["texts"] == []
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["questions.jsonl", "acc", f"{expected.acc.value:.4f}", f"{expected.acc.stderr:.4f}"] in [
+    assert ["questions.jsonl", "acc", f"{expected['acc'].value:.4f}", f"{expected['acc'].stderr:.4f}"] in [
         line[:4] for line in lines
     ]
     assert main(["eval", "model.pt", "--tasks", "questions.jsonl", "--limit", "4", *flags]) == 0

@@ -20,9 +20,8 @@ from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import LoaderOptions
 from nanokimi.data.sources import open_corpus
-from nanokimi.insight import findings
-from nanokimi.insight.findings import Document, Findings, look_at, seen_documents, whole_documents
-from nanokimi.insight.inspect_data import plot_lengths
+from nanokimi.insight import inspect_data
+from nanokimi.insight.inspect_data import Document, Findings, look_at, plot_lengths, seen_documents, whole_documents
 
 EOT = 256  # of the byte tokenizer
 SEPARATOR = "\n<|endoftext|>\n"
@@ -129,13 +128,13 @@ def test_the_edges_of_a_sequence_are_no_documents() -> None:
 def test_documents_are_found_whatever_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     row = TokenArray([np.array([*range(30), EOT, 7, EOT, EOT, *range(50)], np.uint16)])
     for block in (1, 3, 32, 1000):
-        monkeypatch.setattr(findings, "BLOCK_TOKENS", block)
+        monkeypatch.setattr(inspect_data, "BLOCK_TOKENS", block)
         assert [(d.n_tokens, d.whole) for d in whole_documents(row, [2, 8], 10, EOT)] == [(30, True), (50, True)]
         assert lengths(list(whole_documents(row, [3], 10, EOT))) == [0, 1, 30, 50]
 
 
 def test_a_search_for_the_end_of_a_document_ends_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings, "LOOK_AROUND", 20)
+    monkeypatch.setattr(inspect_data, "LOOK_AROUND", 20)
     row = TokenArray([np.arange(1000).astype(np.uint16) % 200])
     (document,) = whole_documents(row, [30], 10, EOT)
     assert (document.n_tokens, document.whole) == (50, False)
