@@ -17,8 +17,8 @@ from nanokimi.errors import UserError
 from nanokimi.inference.generate import generate
 from nanokimi.interop.loading import load
 from nanokimi.model.transformer import Transformer
-from nanokimi.training.evaluation import evaluate
 from nanokimi.training.run import TrainArguments, run_training
+from nanokimi.training.step import evaluate
 
 TEXT = Path("data/train.txt")
 PROMPT = "def main("

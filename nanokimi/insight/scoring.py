@@ -181,8 +181,8 @@ def score_text(
     """Scores documents, as lm-evaluation-harness defines bits per byte; memory does not grow with the text.
 
     Every document is scored by itself: it begins after an end-of-text token, which is not scored, and the end of text
-    after it is not scored either. ``training.evaluation`` measures something else, faster and while it trains: packed
-    sequences, in which a document sees the ones before it and its end of text counts.
+    after it is not scored either. ``training.step.evaluate`` measures something else, faster and while it trains:
+    packed sequences, in which a document sees the ones before it and its end of text counts.
 
     Args:
         model: in evaluation mode.

@@ -20,18 +20,9 @@ if TYPE_CHECKING:
 
 History = dict[str, list[Any]]
 
-STEP_COLUMNS = (
-    "train_loss",
-    "train_ce_loss",
-    "train_aux_loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "max_logit",
-    "clipped_heads",
-    "expert_load",
-)
+LOSSES = ("train_loss", "train_ce_loss", "train_aux_loss")
+READINGS = ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "max_logit", "clipped_heads", "expert_load")
+STEP_COLUMNS = (*LOSSES, *READINGS)
 VALIDATION_COLUMNS = ("val_loss", "val_bits_per_byte")
 
 

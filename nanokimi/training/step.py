@@ -1,25 +1,37 @@
-"""One training step: forward and backward over the micro-batches, one look at what they showed, one update.
+"""One training step, the compiler that may speed it up, and evaluation on held-out text.
 
-The parts are apart so that each can be timed on its own; called, a step is all of them.
+A step is forward and backward over the micro-batches, one look at what they showed, one update. Its parts are functions
+of their own, so that each can be timed.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nanokimi.config import TrainConfig
-from nanokimi.data.batch import Batch
-from nanokimi.device import has_fast_bf16
+from nanokimi.console import log
+from nanokimi.data.batch import Batch, PackedSequences
+from nanokimi.data.loader import evenly_spread
+from nanokimi.data.tokenizer import Tokenizer
+from nanokimi.device import compiles_well, has_fast_bf16
+from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.parallel.layout import share_of_step
-from nanokimi.parallel.ranks import ParallelModel, SingleDevice
-from nanokimi.training.compilation import compiles, failed_to_compile, without_compiler
+from nanokimi.parallel.ranks import ParallelModel, Ranks, SingleDevice, current_ranks
+
+# On a CPU compiling takes a minute or more. A pass is then 1.07 times (nano-243m) or 1.4 times (tiny) as fast, which
+# has paid off after 1e14 or 2e13 floating-point operations. Runs that are a few times as long are compiled.
+WORTH_FLOPS = 3e14
+FLOPS_PER_SECOND = 1e11  # about what two cores reach; turns a limit of seconds into floating-point operations
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Losses]
 
@@ -156,3 +168,108 @@ class TrainingStep:
 
 def _rows(values: list[float], width: int) -> list[list[float]]:
     return [values[i : i + width] for i in range(0, len(values), width)]
+
+
+# ---- the compiler -------------------------------------------------------------------------------
+
+
+def compiles(config: TrainConfig, model: Transformer, device: torch.device) -> bool:
+    """Whether this run compiles; it follows from the settings alone, so that a resume decides the same."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    if device.type == "cpu":
+        return planned_flops(config, model) >= WORTH_FLOPS and _has_cpp_compiler()
+    return compiles_well(device)
+
+
+def planned_flops(config: TrainConfig, model: Transformer) -> float:
+    """Floating-point operations of the whole run: 6 per token and active weight, the embedding left out."""
+    sequences = config.max_steps * config.batch_size * config.gradient_accumulation
+    weights = model.num_parameters(active=True) - model.embed.weight.numel()
+    flops = 6.0 * weights * sequences * model.config.max_seq_length
+    return min(flops, config.max_seconds * FLOPS_PER_SECOND) if config.max_seconds else flops
+
+
+def _has_cpp_compiler() -> bool:
+    """Whether there is the compiler that torch.compile calls on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def failed_to_compile(error: Exception) -> bool:
+    """Whether ``error`` comes from the compiler and not from the model."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return isinstance(error, (TorchDynamoException, CppCompileError, InvalidCxxCompiler))
+
+
+def without_compiler(error: Exception, config: TrainConfig, model: ParallelModel) -> nn.Module:
+    """The model without the compiler, after a line that says so.
+
+    Raises:
+        RunError: the user asked for ``--compile on``; or other ranks are in the middle of the same pass.
+    """
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
+    if config.compile == "on":
+        raise RunError(f"--compile on: torch.compile failed ({reason}): use --compile off, or auto") from error
+    if model.layout.mode != "one":
+        raise RunError(f"torch.compile failed ({reason}): use --compile off") from error
+    log(f"note: torch.compile failed ({reason}): training goes on without it")
+    return model.training_module(compiled=False)
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Nats per token, and bits per byte of text: the measure that does not depend on the tokenizer."""
+
+    loss: float
+    bits_per_byte: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer,
+    sequences: PackedSequences,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 8,
+    max_tokens: int = 0,
+    precision: AbstractContextManager[object] | None = None,
+    mask_documents: bool = False,
+) -> HeldOut:
+    """Predicts every token of ``sequences`` once, or ``max_tokens`` of them evenly spread over the text.
+
+    End-of-text tokens stand for no bytes; what it costs to predict them is counted. The ranks of a run share the
+    batches; one that has fewer computes one again, uncounted, for a sharded model is gathered by all of them.
+
+    Args:
+        precision: an autocast context for the forward passes.
+        mask_documents: tokens attend within their document only, as they did in training.
+    """
+    ranks = current_ranks()
+    device, was_training = next(model.parameters()).device, model.training
+    chosen = evenly_spread(len(sequences), max(1, max_tokens // sequences.length) if max_tokens else 0)
+    nats, tokens, text_bytes = 0.0, 0, 0
+    model.eval()
+    with precision or nullcontext():
+        for numbers, counts in _shared(chosen, batch_size, ranks):
+            rows = torch.from_numpy(sequences.batch(numbers)).long()
+            batch = Batch.of_rows(rows, tokenizer.eot_id if mask_documents else None).to(device)
+            summed = model(batch.tokens, batch.labels, documents=batch.documents, label_count=1).cross_entropy.item()
+            if counts:
+                nats += summed
+                tokens += batch.labels.numel()
+                text_bytes += tokenizer.count_bytes(rows[:, 1:])
+    model.train(was_training)
+    all_nats, all_tokens, all_bytes = ranks.sum([nats, tokens, text_bytes])
+    return HeldOut(all_nats / all_tokens, all_nats / math.log(2) / max(1, all_bytes))
+
+
+def _shared(chosen: list[int], batch_size: int, ranks: Ranks) -> Iterator[tuple[list[int], bool]]:
+    """This rank's batches of the numbers ``chosen``, as many as every rank has; whether each counts."""
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    for first in range(0, len(batches), ranks.size):
+        number = first + ranks.rank
+        yield batches[min(number, len(batches) - 1)], number < len(batches)

@@ -29,10 +29,9 @@ from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import HangWatch, current_ranks, from_bytes, to_bytes
-from nanokimi.training.evaluation import evaluate
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog, ProgressDisplay
-from nanokimi.training.step import TrainingStep
+from nanokimi.training.step import TrainingStep, evaluate
 
 SAMPLE_TOKENS = 60
 
@@ -281,7 +280,7 @@ class Trainer:
         )
 
     def _sample(self) -> str:
-        """What the model writes, with its heading; empty on ranks that do not lead."""
+        """What the model writes, with its heading; empty on other ranks than the main one."""
         config, model = self.config, self._whole_model()
         if model is None:
             return ""
@@ -296,7 +295,7 @@ class Trainer:
         return printable(f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---")
 
     def _whole_model(self) -> Transformer | None:
-        """A model that generates, on the rank that leads: of a sharded one a copy. All ranks call it."""
+        """A model that generates, on the main rank; of a sharded model a copy. All ranks call it."""
         if self.parallel.layout.mode != "fsdp":
             return self.model if self.ranks.is_main else None
         weights = self.parallel.full_tensors(self.model.state_dict())

@@ -13,9 +13,8 @@ from nanokimi.data.batch import Batch, document_numbers
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import make_optimizer
-from nanokimi.training import compilation
-from nanokimi.training.compilation import WORTH_FLOPS, compiles, planned_flops
-from nanokimi.training.step import TrainingStep
+from nanokimi.training import step as training_step
+from nanokimi.training.step import WORTH_FLOPS, TrainingStep, compiles, planned_flops
 
 CPU = torch.device("cpu")
 VARIANTS: list[dict[str, Any]] = [
@@ -57,7 +56,7 @@ def reference(model: Transformer, tokens: torch.Tensor, masked: bool) -> torch.T
 
 
 def test_a_cpu_compiles_by_itself_in_long_runs_only(debug_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(training_step, "_has_cpp_compiler", lambda: True)
     model = Transformer(debug_config)
     step = planned_flops(TrainConfig(max_steps=1), model)
     active = model.num_parameters(active=True) - 257 * 32
@@ -68,7 +67,7 @@ def test_a_cpu_compiles_by_itself_in_long_runs_only(debug_config: ModelConfig, m
     assert not compiles(TrainConfig(max_steps=steps, max_seconds=180.0), model, CPU)
     assert not compiles(TrainConfig(max_steps=steps, compile="off"), model, CPU)
     assert compiles(TrainConfig(max_steps=1, compile="on"), model, CPU)
-    monkeypatch.setattr(compilation, "_has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(training_step, "_has_cpp_compiler", lambda: False)
     assert not compiles(TrainConfig(max_steps=steps), model, CPU)
 
 
