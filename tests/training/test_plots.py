@@ -116,10 +116,10 @@ def test_a_long_run_is_thinned_and_keeps_its_peak(tmp_path: Path, monkeypatch: p
     assert all(len(line.get_xdata()) <= 2 * plots.MAX_POINTS for ax in figure.axes for line in ax.get_lines())
 
 
-def test_the_running_mean_leaves_out_gaps_and_keeps_constants() -> None:
+def test_the_means_leave_out_gaps_and_keep_constants() -> None:
     values = np.full(400, 2.0)
     values[100:103] = np.nan
-    np.testing.assert_allclose(plots._smooth(values), 2.0)
+    np.testing.assert_allclose(plots._means(values), 2.0)
 
 
 def test_a_picture_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
