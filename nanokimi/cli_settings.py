@@ -58,11 +58,6 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
         groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=metavar, help=about, **options)
 
 
-def spellings(name: str) -> list[str]:
-    """A flag with underscores, and with dashes."""
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
-
-
 def gather_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of TrainConfig and of ModelConfig that were named: in the file, over it by flags, over these by --set."""
     values: dict[Config, dict[str, Any]] = {TrainConfig: {}, ModelConfig: {}}
@@ -82,7 +77,6 @@ def gather_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
 
 
 def _config_of(name: str, where: str) -> Config:
-    """The config that has the field ``name``."""
     for cls in (ModelConfig, TrainConfig):
         if name in field_names(cls):
             return cls

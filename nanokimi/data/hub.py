@@ -317,7 +317,6 @@ def _listing(names: Sequence[str]) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a data set that cannot be opened, and the remedy."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 

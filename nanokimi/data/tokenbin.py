@@ -82,7 +82,6 @@ class TokenBin:
 
     @cached_property
     def _paths(self) -> tuple[list[Path], list[Path]]:
-        """The files to train on and the held-out ones."""
         found = find_token_files(self.path, "--data_path")
         from_folder = os.path.isdir(self.path)
         train = [path for path in found if not (from_folder and path.name.startswith("val"))]

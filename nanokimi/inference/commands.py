@@ -23,11 +23,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a checkpoint, such as checkpoints/latest.pt")
     add("--prompt", default="", help="text to continue (default: none, a new document)")
-    add("--max_tokens", "--max-tokens", type=int, help="most tokens to write (%(default)s)")
+    add("--max_tokens", type=int, help="most tokens to write (%(default)s)")
     add("--temperature", type=float, help="0 is greedy (%(default)s)")
-    add("--top_p", "--top-p", type=float, help="nucleus; 1 is off, 0 is greedy (%(default)s)")
-    add("--top_k", "--top-k", type=int, help="most likely tokens kept; 0 is off (%(default)s)")
-    add("--min_p", "--min-p", type=float, help="share of the best kept; 0 is off (%(default)s)")
+    add("--top_p", type=float, help="nucleus; 1 is off, 0 is greedy (%(default)s)")
+    add("--top_k", type=int, help="most likely tokens kept; 0 is off (%(default)s)")
+    add("--min_p", type=float, help="share of the best kept; 0 is off (%(default)s)")
     add("--seed", type=int, help="repeatable draws (default: new ones each time)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (%(default)s)")
@@ -37,9 +37,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stream", action="store_true", help="show the text while it is written")
     add("--interactive", action="store_true", help="talk: history, /set, /reset, /help; Ctrl-C stops a reply")
     about = "of a talk: Jinja, or none to continue text (default: the one that came with the tokenizer, if any)"
-    add("--chat_template", "--chat-template", default="", metavar="FILE", help=about)
+    add("--chat_template", default="", metavar="FILE", help=about)
     add("--system", default="", metavar="TEXT", help="of a talk in turns: the system message")
-    add("--no_history", "--no-history", action="store_true", help="of a talk: forget what was typed")
+    add("--no_history", action="store_true", help="of a talk: forget what was typed")
 
 
 def run_generate(args: argparse.Namespace) -> int:

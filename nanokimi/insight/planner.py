@@ -168,9 +168,8 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         ("bandwidth", "GB", machine.bandwidth, "that a device sends in a second inside a node "),
         ("network", "GB", machine.network, "that a device sends in a second between nodes "),
     ):
-        spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('_', '-')}"))
         about += "(default: %(default)s" + (", bf16 of an H100)" if flag == "peak_tflops" else ")")
-        parser.add_argument(*spellings, type=type(default), default=default, metavar=metavar, help=about)
+        parser.add_argument(f"--{flag}", type=type(default), default=default, metavar=metavar, help=about)
 
 
 def plan_lines(args: argparse.Namespace, train: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:

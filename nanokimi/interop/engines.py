@@ -98,7 +98,6 @@ def mean_loss(logits: Tensor, tokens: list[int]) -> float:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its progress bars and warnings."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -64,7 +64,6 @@ class Answer(ABC):
         return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
     async def _watch(self, receive: Receive) -> None:
-        """Breaks the job off when the client leaves."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.job.fail(ApiError(499, "the client has left"))
@@ -87,7 +86,6 @@ class Answer(ABC):
         yield "data: [DONE]\n\n"
 
     def _events(self, update: Update) -> Iterator[str]:
-        """What is new of a choice: its text, its end."""
         if update.text or update.tokens:
             yield self._event([self._choice(update._replace(end=None), self.fields(update.text))])
         if update.end is not None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nanokimi.cli_settings import spellings
 from nanokimi.errors import UserError
 from nanokimi.inference.options import DECODERS, PREFILL_CHUNK, WEIGHT_FORMATS
 
@@ -148,12 +147,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     for f in dataclasses.fields(ServeOptions):
         if f.metadata:
             more = {name: value for name, value in f.metadata.items() if name != "least"}
-            add(*spellings(f.name), default=f.default, **more)
-    add(*spellings("api_key_file"), default="", metavar="FILE", help=f"holds the key (default: ${KEY_VARIABLE})")
+            add(f"--{f.name}", default=f.default, **more)
+    add("--api_key_file", default="", metavar="FILE", help=f"holds the key (default: ${KEY_VARIABLE})")
     about = "another name of this server; may be given several times"
-    add(*spellings("allowed_host"), action="append", default=[], metavar="NAME", help=about)
+    add("--allowed_host", action="append", default=[], metavar="NAME", help=about)
     about = "whose pages may use it, as https://example.org; may be given several times"
-    add(*spellings("allowed_origin"), action="append", default=[], metavar="ORIGIN", help=about)
+    add("--allowed_origin", action="append", default=[], metavar="ORIGIN", help=about)
 
 
 def options_of(args: argparse.Namespace) -> ServeOptions:

@@ -206,7 +206,6 @@ class Worker:
         self.close(job)
 
     def _deliver(self, news: list[tuple[Job, Update]]) -> None:
-        """Takes over what a step has brought."""
         now = time.perf_counter()
         for job, update in news:
             choice, end = update.choice, update.end

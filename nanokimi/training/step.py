@@ -191,7 +191,6 @@ def planned_flops(config: TrainConfig, model: Transformer) -> float:
 
 
 def _has_cpp_compiler() -> bool:
-    """Whether there is the compiler that torch.compile calls on a CPU."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 

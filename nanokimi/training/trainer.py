@@ -326,7 +326,6 @@ class Trainer:
             self._write_history()
 
     def _write_history(self) -> None:
-        """Writes ``logs/training_metrics.json`` and draws ``logs/training_metrics.png``."""
         if not self.ranks.is_main:
             return
         from nanokimi.training.plots import plot_training

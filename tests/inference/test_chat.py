@@ -11,8 +11,7 @@ from terminal import Terminal
 from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference.chat import COMMANDS, Chat, interactive
-from nanokimi.inference.conversation import Talk
+from nanokimi.inference.chat import COMMANDS, Chat, Talk, interactive
 from nanokimi.inference.decoding import new_decoder
 from nanokimi.inference.options import SamplingOptions
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from scripted import InterruptedModel, ScriptedModel
 
+from nanokimi.cli_settings import Parser
 from nanokimi.console import printable
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
@@ -29,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, model: ScriptedModel | Transformer, *fl
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_generate_arguments(parser)
     return parser.parse_args(arguments)
 

@@ -13,8 +13,8 @@ from conftest import locked_folder
 
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
+from nanokimi.inference.chat import Talk, load_talk, save_talk
 from nanokimi.inference.chat_template import ChatTemplate
-from nanokimi.inference.conversation import Talk, load_talk, save_talk
 
 SOURCE = """\
 {% for m in messages %}

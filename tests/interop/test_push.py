@@ -16,7 +16,7 @@ from hub import hub_environment
 from model_hub import READER, WRITER, ModelHub
 
 from nanokimi.errors import UserError
-from nanokimi.interop.push import push_folder
+from nanokimi.interop.commands import push_folder
 from nanokimi.interop.receipt import RECEIPT, NotCompared, write_receipt
 
 # Importing torch takes seconds: one child does so once, and then pushes and fetches what it is told, a line at a time.
@@ -27,7 +27,7 @@ import huggingface_hub._commit_api as commits, huggingface_hub.lfs as lfs
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import http_backoff
 from nanokimi.errors import RunError, UserError
-from nanokimi.interop.push import push_folder
+from nanokimi.interop.commands import push_folder
 
 commits.http_backoff = lfs.http_backoff = functools.partial(http_backoff, max_retries=0)
 
