@@ -117,3 +117,8 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
     for row in rows:
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
         yield "  ".join(cells).rstrip()
+
+
+def counted(n: int, what: str) -> str:
+    """``1 step``, ``1,200 steps``."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"

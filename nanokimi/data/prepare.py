@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.console import counted
 from nanokimi.data.corpus import CachedText, Corpus, Log, StreamedText
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.sources import choose_tokenizer, text_of, with_sample
@@ -70,7 +71,7 @@ def _summary(found: TokenSet, tokenizer: Tokenizer, output: Path, n_bytes: int, 
     left_out = f"; left out {found.manifest.n_blank:,} documents without text" if found.manifest.n_blank else ""
     nuls = f"; {found.manifest.nuls:,} NUL bytes: is it really text?" if found.manifest.nuls else ""
     n_files = sum(map(len, found.manifest.shards))
-    yield f"{output}: {n_files} token file{'s' if n_files > 1 else ''}, tokenizer {tokenizer.name}{left_out}{nuls}"
+    yield f"{output}: {counted(n_files, 'token file')}, tokenizer {tokenizer.name}{left_out}{nuls}"
     if n_bytes:
         yield f"{n_bytes / 1e6:,.1f} MB in {seconds:,.1f} s: {n_bytes / 1e6 / seconds:,.2f} MB/s"
     else:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanokimi import console
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
+from nanokimi.console import aligned, counted, log
+from nanokimi.console import show as show_text
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions, MixLoader, permutation
@@ -59,7 +60,7 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     config = from_dict(TrainConfig, train)
     model_config = ModelConfig.preset(config.preset, **model)
     require_writable(output, example="data_lengths.png")
-    corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, log=console.log)
+    corpus = open_corpus(config, model_config.tokenizer_name, named="tokenizer_name" in model, log=log)
     context, tokenizer = model_config.max_seq_length, corpus.tokenizer
     options = LoaderOptions(context, 1, config.seed, config.num_workers, shuffle_buffer=config.shuffle_buffer)
     found = look_at(corpus, options, sequences, keep=max(1, show))
@@ -68,7 +69,7 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     lines += _about_tokens(found, tokenizer)
     for number, sequence in enumerate(found.samples[:show], 1):
         lines += _sample(number, sequence[:-1], tokenizer)
-    console.show("\n".join([*lines, *_labels(found.samples[0], tokenizer), "", f"Picture: {output}"]))
+    show_text("\n".join([*lines, *_labels(found.samples[0], tokenizer), "", f"Picture: {output}"]))
     return 0
 
 
@@ -193,10 +194,10 @@ def _about_sequences(found: Findings, corpus: Corpus, context: int, wanted: int)
     yield f"Context    {context:,} tokens"
     fewer = f", not {wanted:,}: there the data begins again" if n < wanted else ""
     epoch = f" of an epoch of {found.epoch:,}" if found.epoch else ""
-    yield f"\nLooked at {_count(n, 'sequence')}{epoch}{fewer}"
+    yield f"\nLooked at {counted(n, 'sequence')}{epoch}{fewer}"
     yield from (f"  {_percent(count, n)} from {name}" for name, count in found.by_source.items())
     yield f"  {n_tokens:,} tokens, {found.n_bytes:,} bytes: {found.n_bytes / n_tokens:.2f} bytes per token"
-    yield f"  {_count(int(found.counts[tokenizer.eot_id]), 'document')} ended in them"
+    yield f"  {counted(int(found.counts[tokenizer.eot_id]), 'document')} ended in them"
     yield f"  {_percent(found.n_mixed, n)} of the sequences show more than one document"
 
 
@@ -206,7 +207,7 @@ def _about_lengths(found: Findings, context: int) -> Iterator[str]:
     lengths = np.array([document.n_tokens for document in found.documents])
     n_cut = sum(not document.whole for document in found.documents)
     parts = " and parts of documents" if n_cut else ""
-    yield f"\nLengths of the {_count(len(lengths), 'document')}{parts}, in tokens without the end of text"
+    yield f"\nLengths of the {counted(len(lengths), 'document')}{parts}, in tokens without the end of text"
     if found.from_stream < found.n_sequences:
         far = f", up to {LOOK_AROUND:,} tokens around a sequence" if n_cut and not found.from_stream else ""
         where = "of the sources that are no streams " if found.from_stream else ""
@@ -248,19 +249,19 @@ def _about_tokens(found: Findings, tokenizer: Tokenizer) -> Iterator[str]:
     for copies, what in ((whole, "whole document"), (found.copies, "sequence")):
         n, repeated = copies.total(), sum(count for count in copies.values() if count > 1)
         share = f" ({_percent(repeated, n)})" if n else ""
-        yield f"  {repeated:,} of {_count(n, what)}{share} were seen more than once"
+        yield f"  {repeated:,} of {counted(n, what)}{share} were seen more than once"
 
 
 def _sample(number: int, inputs: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     """A sequence's inputs, with marks of their own for what is no text."""
     n_documents = int((inputs[:-1] == tokenizer.eot_id).sum()) + 1
-    yield f"\nSequence {number}: {_count(len(inputs), 'token')} of {_count(n_documents, 'document')}"
+    yield f"\nSequence {number}: {counted(len(inputs), 'token')} of {counted(n_documents, 'document')}"
     yield "┌ start of the sequence"
     if len(inputs) > HEAD_TOKENS + TAIL_TOKENS:
         left_out = inputs[HEAD_TOKENS:-TAIL_TOKENS]
         n_ends = int((left_out == tokenizer.eot_id).sum())
         yield from _shown(inputs[:HEAD_TOKENS], tokenizer)
-        yield f"┊ ... {_count(len(left_out), 'token')} left out, {_count(n_ends, 'end')} of text among them ..."
+        yield f"┊ ... {counted(len(left_out), 'token')} left out, {counted(n_ends, 'end')} of text among them ..."
         inputs = inputs[-TAIL_TOKENS:]
     yield from _shown(inputs, tokenizer)
     yield "└ end of the sequence"
@@ -280,7 +281,7 @@ def _labels(sequence: Tokens, tokenizer: Tokenizer) -> Iterator[str]:
     """The first inputs of a sequence above their labels."""
     pairs = [("  input", "  label"), *pairwise(_quoted(id_, tokenizer) for id_ in sequence[: PAIRS + 1].tolist())]
     yield "\nWhat is to be predicted is the next token (sequence 1)"
-    yield from console.aligned(list(zip(*pairs, strict=True)), "<" * len(pairs))
+    yield from aligned(list(zip(*pairs, strict=True)), "<" * len(pairs))
 
 
 def _quoted(token: int, tokenizer: Tokenizer) -> str:
@@ -292,10 +293,6 @@ def _quoted(token: int, tokenizer: Tokenizer) -> str:
         return repr(piece.decode())
     except UnicodeDecodeError:
         return repr(piece)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def _percent(part: int, whole: int) -> str:
@@ -337,7 +334,7 @@ def plot_lengths(documents: Sequence[Document], context: int, path: Path) -> Non
     shown = np.append(lengths, context)
     ax.set(xscale="log", xlim=(shown.min() / 2, shown.max() * 2), axisbelow=True)
     ax.set(xlabel="tokens, without the end of text", ylabel="documents")
-    ax.set_title(f"Lengths of {_count(len(documents), 'document')}{parts}{empty}", loc="left", fontweight="bold")
+    ax.set_title(f"Lengths of {counted(len(documents), 'document')}{parts}{empty}", loc="left", fontweight="bold")
     ax.grid(True, color="#E6E6E6")
     ax.minorticks_off()
     ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:,.0f}"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.console import log
+from nanokimi.console import counted, log
 from nanokimi.errors import UserError
 from nanokimi.memory import free_memory
 from nanokimi.model.transformer import Transformer
@@ -96,14 +96,10 @@ def about_layout(layout: Layout, config: TrainConfig) -> str:
     if layout.mode == "one":
         return ""
     parts = share_of_step(config.batch_size, config.gradient_accumulation, layout.ranks)
-    kinds = [_count(layout.replicas, "replica"), f"each in {_count(layout.shards, 'shard')}"]
-    kinds += [f"experts distributed over {_count(layout.expert_parallel, 'rank')}"] if layout.expert_parallel else []
+    kinds = [counted(layout.replicas, "replica"), f"each in {counted(layout.shards, 'shard')}"]
+    kinds += [f"experts distributed over {counted(layout.expert_parallel, 'rank')}"] if layout.expert_parallel else []
     sequences = config.batch_size * config.gradient_accumulation
     return (
-        f"{_count(layout.ranks, 'rank')}, {layout.mode}: {', '.join(kinds)}; a step's {sequences} sequences are "
+        f"{counted(layout.ranks, 'rank')}, {layout.mode}: {', '.join(kinds)}; a step's {sequences} sequences are "
         f"{parts.passes} x {parts.batch_size} on each rank"
     )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TextIO, cast
 
 import torch
@@ -136,9 +135,7 @@ class HangWatch:
         if self._file is not None:
             faulthandler.dump_traceback_later(self._seconds, file=self._file)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None and self._path is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()

@@ -52,18 +52,14 @@ class Metrics:
         """All metrics as text; ``gauges`` are present values by name, each with a line that says what it is."""
         by_route = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in sorted(self.answers.items())}
         first, later = self.first_token.samples(), self.per_token.samples()
+        about_first = "Seconds from a request's arrival to a choice's first text."
         metrics: list[tuple[str, str, str, Mapping[str, float]]] = [
             ("requests_total", "counter", "Answers by route and status.", by_route),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", {"": self.prompt_tokens}),
             ("generated_tokens_total", "counter", "Tokens written.", {"": self.generated_tokens}),
             ("queue_refusals_total", "counter", "Requests that found the queue full.", {"": self.queue_refusals}),
             *((name, "gauge", about, {"": value}) for name, (value, about) in gauges.items()),
-            (
-                "time_to_first_token_seconds",
-                "histogram",
-                "Seconds from a request's arrival to a choice's first text.",
-                first,
-            ),
+            ("time_to_first_token_seconds", "histogram", about_first, first),
             ("time_per_token_seconds", "histogram", "Seconds between a choice's tokens, after the first.", later),
         ]
         lines = []

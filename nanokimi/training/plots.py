@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
+from nanokimi.console import counted
 from nanokimi.files import atomic_write
 from nanokimi.training.metrics import STEP_COLUMNS, VALIDATION_COLUMNS, History, cannot_write
 
@@ -89,7 +90,7 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
 
 
 def _draw_header(figure: Figure, history: History, title: str) -> None:
-    facts = _count_steps(len(history["steps"]))
+    facts = counted(len(history["steps"]), "step")
     if tokens := [count for count in history.get("tokens", []) if count is not None]:
         facts += f"  ·  {EngFormatter(places=1)(tokens[-1])} tokens"
     style: dict[str, Any] = {"y": 0.965, "va": "center", "parse_math": False}
@@ -146,7 +147,7 @@ def _draw_max_logit(ax: Axes, columns: Columns, layers: int, tau: float) -> None
         ax.axhline(tau, color=RED, linestyle="--", label=f"τ = {tau:g}")
         shown = np.append(shown, tau)
     clipped = steps[columns["clipped_heads"] > 0]
-    _draw_marks(ax, clipped, "^", ORANGE, f"heads clipped: {_count_steps(len(clipped))}")
+    _draw_marks(ax, clipped, "^", ORANGE, f"heads clipped: {counted(len(clipped), 'step')}")
     if 0 < 10 * shown.min() < shown.max():
         _use_log_scale(ax, shown)
 
@@ -162,7 +163,7 @@ def _draw_expert_load(ax: Axes, load: Floats, layers: int) -> None:
     """Heat map [M, E] of the last tenth of the run, with numbers where they fit."""
     known = load[np.isfinite(load).all(axis=tuple(range(1, load.ndim)))]
     recent = known[-max(1, len(known) // 10) :]
-    title = f"Expert load, last {_count_steps(len(recent))}"
+    title = f"Expert load, last {counted(len(recent), 'step')}"
     if not _dress(ax, title, "layer", recent, empty="no expert load in this run", xlabel="expert"):
         return
     mean = recent.mean(axis=0)
@@ -260,10 +261,6 @@ def _columns(history: History) -> Columns:
             columns[name] = np.array([np.broadcast_to(row, shape) for row in rows]).reshape(len(rows), *shape)
     columns["expert_load"] *= columns["expert_load"].shape[-1]
     return columns
-
-
-def _count_steps(count: int) -> str:
-    return f"{count:,} step" if count == 1 else f"{count:,} steps"
 
 
 def _thin(values: Floats, reduce: np.ufunc, limit: int = MAX_POINTS) -> Floats:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,9 +74,7 @@ class StopSignals:
             self._earlier[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
@@ -191,13 +189,8 @@ class Trainer:
         """One optimizer step, skipped when anything in it is not finite; returns its metrics."""
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
-        factor = lr_factor(
-            config.schedule,
-            counters.step,
-            self._progress(),
-            warmup_steps=config.warmup_steps,
-            decay_fraction=config.decay_fraction,
-        )
+        warmup, decay, progress = config.warmup_steps, config.decay_fraction, self._progress()
+        factor = lr_factor(config.schedule, counters.step, progress, warmup_steps=warmup, decay_fraction=decay)
         self.optimizer.set_lr_factor(factor)
         seen = self.step(batches)
         largest = [max(heads) for heads in seen.max_logits]
@@ -284,15 +277,9 @@ class Trainer:
         config, model = self.config, self._whole_model()
         if model is None:
             return ""
-        text = generate(
-            model,
-            self.corpus.tokenizer,
-            config.sample_prompt,
-            max_tokens=SAMPLE_TOKENS,
-            temperature=0.8,
-            seed=config.seed,
-        )
-        return printable(f"--- sample at step {self.counters.step} ---\n{config.sample_prompt}{text}\n---")
+        tokenizer, prompt = self.corpus.tokenizer, config.sample_prompt
+        text = generate(model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
+        return printable(f"--- sample at step {self.counters.step} ---\n{prompt}{text}\n---")
 
     def _whole_model(self) -> Transformer | None:
         """A model that generates, on the main rank; of a sharded model a copy. All ranks call it."""
