@@ -1,8 +1,8 @@
 """Endless batches out of documents that are read and tokenised while training goes on, from any position on.
 
-The parts of a source are dealt out to a fixed number of lanes. A lane reads its parts one after the other and cuts what
-it reads into sequences; those go through a shuffle buffer and become batches. Which sequences a lane makes depends on
-the data and the seed alone, so any process can make them, and a lane's position is a handful of numbers.
+The parts of a source are distributed to a fixed number of lanes. A lane reads its parts one after the other and cuts
+what it reads into sequences; those go through a shuffle buffer and become batches. Which sequences a lane makes depends
+on the data and the seed alone, so any process can make them, and a lane's position is a handful of numbers.
 """
 
 from __future__ import annotations

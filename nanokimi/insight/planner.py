@@ -64,11 +64,11 @@ def transfers(job: Job) -> list[Transfer]:
 
 
 def _of_shards(job: Job, *, experts: bool) -> list[Transfer]:
-    """Of experts that are dealt out, or of all else: blocks are gathered forward and backward, the root once."""
+    """Of experts that are distributed, or of all else: blocks are gathered forward and backward, the root once."""
     layout, what = job.layout, " of experts" if experts else ""
     stride = layout.expert_parallel if experts else 1
     group = layout.shards // stride
-    mine = [m for m in parameters(job.config, layout) if (m.dealt > 0) == experts]
+    mine = [m for m in parameters(job.config, layout) if (m.expert_ranks > 0) == experts]
     whole = FP32 * job.passes * sum(m.gathered for m in mine)
     blocks = FP32 * job.passes * sum(m.gathered for m in mine if m.block is not None)
     local, between = FP32 * sum(m.local for m in mine), f"gradients{what} between replicas"
@@ -292,17 +292,17 @@ def _comparison(job: Job, ranks: int, machine: Machine) -> Iterator[str]:
 def families(model: ModelConfig, ranks: int, ranks_per_node: int) -> list[list[Layout]]:
     """Layouts that are worth a look; of those in one list the best one is shown.
 
-    Replicas, shards, a replica per node; then experts dealt out over 1, 2, 4, ... nodes, with 1, 2, 4, ... replicas.
+    Replicas, shards, a replica per node; then experts distributed over 1, 2, 4, ... nodes, with 1, 2, 4, ... replicas.
     """
     found = [[Layout("ddp", ranks)], [Layout("fsdp", ranks)]]
     if ranks > ranks_per_node and ranks % ranks_per_node == 0:
         found.append([Layout("fsdp", ranks, ranks // ranks_per_node)])
     common = math.gcd(model.n_routed_experts, ranks) if model.n_moe_layers else 1
-    dealt = next(n for n in range(min(ranks_per_node, common), common + 1) if common % n == 0)
-    while dealt > 1 and common % dealt == 0:
+    expert_ranks = next(n for n in range(min(ranks_per_node, common), common + 1) if common % n == 0)
+    while expert_ranks > 1 and common % expert_ranks == 0:
         replicas = (2**n for n in range(ranks.bit_length()))
-        found.append([Layout("fsdp", ranks, r, dealt) for r in replicas if ranks % (r * dealt) == 0])
-        dealt *= 2
+        found.append([Layout("fsdp", ranks, r, expert_ranks) for r in replicas if ranks % (r * expert_ranks) == 0])
+        expert_ranks *= 2
     return found
 
 

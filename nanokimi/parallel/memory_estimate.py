@@ -73,7 +73,7 @@ class Parameter(NamedTuple):
     shape: torch.Size  # of the whole, [rows, ...]
     role: str  # its "param role"
     block: int | None  # number of its layer; None for the embedding, the last norm and the head
-    dealt: int  # ranks that these experts are dealt out over; 0 where they are not
+    expert_ranks: int  # ranks that these experts are distributed over; 0 where they are not
     held: list[int]  # how many rows each shard rank holds
     local: int  # elements on the rank that has most; FSDP pads those of the others
     gathered: int  # elements, padding among them, that a rank holds while it computes with the parameter
@@ -90,11 +90,11 @@ def parameters(config: ModelConfig, layout: Layout = ONE) -> tuple[Parameter, ..
     for name, parameter in model.named_parameters():
         role, shape = roles[id(parameter)], parameter.shape
         block = int(name.split(".")[1]) if name.startswith("layers.") else None
-        dealt = layout.expert_parallel if role == "experts" else 0
+        expert_ranks = layout.expert_parallel if role == "experts" else 0
         held = _rows_held(layout, shape[0], role == "experts")
         local = max(held) * math.prod(shape[1:])
-        gathered = local * (layout.shards // max(1, dealt))
-        found.append(Parameter(name, shape, role, block, dealt, held, local, gathered))
+        gathered = local * (layout.shards // max(1, expert_ranks))
+        found.append(Parameter(name, shape, role, block, expert_ranks, held, local, gathered))
     return tuple(found)
 
 
@@ -235,7 +235,7 @@ def _kept(job: Job) -> tuple[float, float]:
     rounded: Counter[int] = Counter({0: 0})  # by block; the router computes in fp32
     for m in parameters(config, job.layout) if device.half else ():
         if m.block is not None and m.role != "norm" and "router" not in m.name:
-            rounded[m.block] += 2 * math.prod(m.shape) // max(1, m.dealt)
+            rounded[m.block] += 2 * math.prod(m.shape) // max(1, m.expert_ranks)
     if not job.checkpointing:
         return sum(attention + mlp for mlp in mlps) + end, rounded.total()
     inputs = (config.n_layers - 1) * FP32 * config.dim  # of the other blocks
