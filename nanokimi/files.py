@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -105,6 +106,12 @@ def move_into(folder: Path, *files: Path) -> None:
     for file in files:
         os.replace(file, folder / file.name)
     _sync(folder)
+
+
+def put_aside(path: Path) -> Path:
+    """Renames ``path`` to the first of ``path.1``, ``path.2``, ... that is free; returns the new name."""
+    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def require_writable(output: Path, *, example: str) -> None:

@@ -22,6 +22,7 @@ from nanokimi.checkpoint.file import CheckpointError
 from nanokimi.checkpoint.weights import load_weights
 from nanokimi.console import log
 from nanokimi.errors import UserError
+from nanokimi.files import put_aside
 from nanokimi.optim.muonclip import STATE, MuonClip
 from nanokimi.parallel.process_group import launcher, restarts
 from nanokimi.parallel.ranks import ParallelModel, current_ranks
@@ -198,15 +199,10 @@ class Checkpoints:
         if not found or (unless_newest is not None and found[0].samefile(unless_newest)):
             return False
         if self.ranks.is_main:
-            self._rename()
+            kept = put_aside(self.folder)
+            self.folder.mkdir()
+            log(f"the earlier run's checkpoints are kept in {kept} (--resume goes on from them instead)")
         return True
-
-    def _rename(self) -> None:
-        number = next(n for n in range(1, 1 << 20) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
-        kept = self.folder.with_name(f"{self.folder.name}.{number}")
-        self.folder.rename(kept)
-        self.folder.mkdir()
-        log(f"the earlier run's checkpoints are kept in {kept} (--resume goes on from them instead)")
 
     # ---- going on -------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanokimi.errors import UserError
+from nanokimi.files import put_aside
 
 PROJECT = "nanokimi"
 
@@ -60,8 +60,7 @@ def tensorboard(run: Reported) -> Service:
 
     folder = run.output / "logs" / "tensorboard"
     if folder.exists() and not run.continues:
-        others = (folder.with_name(f"tensorboard.{number}") for number in count(1))
-        folder.rename(next(other for other in others if not other.exists()))
+        put_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.iterdir()))  # TensorBoard reads the files in the order of their names
     writer = EventsWriter(str(folder / "events"), f".{number:04d}")

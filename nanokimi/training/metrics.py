@@ -7,12 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from nanokimi.errors import RunError
-from nanokimi.files import atomic_write
+from nanokimi.files import atomic_write, put_aside
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,14 +52,12 @@ class MetricsLog:
             return
         self.jsonl_path = folder / "logs" / "training_metrics.jsonl"
         self.json_path = self.jsonl_path.with_suffix(".json")
-        try:
+        with log_errors_explained(self.jsonl_path):
             self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
             _keep_unrelated(self.jsonl_path, state)
             with atomic_write(self.jsonl_path) as file:
                 file.write(state.encode())
             self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
-        except OSError as error:
-            raise cannot_write(self.jsonl_path, error) from error
 
     def record(self, step: int, values: Mapping[str, object]) -> None:
         """Appends one optimizer step; NaN and infinity become null, as does what ``values`` leaves out.
@@ -89,14 +88,12 @@ class MetricsLog:
         A column that is missing in a line, because an older version wrote it, is None there.
         """
         records = [json.loads(line) for line in self._lines]
-        steps = [record for record in records if "step" in record]
-        validations = [record for record in records if "val_step" in record]
-        return {
-            "steps": [record["step"] for record in steps],
-            **{name: [record.get(name) for record in steps] for name in STEP_COLUMNS},
-            "val_steps": [record["val_step"] for record in validations],
-            **{name: [record.get(name) for record in validations] for name in VALIDATION_COLUMNS},
-        }
+        history: History = {}
+        for step, names in (("step", STEP_COLUMNS), ("val_step", VALIDATION_COLUMNS)):
+            rows = [record for record in records if step in record]
+            history[f"{step}s"] = [row[step] for row in rows]
+            history |= {name: [row.get(name) for row in rows] for name in names}
+        return history
 
     def write_json(self) -> History:
         """Writes ``history()`` to ``logs/training_metrics.json``; the work grows with the run, so not every step.
@@ -108,11 +105,8 @@ class MetricsLog:
             RunError: the file cannot be written.
         """
         history = self.history()
-        try:
-            with atomic_write(self.json_path) as file:
-                file.write(json.dumps(history, allow_nan=False).encode())
-        except OSError as error:
-            raise cannot_write(self.json_path, error) from error
+        with log_errors_explained(self.json_path), atomic_write(self.json_path) as file:
+            file.write(json.dumps(history, allow_nan=False).encode())
         return history
 
     def state(self) -> str:
@@ -126,11 +120,9 @@ class MetricsLog:
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(_finite(record), allow_nan=False) + "\n"
-        try:
-            if self._file is not None:
+        if self._file is not None:
+            with log_errors_explained(self.jsonl_path):
                 self._file.write(line)
-        except OSError as error:
-            raise cannot_write(self.jsonl_path, error) from error
         self._lines.append(line)
 
 
@@ -144,24 +136,25 @@ def _finite(value: Any) -> Any:
 
 
 def _keep_unrelated(path: Path, state: str) -> None:
-    """Renames the file at ``path`` to a free ``path.N`` unless it is the history that ``state`` is the start of."""
-    if not path.exists() or path.stat().st_size == 0 or (state and path.read_bytes().startswith(state.encode())):
-        return
-    number = 1
-    while (kept := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(kept)
+    """Puts the file at ``path`` aside unless it is the history that ``state`` is the start of."""
+    if path.exists() and path.stat().st_size and not (state and path.read_bytes().startswith(state.encode())):
+        put_aside(path)
 
 
-def cannot_write(path: Path, error: OSError) -> RunError:
-    """The one line for a log or plot that the disk refuses."""
-    return RunError(f"cannot write {path}: {error.strerror or error}; make room or choose another --output_dir")
+@contextmanager
+def log_errors_explained(path: Path) -> Iterator[None]:
+    """Turns an error of the file system into a RunError with the remedy, for a log or plot of a run."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"cannot write {path}: {reason}; make room or choose another --output_dir") from error
 
 
 # ---- what the user watches ----------------------------------------------------------------------
 
 
-class ProgressDisplay:
+class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
     """Shows a training run on stderr; use it as a context manager, so that the terminal is always given back.
 
     Args:
@@ -195,9 +188,6 @@ class ProgressDisplay:
         if plain is None:
             plain = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
         self._live = None if plain or silent else self._open_live()
-
-    def __enter__(self) -> ProgressDisplay:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

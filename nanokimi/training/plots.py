@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nanokimi.console import counted
 from nanokimi.files import atomic_write
-from nanokimi.training.metrics import STEP_COLUMNS, VALIDATION_COLUMNS, History, cannot_write
+from nanokimi.training.metrics import STEP_COLUMNS, VALIDATION_COLUMNS, History, log_errors_explained
 
 # S steps, L layers, M layers with experts, E experts
 Floats = NDArray[np.float64]
@@ -82,11 +82,8 @@ def plot_training(history: History, path: Path, *, tau: float, title: str = "") 
         if ax.get_xlabel() == "step":
             last = max([1, *history["steps"]])
             ax.set_xlim(-0.02 * last, 1.02 * last)
-    try:
-        with atomic_write(path) as file:
-            canvas.print_png(file)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with log_errors_explained(path), atomic_write(path) as file:
+        canvas.print_png(file)  # type: ignore[no-untyped-call]
 
 
 def _draw_header(figure: Figure, history: History, title: str) -> None:
@@ -193,6 +190,7 @@ def _dress(ax: Axes, title: str, ylabel: str, values: Floats, *, empty: str, xla
     ax.tick_params(which="both", color=GREY)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color="#E6E6E6")
     if np.isfinite(values).any():
