@@ -127,7 +127,7 @@ def test_all_of_a_data_set_is_no_sample() -> None:
 
 @pytest.mark.parametrize("half", [b"", b'{"te', b'{"text": "half a li', b'{"text": "all but its end"}'])
 @pytest.mark.parametrize("breaks_at", range(1, sum(len(list(cut_text(text))) for text in TEXTS)))
-def test_an_interrupted_fetch_goes_on_behind_the_last_whole_row(cache: Path, breaks_at: int, half: bytes) -> None:
+def test_an_interrupted_fetch_goes_on_after_the_last_whole_row(cache: Path, breaks_at: int, half: bytes) -> None:
     """Fault 26: wherever it broke, also inside a row, and whatever a kill left of a line."""
     with pytest.raises(RunError, match="connection broke"):
         fetch(Rows(breaks_at=breaks_at))

@@ -180,15 +180,15 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def kill_at(owner: object, name: str, number: int, *, behind: bool) -> None:
-    """This process is killed at the call with this number of a function, counted from 1: before it or behind it."""
+def kill_at(owner: object, name: str, number: int, *, after: bool) -> None:
+    """This process is killed at the call with this number of a function, counted from 1: before it or after it."""
     inner: Callable[..., object] = getattr(owner, name)
     calls = 0
 
     def call(*args: object, **options: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == number and not behind:
+        if calls == number and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         result = inner(*args, **options)
         if calls == number:
@@ -198,12 +198,12 @@ def kill_at(owner: object, name: str, number: int, *, behind: bool) -> None:
     setattr(owner, name, call)
 
 
-def run_and_be_killed(work: Callable[[], object], owner: object, name: str, number: int, *, behind: bool) -> bool:
+def run_and_be_killed(work: Callable[[], object], owner: object, name: str, number: int, *, after: bool) -> bool:
     """Does ``work`` in a process of its own; whether it was killed."""
     child = os.fork()
     if not child:
         try:
-            kill_at(owner, name, number, behind=behind)
+            kill_at(owner, name, number, after=after)
             work()
         finally:
             os._exit(0)
@@ -212,11 +212,11 @@ def run_and_be_killed(work: Callable[[], object], owner: object, name: str, numb
 
 @pytest.mark.parametrize("kind", ["hash", "val file", "tail"])
 @pytest.mark.parametrize(
-    ("owner", "name", "behind"),
+    ("owner", "name", "after"),
     [(token_files._FilePair, "add", True), (Manifest, "write", False), (os, "replace", True)],
 )
 def test_a_set_that_was_killed_anywhere_goes_on_to_the_same_result(
-    tmp_path: Path, byte: Tokenizer, encoded: list[int], kind: str, owner: object, name: str, behind: bool
+    tmp_path: Path, byte: Tokenizer, encoded: list[int], kind: str, owner: object, name: str, after: bool
 ) -> None:
     path = write(tmp_path / "text.txt", 90 if kind == "tail" else 120)
     val = write(tmp_path / "val.txt", 10, seed=1) if kind == "val file" else None
@@ -226,7 +226,7 @@ def test_a_set_that_was_killed_anywhere_goes_on_to_the_same_result(
     went_on = 0
     for number in range(1, 100, 7 if name == "add" else 1):
         folder = tmp_path / str(number)
-        if not run_and_be_killed(lambda f=folder: prepare(path, f, byte, val=val), owner, name, number, behind=behind):
+        if not run_and_be_killed(lambda f=folder: prepare(path, f, byte, val=val), owner, name, number, after=after):
             assert number > len(whole.shards)
             break
         complete = (folder / "manifest.json").exists() and Manifest.read(folder).complete
@@ -250,7 +250,7 @@ def test_a_second_kill_is_survived_too(path: Path, tmp_path: Path, byte: Tokeniz
     prepare(path, tmp_path / "whole", byte, 500)
     for number in (12, 13, 14, 15):
         assert run_and_be_killed(
-            lambda: prepare(path, folder, byte, 500), token_files._FilePair, "add", number, behind=False
+            lambda: prepare(path, folder, byte, 500), token_files._FilePair, "add", number, after=False
         )
     assert len(Manifest.read(folder).shards) > 2
     prepare(path, folder, byte, 500)
@@ -325,7 +325,7 @@ def test_an_unfinished_set_is_refused_with_the_remedy(
     path: Path, tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "set"
-    assert run_and_be_killed(lambda: prepare(path, folder, byte), Manifest, "write", 4, behind=True)
+    assert run_and_be_killed(lambda: prepare(path, folder, byte), Manifest, "write", 4, after=True)
     with pytest.raises(TokenFileError, match=f"{folder}: was never finished: run the same `nanokimi prepare` again"):
         TokenSet.open(folder)
     assert can_go_on(folder, text_of(path).identity(byte))
