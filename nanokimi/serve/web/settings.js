@@ -58,7 +58,7 @@ export class Settings {
     const stop = stops(this.#fields.get("stop").get());
     return {
       ...numbers,
-      seed: seed ? Number(seed) : Math.floor(Math.random() * 2 ** 31),
+      seed: seed ? Number(seed) : Math.floor(Math.random() * 1e6), // short, to be typed again
       ...(stop.length && { stop }),
     };
   }
