@@ -45,6 +45,7 @@ def _lead_nowhere(descriptor: int) -> None:
     """Makes ``descriptor``, open or not, one of the null device."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, descriptor)
+    os.set_inheritable(descriptor, True)  # the programs that this one starts have the same streams
     if null != descriptor:
         os.close(null)
 
