@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from nanokimi.cli_settings import Parser, add_settings, gather_settings
 from nanokimi.config import TrainConfig, field_names
-from nanokimi.console import complain, log, show
+from nanokimi.console import complain, log, protect_streams, show, why_result_is_lost
 from nanokimi.errors import RunError, UserError
+from nanokimi.files import expand_home, provide_home
 from nanokimi.inference.commands import add_generate_arguments
 from nanokimi.insight.planner import add_plan_arguments, plan_lines
 from nanokimi.serve.arguments import add_serve_arguments, options_of
@@ -25,9 +26,13 @@ def entry() -> NoReturn:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns its exit code: 0, 1 at run time, 2 for a mistake in the input, 130 after Ctrl-C."""
+    protect_streams()
+    provide_home()
     args = build_parser().parse_args(arguments)
     try:
         code: int = args.run(args)
+        if reason := why_result_is_lost():
+            raise RunError(f"the result cannot be written to stdout: {reason}")
         return code
     except UserError as error:
         complain(f"nanokimi: {error}")
@@ -82,6 +87,10 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--checkpoint_path", default="", metavar="FILE", help="with --resume: go on from this one")
     about = "with --resume: settings that may differ from the checkpoint's"
     parser.add_argument("--override", default="", metavar="FIELD,...", help=about)
+    about = "save and end after this step, with the schedule of the whole run; --resume goes on"
+    parser.add_argument("--stop_after", type=int, default=0, metavar="N", help=about)
+    about = "only see whether N steps, and N more after a resume, equal 2 N steps to the bit; writes nothing elsewhere"
+    parser.add_argument("--verify_resume", type=int, metavar="N", help=about)
     add_settings(parser, field_names(TrainConfig))
 
 
@@ -91,7 +100,15 @@ def train(args: argparse.Namespace) -> int:
     from nanokimi.training.run import TrainArguments, run_training
 
     override = frozenset(name.strip().replace("-", "_") for name in args.override.split(",") if name.strip())
-    return run_training(TrainArguments(train_values, model_values, args.resume, args.checkpoint_path, override))
+    arguments = TrainArguments(
+        train_values, model_values, args.resume, args.checkpoint_path, override, stop_after=args.stop_after
+    )
+    if args.verify_resume is None:
+        return run_training(arguments)
+
+    from nanokimi.training.verify_resume import verify_resume
+
+    return verify_resume(arguments, args.verify_resume)
 
 
 # ---- generate, chat, serve ----------------------------------------------------------------------
@@ -149,7 +166,7 @@ def add_prepare(commands: Any) -> None:
 def prepare_stdlib(args: argparse.Namespace) -> int:
     from nanokimi.data.prepare import prepare_stdlib as prepare
 
-    print(prepare(args.output))
+    show(prepare(args.output))
     return 0
 
 
@@ -158,7 +175,7 @@ def prepare_tokens(args: argparse.Namespace) -> int:
 
     from nanokimi.data.prepare import prepare_tokens as prepare
 
-    print(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, log=log))
+    show(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, log=log))
     return 0
 
 
@@ -174,7 +191,7 @@ def add_tokenizer(commands: Any) -> None:
 def train_tokenizer(args: argparse.Namespace) -> int:
     from nanokimi.data.sources import train_tokenizer_on
 
-    print(train_tokenizer_on(args.text, args.vocab_size, args.output))
+    show(train_tokenizer_on(args.text, args.vocab_size, args.output))
     return 0
 
 
@@ -238,7 +255,7 @@ def evaluate(args: argparse.Namespace) -> int:
         part=args.part.replace("-", "_"),
         stride=args.stride,
         max_tokens=args.max_tokens,
-        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        tasks=tuple(expand_home(name.strip()) for name in args.tasks.split(",") if name.strip()),
         include_path=args.include_path,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
