@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.documents import Text, is_blank, short_hash, wrong_share
+from nanokimi.data.finding import CACHE_SUFFIX
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
-from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments
+from nanokimi.data.local import LocalDocuments
 from nanokimi.data.stream import StreamLoader
 from nanokimi.data.token_files import TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
