@@ -55,6 +55,10 @@ class LocalDocuments:
     def n_parts(self) -> int:
         return len(self._parts)
 
+    def n_spans(self, part: int) -> int:
+        """How many files, or stretches of them, make up a part."""
+        return len(self._parts[part])
+
     @property
     def stamps(self) -> list[Any]:
         """Name, size and time of change of every file."""
