@@ -29,12 +29,12 @@ def check_tokenizer(text: Text, tokenizer: Tokenizer, log: Callable[[str], None]
         if _is_same(found, piece):
             continue
         changed += 1
-        n_unknown = ids.count(tokenizer.unknown_id)
+        n_unknown = sum(token == tokenizer.unknown_id for token in ids)
         unknown += n_unknown
         if not n_unknown and not _is_same(found, tokenizer.normalised(piece)):
             raise UserError(
-                f"tokenizer {tokenizer.name}: loses text: {_first_loss(piece, found)} in {text.name} does not come back "
-                "from its tokens, and it has no token for what it does not know: choose another with "
+                f"tokenizer {tokenizer.name}: loses text: {_first_loss(piece, found)} in {text.name} does not come "
+                "back from its tokens, and it has no token for what it does not know: choose another with "
                 "--set tokenizer_name=..., such as byte"
             )
     if changed:

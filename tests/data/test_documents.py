@@ -7,8 +7,8 @@ import pytest
 
 from nanokimi.data import documents, formats
 from nanokimi.data.documents import cut_text
-from nanokimi.data.formats import Format, Span
 from nanokimi.data.finding import Search
+from nanokimi.data.formats import Format, Span
 from nanokimi.data.local import find_files
 from nanokimi.errors import UserError
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -47,7 +49,13 @@ def zstd(data: bytes) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def text(texts: list[str]) -> bytes:
@@ -425,7 +433,7 @@ def test_the_first_records_decide_on_the_column_wherever_reading_begins(tmp_path
 # ---- damaged files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst", "a.parquet", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst", "a.txt.bz2", "a.jsonl.xz", "a.parquet", "a.parquet.gz"])
 @pytest.mark.parametrize("left", [0.02, 0.5, 0.9, -1])
 def test_a_truncated_file_is_named_in_one_line(tmp_path: Path, name: str, left: float) -> None:
     path = tmp_path / name
