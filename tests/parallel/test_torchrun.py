@@ -245,6 +245,22 @@ def test_a_mistake_is_one_line_over_all_ranks(place: Path, flags: list[str], mes
     assert "exitcode  : 2" in job.said()
 
 
+@pytest.mark.fault("A13")
+def test_data_that_fail_on_one_rank_end_all_with_the_run_saved(place: Path) -> None:
+    lines = ['{"text": "row %d of a long text, which goes on for a while"}' % number for number in range(600)]
+    lines[450] = "no JSON"
+    (place / "late.jsonl").write_text("\n".join(lines))
+    streamed = ("--dataset", "localstreaming", "--data_path", str(place / "late.jsonl"), "--shuffle_buffer", "8")
+    more = (*streamed, "--max_steps", "500", "--eval_interval", "0", "--save_interval", "0", "--val_fraction", "0")
+    code, job = run(Launch(arguments(place, "late", *more), part_bytes=4000), place)
+    said = job.said()
+    assert code != 0
+    step = checkpoint.read(place / "late" / "checkpoints" / "latest.pt")["counters"]["step"]
+    assert step > 0
+    assert said.count("is not JSON") == 1
+    assert f"the run is saved as it was after step {step}" in said
+
+
 def test_sharing_out_needs_torchrun(place: Path) -> None:
     code, job = run(Launch(arguments(place, "mistakes", "--expert_parallel", "2"), ALONE), place)
     assert code == 2
