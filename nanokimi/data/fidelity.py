@@ -22,7 +22,8 @@ def check_tokenizer(text: Text, tokenizer: Tokenizer, log: Callable[[str], None]
         UserError: it loses text without a sign, so that nothing measured per byte would be true.
     """
     looked_at = changed = unknown = n_before = n_after = 0
-    for looked_at, piece in enumerate(_sample(text), 1):
+    for piece in _sample(text):
+        looked_at += 1
         ids = tokenizer.encode(piece)
         found = tokenizer.restored(ids)
         n_before, n_after = n_before + len(piece.encode()), n_after + len(found)
