@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -245,14 +246,27 @@ def test_a_mistake_is_one_line_over_all_ranks(place: Path, flags: list[str], mes
     assert "exitcode  : 2" in job.said()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("A13")
 def test_data_that_fail_on_one_rank_end_all_with_the_run_saved(place: Path) -> None:
-    lines = ['{"text": "row %d of a long text, which goes on for a while"}' % number for number in range(600)]
-    lines[450] = "no JSON"
+    lines = [json.dumps({"text": f"row {number} ".ljust(1000, "x")}) for number in range(220)]
+    lines[200] = "no JSON"  # in the second part, after a first chunk of it
     (place / "late.jsonl").write_text("\n".join(lines))
     streamed = ("--dataset", "localstreaming", "--data_path", str(place / "late.jsonl"), "--shuffle_buffer", "8")
-    more = (*streamed, "--max_steps", "500", "--eval_interval", "0", "--save_interval", "0", "--val_fraction", "0")
-    code, job = run(Launch(arguments(place, "late", *more), part_bytes=4000), place)
+    more = (
+        *streamed,
+        "--max_steps",
+        "500",
+        "--batch_size",
+        "32",
+        "--eval_interval",
+        "0",
+        "--save_interval",
+        "0",
+        "--val_fraction",
+        "0",
+    )
+    code, job = run(Launch(arguments(place, "late", *more), part_bytes=120_000), place)
     said = job.said()
     assert code != 0
     step = checkpoint.read(place / "late" / "checkpoints" / "latest.pt")["counters"]["step"]
