@@ -7,6 +7,7 @@ import io
 import os
 import select
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 WAIT_SECONDS = 5.0
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LOOKS = 0.1
 
 _is_muted = False
 
@@ -202,6 +204,31 @@ def _progress_lines(label: str, n_bytes: int | None, done: int) -> Callable[[int
             print(f"{label}: {done / 1e6:.1f}{of} MB", file=sys.stderr, flush=True)
 
     return advance
+
+
+def attended(work: Callable[[], object], label: str) -> None:
+    """Does ``work``, a long call into a library that cannot be interrupted and says nothing.
+
+    It runs in a thread of its own, so that Ctrl-C ends the command at once; a line now and then tells that it goes on.
+    """
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    began = told = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(SECONDS_BETWEEN_LOOKS)
+        if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES and thread.is_alive():
+            log(f"{label}: {now - began:.0f} s")
+            told = now
+    if failures:
+        raise failures[0]
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:

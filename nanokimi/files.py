@@ -23,6 +23,7 @@ from typing import BinaryIO
 from nanokimi.errors import RunError, UserError
 
 _STALE_SECONDS = 60
+_LONGEST_NAME = 220  # bytes: file systems take 255, and temporary names and caches add up to 35
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """``atomic_write`` for code that opens the file itself: yields the temporary name of a file that is empty."""
     path = Path(path)
     _remove_stale(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.tmp")
     with temporary.open("xb") as held:
         try:
             with suppress(OSError):  # some network file systems have no locks
@@ -89,7 +90,7 @@ def partial_folder(path: str | Path) -> Iterator[Path]:
         OSError: the folder above is not writable.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{short_name(path.name)}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     held = os.open(partial, os.O_RDONLY)
     try:
@@ -104,6 +105,14 @@ def partial_folder(path: str | Path) -> Iterator[Path]:
         os.close(held)
 
 
+def short_name(name: str) -> str:
+    """``name``, or where it is so long that nothing could be added to it, its beginning and a hash of it."""
+    data = os.fsencode(name)
+    if len(data) <= _LONGEST_NAME:
+        return name
+    return f"{data[: _LONGEST_NAME - 17].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+
+
 def move_into(folder: Path, *files: Path) -> None:
     """Moves ``files``, which are complete and flushed, into ``folder`` on the same disk, one after the other."""
     for file in files:
@@ -113,7 +122,7 @@ def move_into(folder: Path, *files: Path) -> None:
 
 def put_aside(path: Path) -> Path:
     """Renames ``path`` to the first of ``path.1``, ``path.2``, ... that is free; returns the new name."""
-    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    names = (path.with_name(f"{short_name(path.name)}.{number}") for number in count(1))
     return path.rename(next(name for name in names if not name.exists()))
 
 
@@ -192,7 +201,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 def _remove_stale(path: Path) -> None:
     """Removes temporaries that a killed process left for ``path``; a living writer holds a lock on its own."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(short_name(path.name))}.*.tmp"):
         with suppress(OSError), left.open("rb") as file:
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:  # the lock comes a moment after the name
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

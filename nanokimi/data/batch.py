@@ -100,6 +100,11 @@ class TokenArray:
             out[done : done + count] = array[begin : begin + count]
             done, run = done + count, run + 1
 
+    def require_whole(self) -> None:
+        """Raises RunError if a file was truncated since it was opened."""
+        for array in self._arrays:
+            _require_whole(array)
+
     def part(self, start: int, stop: int) -> TokenArray:
         """The tokens from ``start`` to ``stop``, in the same files."""
         runs = self._runs.copy()

@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.documents import Text, is_blank, short_hash, wrong_share
+from nanokimi.data.fidelity import check_tokenizer
+from nanokimi.data.finding import CACHE_SUFFIX
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
-from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments
+from nanokimi.data.local import LocalDocuments
 from nanokimi.data.stream import StreamLoader
 from nanokimi.data.token_files import TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.files import cache_home, disk_errors_explained
+from nanokimi.files import cache_home, disk_errors_explained, short_name
 
 BPE_CHARACTERS = 32 << 20  # of a stream, or of each source of a mixture, for a tokenizer
 MOST_HELD_OUT_TOKENS = 1 << 20  # of a stream
@@ -94,6 +96,7 @@ class StreamedText:
     def open(self, tokenizer: Tokenizer, log: Log) -> Corpus:
         """Finds what is held out, and reads the tokens of it that are kept."""
         text, rule = self.text, self.text.rule
+        check_tokenizer(text, tokenizer, log)
         about, val = "nothing held out", None
         if text.about_split:
             val, counts = held_out_tokens(text, tokenizer, self.val_tokens + 1)
@@ -140,8 +143,8 @@ class CachedText:
         assert isinstance(documents, LocalDocuments)
         self.text = text
         path = Path(documents.name if os.path.exists(documents.name) else documents.files[0]).resolve()
-        beside = path.with_name(f"{path.name}{CACHE_SUFFIX}")
-        self.folders = [beside, cache_home() / f"{path.name}-{short_hash(str(path))}"]
+        beside = path.with_name(f"{short_name(path.name)}{CACHE_SUFFIX}")
+        self.folders = [beside, cache_home() / f"{short_name(path.name)}-{short_hash(str(path))}"]
         self._state = f"{short_hash(documents.name)}-{short_hash(documents.stamps)}"
         self.stem = f"{self._state}-{text.identity()}"
 
@@ -165,6 +168,7 @@ class CachedText:
             UserError: blank or undecodable text, nowhere to write the cache.
             RunError: the disk is full.
         """
+        check_tokenizer(self.text, tokenizer, log)
         name = f"{self.stem}-{short_hash(tokenizer.fingerprint)}"
         found = _whole_set(folder / name for folder in self.folders) or self._written(name, tokenizer)
         if found.manifest.nuls:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 from nanokimi.data import documents
 from nanokimi.data.documents import START, Advance, Cursor, Piece, cut_position, cut_text, ignore, line_ends
+from nanokimi.data.opening import BLOCK_BYTES, OpenFile, inner_suffix, opened_text, seekable
 from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 FOLDER_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")  # a .json has to be named: most hold something else
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-BLOCK_BYTES = 1 << 18
 MAX_RECORD_BYTES = 1 << 28
 ROWS_PER_BATCH = 256
+MOST_RECORDS, MOST_RECORD_BYTES = 1000, 1 << 24  # of a file, by which the field of the text is chosen
 SEPARATOR_BYTES = len(END_OF_TEXT) + 2  # a line of its own, with CRLF
 _SEPARATOR = re.compile(rb"^" + re.escape(END_OF_TEXT.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -55,22 +52,21 @@ class Format:
         """
         start = start if start.at else start._replace(at=span.start)
         readers = {".parquet": self._parquet, **dict.fromkeys(JSON_LINES, self._json_lines)}
-        try:
+        with _read_errors_explained(span.path):
             yield from readers.get(inner_suffix(span.path), self._text)(span, start, advance)
-        except OSError as error:
-            reason = _in_one_line(error.strerror or error)
-            raise UserError(f"{span.path}: cannot be read: {reason}: repair or replace it") from error
 
     def _text(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
         before = min(1, start.piece)  # a document begins a line; inside one the byte before tells whether a line begins
-        with _opened(span.path, start.at - before, span.end, advance) as file:
+        with opened_text(span.path, start.at - before, span.end, advance) as file:
             starts_line = file.read(before) in (b"", b"\n")
             data = b"" if start.at else file.read(len(_BYTE_ORDER_MARK))
             if data == _BYTE_ORDER_MARK:
                 start, data = start._replace(at=len(data)), b""
             yield from self._text_pieces(file, data, start, starts_line, str(span.path))
 
-    def _text_pieces(self, file: _File, data: bytes, cursor: Cursor, starts_line: bool, name: str) -> Iterator[Piece]:
+    def _text_pieces(
+        self, file: OpenFile, data: bytes, cursor: Cursor, starts_line: bool, name: str
+    ) -> Iterator[Piece]:
         """Cuts ``data``, which begins at ``cursor``, and what follows in ``file``."""
         window, at, ended = documents.PIECE_BYTES + SEPARATOR_BYTES, 0, False  # a longest piece and its separator
         while True:
@@ -101,15 +97,13 @@ class Format:
             ) from error
 
     def _json_lines(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
-        first = self._records(span.path, 0, None, ignore) if start.at else ()
-        column = next((self._column(record, span.path) for _, record in first), "")  # whichever record is read first
+        column = self._json_column(span.path)  # whichever record is read first
         for at, record in self._records(span.path, start.at, span.end, advance):
-            column = column or self._column(record, span.path)
             yield from pieces_of_row(record.get(column), start, Cursor(start.span, at), f"{span.path} at byte {at}")
 
     def _records(self, path: Path, at: int, end: int | None, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
         """The objects of a JSON lines file from byte ``at`` on, each with the byte where its line begins."""
-        with _opened(path, at, end, advance) as file:
+        with opened_text(path, at, end, advance) as file:
             while line := file.readline(MAX_RECORD_BYTES + 1):
                 where = f"{path}: the line at byte {at}"
                 if len(line) > MAX_RECORD_BYTES:
@@ -124,27 +118,32 @@ class Format:
                     yield at, record
                 at += len(line)
 
-    def _column(self, record: Mapping[str, Any], path: Path) -> str:
-        types = {name: "string" if isinstance(value, str) else type(value).__name__ for name, value in record.items()}
-        return pick_text_column(types, self.text_column, str(path))
+    def column(self, path: Path) -> str:
+        """The column (field) of a file that holds the text; empty for files without columns, or without records."""
+        with _read_errors_explained(path):
+            if inner_suffix(path) in JSON_LINES:
+                return self._json_column(path)
+            if inner_suffix(path) == ".parquet":
+                with _opened_parquet(path) as file:
+                    return self._parquet_column(file, path)
+        return ""
+
+    def _json_column(self, path: Path) -> str:
+        types = _types_of_records(self._records(path, 0, None, ignore), self.text_column or "text")
+        return pick_text_column(types, self.text_column, str(path)) if types else ""
+
+    def _parquet_column(self, file: Any, path: Path) -> str:
+        return pick_text_column(column_types(file.schema_arrow), self.text_column, str(path))
 
     def _parquet(self, span: Span, start: Cursor, advance: Advance) -> Iterator[Piece]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with _seekable(span.path) as handle:
-                file = pq.ParquetFile(handle)
-                column = pick_text_column(column_types(file.schema_arrow), self.text_column, str(span.path))
-                size, n_rows = span.path.stat().st_size, file.metadata.num_rows
-                for first, values in parquet_batches(file, column, start.at, ROWS_PER_BATCH):
-                    for row, value in enumerate(values, first):
-                        where = f"{span.path} row {row}"
-                        yield from pieces_of_row(self._value(value, where), start, Cursor(start.span, row), where)
-                    advance(size * (first + len(values)) // n_rows - size * first // n_rows)
-        except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
-            reason = _in_one_line(error)
-            raise UserError(f"{span.path}: not a Parquet file, or damaged ({reason}): replace it") from error
+        with _opened_parquet(span.path) as file:
+            column = self._parquet_column(file, span.path)
+            size, n_rows = span.path.stat().st_size, file.metadata.num_rows
+            for first, values in parquet_batches(file, column, start.at, ROWS_PER_BATCH):
+                for row, value in enumerate(values, first):
+                    where = f"{span.path} row {row}"
+                    yield from pieces_of_row(self._value(value, where), start, Cursor(start.span, row), where)
+                advance(size * (first + len(values)) // n_rows - size * first // n_rows)
 
     def _value(self, value: Any, where: str) -> Any:
         try:
@@ -155,6 +154,28 @@ class Format:
             raise UserError(
                 f"{where}: not UTF-8 at byte {error.start} of the text: go on with --encoding_errors replace"
             ) from error
+
+
+@contextmanager
+def _read_errors_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = _in_one_line(error.strerror or error)
+        raise UserError(f"{path}: cannot be read: {reason}: repair or replace it") from error
+
+
+@contextmanager
+def _opened_parquet(path: Path) -> Iterator[Any]:
+    """A ``pyarrow.parquet.ParquetFile``; what pyarrow finds wrong with it is a UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with seekable(path) as handle:
+            yield pq.ParquetFile(handle)
+    except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
+        raise UserError(f"{path}: not a Parquet file, or damaged ({_in_one_line(error)}): replace it") from error
 
 
 def _in_one_line(reason: object) -> str:
@@ -197,6 +218,22 @@ def column_types(schema: Any) -> dict[str, str]:
     return {field.name: str(field.type).removeprefix("large_") for field in schema}
 
 
+def _types_of_records(records: Iterable[tuple[int, Mapping[str, Any]]], sought: str) -> dict[str, str]:
+    """The type of every field, ``string`` where it is ever a text; nulls count for nothing.
+
+    Looks on until the field ``sought`` is met, up to ``MOST_RECORDS`` and ``MOST_RECORD_BYTES``.
+    """
+    types: dict[str, str] = {}
+    for number, (at, record) in enumerate(records, 1):
+        for name, value in record.items():
+            kind = "string" if isinstance(value, str) else "null" if value is None else type(value).__name__
+            if kind == "string" or types.get(name, "null") == "null":
+                types[name] = kind
+        if sought in types or number >= MOST_RECORDS or at >= MOST_RECORD_BYTES:
+            break
+    return types
+
+
 def pick_text_column(types: Mapping[str, str], wanted: str, where: str) -> str:
     """The column that holds the text: ``wanted``, else ``text``, else the only one of strings.
 
@@ -217,68 +254,3 @@ def pick_text_column(types: Mapping[str, str], wanted: str, where: str) -> str:
     if len(strings) != 1:
         raise UserError(f"{where}: which column holds the text? Name it with --text_column; there are: {there}")
     return strings[0]
-
-
-def inner_suffix(path: Path) -> str:
-    """The suffix that tells the format: ``.jsonl`` of ``a.jsonl.gz``."""
-    name = path.with_suffix("") if path.suffix.lower() in COMPRESSION else path
-    return name.suffix.lower()
-
-
-def is_compressed(path: Path) -> bool:
-    """Whether all of the file has to be read to come to its end."""
-    return path.suffix.lower() in COMPRESSION
-
-
-class _File:
-    """What a file holds, up to a byte; tells how far the file on disk is read."""
-
-    def __init__(self, raw: IO[bytes], stream: IO[bytes], left: int, advance: Advance) -> None:
-        self._raw, self._stream, self._left, self._advance = raw, stream, left, advance
-        self._told = raw.tell()
-
-    def read(self, count: int) -> bytes:
-        """The next ``count`` bytes, fewer at the end."""
-        return self._taken(self._stream.read(min(count, self._left)))
-
-    def readline(self, limit: int) -> bytes:
-        """The next line with its end, or ``limit`` bytes of it; empty at the end."""
-        return self._taken(self._stream.readline(min(limit, self._left)))
-
-    def _taken(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        now = self._raw.tell()
-        self._advance(now - self._told)
-        self._told = now
-        return data
-
-
-@contextmanager
-def _opened(path: Path, start: int, end: int | None, advance: Advance) -> Iterator[_File]:
-    """The contents of ``path`` from byte ``start`` to ``end``, both counted uncompressed."""
-    with path.open("rb") as raw:
-        stream: Any = raw
-        codec = COMPRESSION.get(path.suffix.lower())
-        if codec is None:
-            raw.seek(start)
-        else:
-            import pyarrow as pa
-
-            stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec), BLOCK_BYTES)
-            for position in range(0, start, BLOCK_BYTES):
-                stream.read(min(BLOCK_BYTES, start - position))
-        yield _File(raw, stream, sys.maxsize if end is None else max(0, end - start), advance)
-
-
-@contextmanager
-def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """The file itself, or a temporary one with what a compressed file holds."""
-    if not is_compressed(path):
-        with path.open("rb") as file:
-            yield file
-        return
-    with TemporaryFile() as file, _opened(path, 0, None, ignore) as source:
-        while block := source.read(BLOCK_BYTES):
-            file.write(block)
-        file.seek(0)
-        yield file

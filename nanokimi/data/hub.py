@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from nanokimi import console
 from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short_hash
-from nanokimi.data.formats import column_types, parquet_batches, pick_text_column, pieces_of_row
+from nanokimi.data.formats import MOST_RECORDS, column_types, parquet_batches, pick_text_column, pieces_of_row
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
 from nanokimi.files import cache_home, disk_errors_explained
@@ -118,6 +118,8 @@ class HubDocuments:
             options |= {"batch_size": _ROWS, "storage_options": {"hf": {"block_size": _PARQUET_BLOCK_BYTES}}}
         stream = load_dataset(path, self.config, **options)
         self.text_column = _choose_column(stream, text_column, self.repo)
+        if self.text_column not in ("text", text_column):
+            self._log(f"note: {self.repo}: the text is {self.text_column!r}, the only column with text (--text_column)")
         if is_parquet:
             stream = load_dataset(path, self.config, columns=[self.text_column], **options)
         self._stream = stream.select_columns([self.text_column]).with_format("arrow")
@@ -220,15 +222,28 @@ def _choose_config(repo: str, commit: str, config: str) -> str:
 
 
 def _choose_column(stream: Any, wanted: str, repo: str) -> str:
-    """The column of text; where no types are declared, by those of the first row."""
+    """The column of text; where no types are declared, by those of the first rows, in which nulls count for nothing."""
     features = stream.features
-    schema = features.arrow_schema if features else next(iter(stream.with_format("arrow").iter(1))).schema
-    types = column_types(schema)
+    types = column_types(features.arrow_schema) if features else {}
+    if not types or "null" in types.values():
+        types |= _types_of_rows(stream)
     column = pick_text_column(types, wanted, repo)
-    if types[column] != "string":
+    if types[column] not in ("string", "null"):
         strings = ", ".join(name for name, kind in types.items() if kind == "string") or "none"
         raise UserError(f"--text_column {column}: {repo} has {types[column]} there; columns of strings: {strings}")
     return column
+
+
+def _types_of_rows(stream: Any) -> dict[str, str]:
+    """The type of every column, by the first rows: as many as it takes until it is known, up to ``MOST_RECORDS``."""
+    types: dict[str, str] = {}
+    for table in islice(stream.with_format("arrow").iter(_ROWS), -(-MOST_RECORDS // _ROWS)):
+        for name, kind in column_types(table.schema).items():
+            kind = "null" if table[name].null_count == len(table) else kind
+            types[name] = types.get(name, "null") if kind == "null" else kind
+        if "null" not in types.values():
+            break
+    return types
 
 
 def _from_row(path: str, column: str, row: int) -> Generator[str | None, None, int]:

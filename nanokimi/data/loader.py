@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -60,6 +61,9 @@ class Loader(Protocol):
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present position on."""
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """Notes the present position, cheaply; what it returns gives the ``state_dict`` of then, also later."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position, in plain values and tensors; what was merely read ahead does not count."""
@@ -132,8 +136,11 @@ class BatchLoader:
                     joint = []
             epoch, position = epoch + 1, 0
 
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        return partial(dict, self._order(), samples=self.samples)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, **self._order()}
+        return self.mark()()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require_same_order(state, self._order())
@@ -184,9 +191,12 @@ class MixLoader:
         self._counts[name] += 1
         return name
 
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        counts, marks = dict(self._counts), {name: loader.mark() for name, loader in self.loaders.items()}
+        return lambda: {"counts": counts, "sources": {name: mark() for name, mark in marks.items()}}
+
     def state_dict(self) -> dict[str, Any]:
-        sources = {name: loader.state_dict() for name, loader in self.loaders.items()}
-        return {"counts": dict(self._counts), "sources": sources}
+        return self.mark()()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, loader in self.loaders.items():

@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nanokimi.console import counted
 from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore
-from nanokimi.data.formats import FOLDER_SUFFIXES, JSON_LINES, Format, Span, inner_suffix, is_compressed
+from nanokimi.data.finding import Search, split_path
+from nanokimi.data.formats import FOLDER_SUFFIXES, JSON_LINES, Format, Span
+from nanokimi.data.opening import inner_suffix, is_compressed
 from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
 
-CACHE_SUFFIX = ".nanokimi"  # of the folder beside a text where its tokens are kept
 PART_BYTES = 64 << 20
 SEARCHED_BYTES = 1 << 20
 _SEPARATOR = re.compile(rb"\n" + re.escape(END_OF_TEXT.encode()) + rb"\r?\n")
@@ -26,7 +28,7 @@ class LocalDocuments:
     """Documents of one or many files, in the order of their names.
 
     Args:
-        path: a file, a folder (all ``.txt``, ``.jsonl``, ``.parquet`` below it, also ``.gz`` and ``.zst``), a
+        path: a file, a folder (all ``.txt``, ``.jsonl``, ``.parquet`` below it, also compressed), a
             pattern such as ``books/*.txt``, or several of these with commas between them.
         flag: how the user named it, for messages.
         split_up: in parts of about ``PART_BYTES``: plain files by bytes, compressed and columnar ones whole.
@@ -41,7 +43,8 @@ class LocalDocuments:
         self, path: str | Path, flag: str = "--data_path", form: Format | None = None, *, split_up: bool = False
     ) -> None:
         self.name, self.form, self.split_up = str(path), form or Format(), split_up
-        self.files = find_files(str(path), flag)
+        search = Search()
+        self.files, self._left_out = find_files(str(path), flag, search), search.note
         self._stamps = {path: _stamp(path) for path in self.files}
 
     @property
@@ -52,6 +55,10 @@ class LocalDocuments:
     def n_parts(self) -> int:
         return len(self._parts)
 
+    def n_spans(self, part: int) -> int:
+        """How many files, or stretches of them, make up a part."""
+        return len(self._parts[part])
+
     @property
     def stamps(self) -> list[Any]:
         """Name, size and time of change of every file."""
@@ -61,6 +68,19 @@ class LocalDocuments:
     def identity(self) -> list[Any]:
         """The stamps and how the files are read: while these are as they were, so is the text."""
         return [self.stamps, self.form.text_column, self.form.errors, self.split_up and PART_BYTES]
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What the user should know of the files: those that were left out, and by which column others are read."""
+        chosen: dict[str, list[Path]] = {}
+        for path in self.files:
+            chosen.setdefault(self.form.column(path), []).append(path)
+        notes = [f"{self.name}: left out {self._left_out}"] if self._left_out else []
+        for column, files in chosen.items():
+            if column not in ("", "text", self.form.text_column):
+                others = f" and {counted(len(files) - 1, 'other file')}" if len(files) > 1 else ""
+                notes.append(f"{files[0]}{others}: the text is {column!r}, the only column with text (--text_column)")
+        return notes
 
     def read(self, part: int, start: Cursor = START, advance: Advance = ignore) -> Iterator[Piece]:
         for number, span in enumerate(self._parts[part][start.span :], start.span):
@@ -94,24 +114,22 @@ class LocalDocuments:
         return parts
 
 
-def find_files(path: str, flag: str) -> list[Path]:
+def find_files(path: str, flag: str, search: Search) -> list[Path]:
     """The files that ``path`` means, each once, in the order of their names within each of its items."""
-    return list(dict.fromkeys(file for item in split_path(path) for file in _files_of(item, flag)))
+    return search.once(file for item in split_path(path) for file in _files_of(item, flag, search))
 
 
-def split_path(path: str) -> list[str]:
-    """The items of a path that may be several with commas between them."""
-    return [path] if os.path.lexists(path) else [item.strip() for item in path.split(",")]
-
-
-def _files_of(item: str, flag: str) -> list[Path]:
+def _files_of(item: str, flag: str, search: Search) -> list[Path]:
     if os.path.isdir(item):  # unlike Path's, these raise nothing where access is denied
-        found = sorted(path for path in Path(item).rglob("*") if _is_text_in(path, Path(item)))
+        found = search.below(Path(item), lambda name: inner_suffix(Path(name)) in FOLDER_SUFFIXES)
         if not found:
             kinds = ", ".join(FOLDER_SUFFIXES)
-            raise UserError(f"{flag} {item} is a directory without text: it needs {kinds} files, or name one file")
+            left_out = f" (left out: {search.note})" if search.note else ""
+            raise UserError(
+                f"{flag} {item} is a directory without text: it needs {kinds} files, or name one file{left_out}"
+            )
     elif glob.has_magic(item) and not os.path.lexists(item):
-        found = sorted(Path(name) for name in glob.glob(item, recursive=True) if os.path.isfile(name))
+        found = [path for path in search.matching(item) if os.path.isfile(path)]
     else:
         found = [Path(item)] if os.path.exists(item) else []
     if not found:
@@ -122,12 +140,6 @@ def _files_of(item: str, flag: str) -> list[Path]:
     if not with_text:
         raise UserError(f"{flag} {item}: the file is empty: name a text file with something in it")
     return with_text
-
-
-def _is_text_in(path: Path, folder: Path) -> bool:
-    """Whether a file below ``folder`` is text by its name; what lies in a token cache (``.nanokimi``) is not."""
-    in_cache = any(parent.suffix == CACHE_SUFFIX for parent in path.relative_to(folder).parents)
-    return inner_suffix(path) in FOLDER_SUFFIXES and os.path.isfile(path) and not in_cache
 
 
 def _stamp(path: Path) -> tuple[int, int]:

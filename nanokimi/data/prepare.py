@@ -15,6 +15,7 @@ from typing import Any
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.console import counted
 from nanokimi.data.corpus import CachedText, Corpus, Log, StreamedText
+from nanokimi.data.fidelity import check_tokenizer
 from nanokimi.data.local import LocalDocuments
 from nanokimi.data.sources import choose_tokenizer, text_of, with_sample
 from nanokimi.data.token_files import (
@@ -59,6 +60,7 @@ def prepare_tokens(
         text = text_of(with_sample(config, log), log)
         source = CachedText(text) if isinstance(text.documents, LocalDocuments) else StreamedText(text)
         tokenizer = choose_tokenizer([source], model_config.tokenizer_name, named=True)
+        check_tokenizer(text, tokenizer, log)
         _require_same_tokenizer(output, tokenizer)
         before, started = _bytes_in(output), time.monotonic()
         found = write_token_set(text, tokenizer, output, shard_tokens=shard_tokens)

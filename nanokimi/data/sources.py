@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nanokimi import console
 from nanokimi.config import TrainConfig
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import BPE_CHARACTERS, TRAINING, CachedText, Corpus, Log, StreamedText, TrainData
@@ -118,14 +119,22 @@ def _source(config: TrainConfig, log: Log) -> Source:
 def text_of(config: TrainConfig, log: Log, *, split_up: bool = False) -> Text:
     """The documents that ``config`` names, local or of the hub, and what is held out; ``split_up``: in parts."""
     form = Format(config.text_column, config.encoding_errors)
-    val = LocalDocuments(config.val_path, "--val_path", form) if config.val_path else None
+    val = _local_documents(config.val_path, log, "--val_path", form=form) if config.val_path else None
     fraction = 0.0 if val else config.val_fraction
     if config.dataset in ("hfstreaming", "fineweb"):
         return Text(hub_documents(config, log), val, fraction, "--hf_repo_name", in_full=False)
-    documents = LocalDocuments(config.data_path, form=form, split_up=split_up)
+    documents = _local_documents(config.data_path, log, form=form, split_up=split_up)
     if val is not None and any(a.samefile(b) for a in documents.files for b in val.files):
         raise UserError(f"--val_path {config.val_path} is the training text itself: name another file, or none")
     return Text(documents, val, fraction, in_full=not split_up)
+
+
+def _local_documents(path: str | Path, log: Log, flag: str = "--data_path", **options: Any) -> LocalDocuments:
+    """Documents of local files, after what the user should know of them."""
+    documents = LocalDocuments(path, flag, **options)
+    for note in documents.notes:
+        log(f"note: {note}")
+    return documents
 
 
 def hub_documents(config: TrainConfig, log: Log) -> HubDocuments:
@@ -179,7 +188,7 @@ def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *,
     size cannot be used, RunError if ``output`` cannot be written.
     """
     output = Path(output)
-    text = Text(LocalDocuments(path, "FILE"), None, val_fraction, "FILE")
+    text = Text(_local_documents(path, console.log, "FILE"), None, val_fraction, "FILE")
     tokenizer = train_bpe(text.training_text(TRAINING), vocab_size)
     with disk_errors_explained("tokenizer", output):
         output.parent.mkdir(parents=True, exist_ok=True)

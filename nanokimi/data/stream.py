@@ -8,8 +8,9 @@ on the data and the seed alone, so any process can make them, and a lane's posit
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import cycle
@@ -295,6 +296,11 @@ class StreamLoader:
             raise UserError(too_few(self.options.batch_size, n_sequences, self.options.length))
 
     # ---- the state ------------------------------------------------------------------------------
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        then = copy(self)
+        then._positions, then._epochs, then._buffer = dict(self._positions), dict(self._epochs), list(self._buffer)
+        return then.state_dict
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it depends on, and the shuffle buffer (int32 ``[n, T + 1]``)."""

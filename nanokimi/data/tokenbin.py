@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus, TrainData
 from nanokimi.data.documents import ENOUGH_DOCUMENTS, in_share, short_hash, wrong_share
-from nanokimi.data.local import split_path
+from nanokimi.data.finding import Search, split_path
 from nanokimi.data.token_files import MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
 from nanokimi.errors import UserError
@@ -46,6 +45,7 @@ class TokenBin:
     path: str
     val_path: str = ""
     fraction: float = 0.05
+    _search: Search = field(default_factory=Search, compare=False)
 
     def find_tokenizer(self) -> Tokenizer | None:
         """The ``tokenizer.json`` beside the files, or the one that a header names, unless that must be trained."""
@@ -70,6 +70,8 @@ class TokenBin:
             if not self.val_path:
                 return Corpus.of_set(found if self.fraction else found._replace(val=[]), tokenizer)
         train, val = ([_open(path, tokenizer) for path in paths] for paths in self._paths)
+        if self._search.note:
+            log(f"note: {self.path}: left out {self._search.note}")
         fraction = 0.0 if val else self.fraction
         kept, held_out, about = divide_tokens(train, fraction)
         if val:
@@ -82,32 +84,33 @@ class TokenBin:
 
     @cached_property
     def _paths(self) -> tuple[list[Path], list[Path]]:
-        found = find_token_files(self.path, "--data_path")
+        found = find_token_files(self.path, "--data_path", self._search)
         from_folder = os.path.isdir(self.path)
         train = [path for path in found if not (from_folder and path.name.startswith("val"))]
         if not train:
             raise UserError(f"--data_path {self.path}: all of its files are called val*: there is nothing to train on")
         if not self.val_path:
             return train, [path for path in found if path not in train] if self.fraction else []
-        val = find_token_files(self.val_path, "--val_path")
+        val = find_token_files(self.val_path, "--val_path", self._search)
         if {path.resolve() for path in train} & {path.resolve() for path in val}:
             raise UserError(f"--val_path {self.val_path}: is trained on too: name another file, or none")
         return train, val
 
 
-def find_token_files(path: str, flag: str) -> list[Path]:
+def find_token_files(path: str, flag: str, search: Search) -> list[Path]:
     """The files that ``path`` means: a file, the ``.bin`` files of a folder, a pattern, or several with commas."""
     files: list[Path] = []
     for item in split_path(path):
         if os.path.isdir(item):
-            found, missing = sorted(Path(item).glob("*.bin")), " is a directory without .bin files: make them"
+            found = search.files_in(Path(item), lambda name: name.endswith(".bin"))
+            missing = " is a directory without .bin files: make them"
         else:
-            found = [Path(item)] if os.path.lexists(item) else sorted(map(Path, glob.glob(item)))
+            found = [Path(item)] if os.path.lexists(item) else search.matching(item)
             missing = ": no such file: check the path, or make it"
         if not found:
             raise UserError(f"{flag} {item}{missing} with `nanokimi prepare`")
         files += found
-    return files
+    return search.once(files)
 
 
 def divide_tokens(files: list[TokenFile], fraction: float) -> tuple[TokenArray, TokenArray | None, str]:
@@ -222,7 +225,7 @@ def _require_known(path: Path, block: NDArray[Any], begin: int, tokenizer: Token
 
 def _sidecar_dtype(path: Path) -> Any:
     sidecar = path.with_name(f"{path.name}.json")
-    if not sidecar.is_file():
+    if not os.path.isfile(sidecar):  # unlike Path's this takes names that are too long
         return None
     try:
         name = json.loads(sidecar.read_text(encoding="utf-8"))["dtype"]

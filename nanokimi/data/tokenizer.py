@@ -7,23 +7,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
+from nanokimi.console import attended
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 # What other families call it, tried in this order when there is no <|endoftext|>.
 _OTHER_ENDS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
+# Bytes between two splits, of which training a BPE looks at once: its time grows with their square.
+LONGEST_TRAINED_WORD = 512
 CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # what may lie beside a tokenizer.json
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -46,6 +49,7 @@ class Tokenizer:
         bos_id: id of ``bos``, or of the end of text if it is no token.
         special_tokens: ids of the special tokens, end of text included, by how they are written.
         fixed_tokens: ids of the other added tokens, which are found wherever a text holds what they say.
+        unknown_id: id of the token in place of what the vocabulary lacks, which stands for no text; None without one.
         fingerprint: SHA-256 of its canonical JSON; equal exactly when text becomes the same ids.
 
     Raises:
@@ -76,11 +80,13 @@ class Tokenizer:
         self.bos_id = self._vocabulary.get(self.bos, self.eot_id)
         self.chat_template = chat_template
         added: dict[int, AddedToken] = inner.get_added_tokens_decoder()
+        layout = json.loads(inner.to_str())
+        self.unknown_id = _unknown_id(layout["model"], self._vocabulary)
         special = {i for i, token in added.items() if token.special or i == self.eot_id}
         self.special_tokens = {added[i].content: i for i in added if i in special}
         self._special_bytes = {i: text.encode() for text, i in self.special_tokens.items()}
+        self._special_bytes |= {i: text.encode() for text, i in self._vocabulary.items() if i == self.unknown_id}
         self.fixed_tokens = {added[i].content: i for i in added if i not in special}
-        layout = json.loads(inner.to_str())
         self.fingerprint = hashlib.sha256(json.dumps([layout, self.eot], sort_keys=True).encode()).hexdigest()
         pipeline = json.dumps([layout["normalizer"], layout["pre_tokenizer"], layout["decoder"]], ensure_ascii=False)
         self._byte_level = "ByteLevel" in pipeline
@@ -94,14 +100,35 @@ class Tokenizer:
         data = text.encode()
         if self._is_bytes:
             return list(data)
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        with self._errors_explained():
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of every text, on all cores."""
         if self._is_bytes:
             return [list(text.encode()) for text in texts]
-        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._errors_explained():
+            return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"tokenizer {self.name}: cannot tokenise the text ({error}): use {_ALTERNATIVES}"
+            ) from error
+
+    def normalised(self, text: str) -> str:
+        """What the tokenizer makes of ``text`` before it cuts it into tokens; without a normaliser the same."""
+        normaliser = self._inner.normalizer
+        changed = text if normaliser is None else str(normaliser.normalize_str(text))
+        return changed if self._byte_level else changed.replace("▁", " ")
+
+    def restored(self, ids: Iterable[int]) -> bytes:
+        """The bytes of text that ``ids`` stand for, of which ``count_bytes`` counts the length."""
+        return b"".join(map(self._text_bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, special tokens show as they are written."""
@@ -121,7 +148,7 @@ class Tokenizer:
         table = [b""] * self.vocab_size
         bytes_of = _from_byte_level if self._byte_level else _from_sentencepiece
         for token, token_id in self._vocabulary.items():
-            if token not in self.special_tokens:
+            if token not in self.special_tokens and token_id != self.unknown_id:
                 table[token_id] = token.encode() if token in self.fixed_tokens else bytes_of(token)
         return table
 
@@ -184,7 +211,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, name: str = "") -> Token
         show_progress=False,
     )
     inner = _byte_level(models.BPE())
-    inner.train_from_iterator(texts, trainer)
+    as_saved = inner.pre_tokenizer
+    short = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_TRAINED_WORD}}}"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([as_saved, short])
+    attended(lambda: inner.train_from_iterator(texts, trainer), "training the tokenizer")
+    inner.pre_tokenizer = as_saved
     inner.add_special_tokens([END_OF_TEXT])
     return Tokenizer(inner, name or f"bpe:{vocab_size}")
 
@@ -309,6 +340,11 @@ def _template_beside(path: Path, config: Mapping[str, Any]) -> str | None:
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_OF = dict(zip(_ALPHABET, sorted(range(256), key=lambda byte: chr(byte) not in _ALPHABET), strict=True))
 _BYTES_AND_END = {**_BYTE_OF, END_OF_TEXT: 256}
+
+
+def _unknown_id(model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int | None:
+    unknown = model.get("unk_id")  # of Unigram; other models name the token
+    return unknown if isinstance(unknown, int) else vocabulary.get(model.get("unk_token") or "")
 
 
 def _from_byte_level(token: str) -> bytes:

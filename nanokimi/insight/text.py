@@ -14,6 +14,7 @@ import torch
 from nanokimi.config import TrainConfig, field_names
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.documents import START, Advance, Piece, is_blank, settled
+from nanokimi.data.fidelity import check_tokenizer
 from nanokimi.data.sources import parse_mix, text_of, with_sample
 from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ Log = Callable[[str], None]
 
 
 class Part(NamedTuple):
-    """A document, or of a very long one the next stretch: its tokens without the end of text, and its UTF-8 bytes."""
+    """A document, or of a very long one the next stretch: its tokens without the end of text, and their UTF-8 bytes."""
 
     tokens: list[int]
     n_bytes: int
@@ -78,6 +79,7 @@ def _nothing_held_out(config: TrainConfig, name: str) -> UserError:
 def _choose_documents(config: TrainConfig, tokenizer: Tokenizer, held_out: bool, log: Log) -> ChosenText:
     config = with_sample(config, log)
     text = text_of(config, log, split_up=config.dataset == "localstreaming")
+    check_tokenizer(text, tokenizer, log)
     name, documents = text.name, text.documents
     if held_out:
         if not text.about_split:
@@ -99,7 +101,8 @@ def _encoded(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[Part]:
         waiting.append("" if is_blank(piece) else piece.text)
         if piece.ends_document or sum(map(len, waiting)) >= ENCODED_CHARACTERS:
             text = "".join(waiting)
-            yield Part(tokenizer.encode(text), len(text.encode()), piece.ends_document)
+            ids = tokenizer.encode(text)
+            yield Part(ids, tokenizer.count_bytes(torch.tensor(ids, dtype=torch.int64)), piece.ends_document)
             waiting = []
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nanokimi.parallel.ranks import HangWatch, current_ranks, from_bytes, to_byt
 from nanokimi.pictures import matplotlib_without_screen
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog, ProgressDisplay
+from nanokimi.training.reading import Read, read_or_save
 from nanokimi.training.signals import StopSignals
 from nanokimi.training.spikes import SpikeWatch
 from nanokimi.training.step import TrainingStep, evaluate
@@ -100,6 +102,7 @@ class Trainer:
         self.metrics = MetricsLog(output if self.ranks.is_main else None, state=history)
         self.step.spikes = SpikeWatch(self.metrics.losses_and_norms())
         self.counters = Counters()
+        self._first_step = 0  # of this process
         self.checkpoints = checkpoints or Checkpoints(output / "checkpoints")
         self.hang_watch = HangWatch(output / "logs", config.timeout)
         self.extras = Extras()
@@ -117,6 +120,7 @@ class Trainer:
             RunError: the loss stayed non-finite, or the disk is full.
         """
         config, counters, last = self.config, self.counters, stop_after or math.inf
+        self._first_step = counters.step
         began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
         with StopSignals() as signals, self._display() as display, self.hang_watch as hang_watch:
@@ -151,10 +155,11 @@ class Trainer:
         """One optimizer step, skipped when anything in it is not finite, or as a spike; returns its metrics."""
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
+        micro_batches = self._read(lambda: list(islice(batches, self.step.parts.passes)))
         warmup, decay, progress = config.warmup_steps, config.decay_fraction, self._progress()
         factor = lr_factor(config.schedule, counters.step, progress, warmup_steps=warmup, decay_fraction=decay)
         self.optimizer.set_lr_factor(factor)
-        seen = self.step(batches)
+        seen = self.step(iter(micro_batches))
         largest = [max(heads) for heads in seen.max_logits]
         tau = config.qk_clip_tau
         model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
@@ -178,6 +183,22 @@ class Trainer:
             "expert_load": [[n / max(1.0, sum(layer)) for n in layer] for layer in seen.expert_counts],
         }
 
+    def _read(self, read: Callable[[], Read]) -> Read:
+        """What ``read`` takes from the data; where it fails, the run is saved as it is before it, and ends."""
+        position = self.batches.mark()
+        return read_or_save(read, lambda: self._save_at(position), self.ranks)
+
+    def _save_at(self, position: Callable[[], dict[str, Any]]) -> str:
+        """Saves the run as it was at ``position`` in the data, unless it has made no step; says so."""
+        if self.counters.step == self._first_step:
+            return ""
+        self.save(position=position)
+        self.checkpoints.finish()
+        return (
+            f"; the run is saved as it was after step {self.counters.step}: mend the data, and go on with --resume "
+            "(and --override data_path, if a file has changed)"
+        )
+
     def _give_up(self) -> None:
         """Ends a run whose loss stays non-finite; nothing is saved over the last good checkpoint."""
         self._write_history()
@@ -192,6 +213,7 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Evaluates, records, keeps the best checkpoint; returns what it measured."""
         assert self.held_out is not None
+        self._read(self.held_out.tokens.require_whole)
         measured = evaluate(
             self.model,
             self.held_out,
@@ -274,9 +296,19 @@ class Trainer:
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
-    def save(self, name: str = "latest.pt", *, final: bool = False) -> None:
-        """Writes all that a resume or an inference needs; what was ``latest.pt`` becomes ``previous.pt``."""
-        state = self.state_dict()
+    def save(
+        self,
+        name: str = "latest.pt",
+        *,
+        final: bool = False,
+        position: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        """Writes all that a resume or an inference needs; what was ``latest.pt`` becomes ``previous.pt``.
+
+        Args:
+            position: where in the data the run goes on, if that is not where the loader is.
+        """
+        state = self.state_dict(position)
         self.checkpoints.save(name, self.counters.step, state, self.parallel, self.optimizer, final=final)
         if name == "latest.pt":
             self._write_history()
@@ -293,9 +325,10 @@ class Trainer:
                 title = self.config.init_from or self.config.preset
                 plot_training(history, path, tau=self.config.qk_clip_tau, title=title)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, position: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """The run as plain data, but for weights and optimizer state; the same on all ranks."""
-        positions = [from_bytes(own) for own in self.ranks.gather(to_bytes(self.batches.state_dict()))]
+        own_position = (position or self.batches.state_dict)()
+        positions = [from_bytes(own) for own in self.ranks.gather(to_bytes(own_position))]
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "model_config": asdict(self.model.config),

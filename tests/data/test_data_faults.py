@@ -243,7 +243,8 @@ def test_token_files_that_shrink_during_a_run_end_it_in_one_line(
     monkeypatch.setattr(Trainer, "_train_step", truncating)
     assert main(flags("tokenbin", name)) == 1
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].endswith(f"{name}: the token file was truncated while in use: make it anew, then --resume")
+    assert f"{name}: the token file was truncated while in use: make it anew, then --resume" in said[-1]
+    assert "the run is saved as it was after step 1" in said[-1]
     assert sum(line.startswith("nanokimi: ") for line in said) == 1
 
 
@@ -262,7 +263,7 @@ def test_a_stream_that_changes_during_a_run_ends_it_in_one_line(
     monkeypatch.setattr(Trainer, "_train_step", edited)
     assert main(flags("localstreaming", "t.txt", "--max_steps", "50", "--shuffle_buffer", "1")) == 2
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "nanokimi: t.txt: the text was changed while it was read: start again"
+    assert said[-1].startswith("nanokimi: t.txt: the text was changed while it was read: start again; the run is saved")
 
 
 @pytest.mark.parametrize("dataset", ["local", "localstreaming", "tokenbin"])

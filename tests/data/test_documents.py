@@ -7,6 +7,7 @@ import pytest
 
 from nanokimi.data import documents, formats
 from nanokimi.data.documents import cut_text
+from nanokimi.data.finding import Search
 from nanokimi.data.formats import Format, Span
 from nanokimi.data.local import find_files
 from nanokimi.errors import UserError
@@ -128,9 +129,9 @@ def test_a_document_that_fits_is_one_piece_wherever_it_stands(path: Path, monkey
 def test_a_missing_file_a_folder_and_an_empty_file_are_named_with_the_flag(path: Path) -> None:
     """Faults 1, 4 and 5."""
     with pytest.raises(UserError, match=r"--data_path .*text\.txt: no such file.*nanokimi prepare stdlib"):
-        find_files(str(path), "--data_path")
+        find_files(str(path), "--data_path", Search())
     with pytest.raises(UserError, match=r"--val_path .* is a directory"):
-        find_files(str(path.parent), "--val_path")
+        find_files(str(path.parent), "--val_path", Search())
     path.touch()
     with pytest.raises(UserError, match=r"--data_path .*is empty"):
-        find_files(str(path), "--data_path")
+        find_files(str(path), "--data_path", Search())

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from streams import documents_of
 
-from nanokimi.data import documents, formats
+from nanokimi.data import documents, formats, opening
 from nanokimi.data.documents import START, Cursor, Piece, cut_text
 from nanokimi.data.formats import Format, Span
 from nanokimi.errors import UserError
@@ -47,7 +49,13 @@ def zstd(data: bytes) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def text(texts: list[str]) -> bytes:
@@ -79,7 +87,7 @@ def every_format(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """DOCUMENTS in every format there is."""
     path = tmp_path / str(request.param)
     path.write_bytes(
-        COMPRESS[path.suffix if path.suffix in COMPRESS else ""](CONTENTS[formats.inner_suffix(path)](DOCUMENTS))
+        COMPRESS[path.suffix if path.suffix in COMPRESS else ""](CONTENTS[opening.inner_suffix(path)](DOCUMENTS))
     )
     return path
 
@@ -137,7 +145,7 @@ def test_all_bytes_on_the_disk_are_counted_once(every_format: Path) -> None:
 @pytest.mark.parametrize("at", [1, 300, 777])
 def test_compressed_files_may_have_several_members(tmp_path: Path, name: str, at: int) -> None:
     path, compress = tmp_path / name, COMPRESS[Path(name).suffix]
-    data = CONTENTS[formats.inner_suffix(path)](DOCUMENTS)
+    data = CONTENTS[opening.inner_suffix(path)](DOCUMENTS)
     path.write_bytes(compress(data[:at]) + compress(b"") + compress(data[at:]))
     pieces = assert_read_from_everywhere(Span(path))
     assert [(piece.text, piece.ends_document) for piece in pieces] == cut(DOCUMENTS)
@@ -412,24 +420,24 @@ def test_the_text_column_is_found_or_the_columns_are_listed(
 
 
 @pytest.mark.parametrize("column", ["", "body"])
-def test_the_first_record_decides_on_the_column_wherever_reading_begins(tmp_path: Path, column: str) -> None:
+def test_the_first_records_decide_on_the_column_wherever_reading_begins(tmp_path: Path, column: str) -> None:
     path = tmp_path / "a.jsonl"
-    rows = [{"body": "a" * 90}, {"body": "b", "title": "c"}, {"title": "d"}, {"title": "e", "text": "f"}]
+    rows = [{"body": None}, {"body": "a" * 90}, {"body": "b", "n": 3}, {"n": 4}]
     lines = [json.dumps(row) + "\n" for row in rows]
     path.write_text("".join(lines))
     pieces = assert_read_from_everywhere(Span(path), Format(column))
-    assert documents_of(pieces) == ["a" * 90, "b", "", ""]
-    assert documents_of(list(Format(column).read(Span(path, len(lines[0]))))) == ["b", "", ""]
+    assert documents_of(pieces) == ["", "a" * 90, "b", ""]
+    assert documents_of(list(Format(column).read(Span(path, len(lines[0] + lines[1]))))) == ["b", ""]
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst", "a.parquet", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.zst", "a.txt.bz2", "a.jsonl.xz", "a.parquet", "a.parquet.gz"])
 @pytest.mark.parametrize("left", [0.02, 0.5, 0.9, -1])
 def test_a_truncated_file_is_named_in_one_line(tmp_path: Path, name: str, left: float) -> None:
     path = tmp_path / name
-    inner = CONTENTS[formats.inner_suffix(path)](DOCUMENTS * 20)
+    inner = CONTENTS[opening.inner_suffix(path)](DOCUMENTS * 20)
     data = COMPRESS[path.suffix if path.suffix in COMPRESS else ""](inner)
     path.write_bytes(data[: int(left * len(data)) if left > 0 else -1])
     with pytest.raises(UserError, match=f"{path}: .*(repair|replace)") as raised:

@@ -17,6 +17,7 @@ from streams import documents_of
 
 from nanokimi.data import documents, formats, local
 from nanokimi.data.documents import START, Piece
+from nanokimi.data.finding import Search
 from nanokimi.data.formats import Format, Span
 from nanokimi.data.local import LocalDocuments, find_files
 from nanokimi.errors import UserError
@@ -40,7 +41,7 @@ def write(folder: Path, **texts: str) -> None:
 
 
 def names(path: str | Path, below: Path) -> list[str]:
-    return [os.path.relpath(file, below) for file in find_files(str(path), "--data_path")]
+    return [os.path.relpath(file, below) for file in find_files(str(path), "--data_path", Search())]
 
 
 def parts_of(path: str | Path) -> tuple[LocalDocuments, list[list[Piece]]]:
@@ -109,7 +110,7 @@ def test_a_missing_file_is_named(folder: Path, path: str) -> None:
     (folder / "dangling.txt").symlink_to(folder / "nowhere")
     missing = path.split(",")[-1].replace("{}", str(folder))
     with pytest.raises(UserError) as raised:
-        find_files(path.replace("{}", str(folder)), "--val_path")
+        find_files(path.replace("{}", str(folder)), "--val_path", Search())
     assert str(raised.value).startswith(f"--val_path {missing}: no such file: ")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -243,6 +244,35 @@ def test_a_mistake_is_one_line_over_all_ranks(place: Path, flags: list[str], mes
     assert len(told) == 1, job.said()
     assert re.search(message, told[0])
     assert "exitcode  : 2" in job.said()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("A13")
+def test_data_that_fail_on_one_rank_end_all_with_the_run_saved(place: Path) -> None:
+    lines = [json.dumps({"text": f"row {number} ".ljust(1000, "x")}) for number in range(220)]
+    lines[200] = "no JSON"  # in the second part, after a first chunk of it
+    (place / "late.jsonl").write_text("\n".join(lines))
+    streamed = ("--dataset", "localstreaming", "--data_path", str(place / "late.jsonl"), "--shuffle_buffer", "8")
+    more = (
+        *streamed,
+        "--max_steps",
+        "500",
+        "--batch_size",
+        "32",
+        "--eval_interval",
+        "0",
+        "--save_interval",
+        "0",
+        "--val_fraction",
+        "0",
+    )
+    code, job = run(Launch(arguments(place, "late", *more), part_bytes=120_000), place)
+    said = job.said()
+    assert code != 0
+    step = checkpoint.read(place / "late" / "checkpoints" / "latest.pt")["counters"]["step"]
+    assert step > 0
+    assert said.count("is not JSON") == 1
+    assert f"the run is saved as it was after step {step}" in said
 
 
 def test_sharing_out_needs_torchrun(place: Path) -> None:
