@@ -175,6 +175,11 @@ def _train(trainer: Trainer, *, continues: bool, stop_after: int) -> int:
         return 0
     if trainer.device.type == "cpu":
         keep_freed_memory()
+    if trainer.optimizer.needs_exact_logits:
+        log(
+            f"--qk_clip_tau {trainer.config.qk_clip_tau:g}: attention logits are measured exactly, for the bound that "
+            f"costs nothing is too loose with a context of {trainer.model.config.max_seq_length}"
+        )
     if not current_ranks().is_main:
         return trainer.train(stop_after=stop_after)
     config = trainer.config

@@ -157,7 +157,8 @@ class Trainer:
         seen = self.step(batches)
         largest = [max(heads) for heads in seen.max_logits]
         tau = config.qk_clip_tau
-        model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
+        near = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
+        model.exact_logits = self.optimizer.needs_exact_logits or near
         counters.step += 1
         counters.tokens += seen.tokens
         counters.skipped += seen.skipped
@@ -328,7 +329,7 @@ class Trainer:
             self.batches.go_near(content["data"])
         else:
             self.batches.load_state_dict(content["data"])
-        self.model.exact_logits = content["exact_logits"]
+        self.model.exact_logits = content["exact_logits"] or self.optimizer.needs_exact_logits
         torch.set_rng_state(content["random"]["cpu"])
         cuda = content["random"]["cuda"]
         if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():  # of these devices, not of others
