@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nanokimi.config import TrainConfig
 from nanokimi.ops.adamw import AdamWStep, TensorLists, adamw_
-from nanokimi.ops.newton_schulz import batches_of, newton_schulz, orthogonalise
+from nanokimi.ops.newton_schulz import batches_of, newton_schulz, newton_schulz_flops, orthogonalise
 from nanokimi.optim.qk_clip import (
     bound_is_loose,
     group_of,
@@ -245,6 +245,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig, **where: Any) -> MuonC
     rates = {"lr": config.learning_rate, "adam_lr": config.adam_lr, "momentum": config.momentum}
     scales = {"weight_decay": config.weight_decay, "adjust_lr_fn": config.adjust_lr_fn, "tau": config.qk_clip_tau}
     return MuonClip(model, **{**rates, **scales, **OPTIMIZERS[config.optimizer], **where})
+
+
+def largest_matrix(optimizer: MuonClip) -> tuple[int, int]:
+    """Rows and columns of the matrix that takes Muon longest."""
+    groups = (group for group in optimizer.param_groups if group["kind"] == "muon")
+    shapes = [tuple(p.shape[-2:]) for group in groups for p in group["params"]]
+    return max(shapes, key=lambda shape: newton_schulz_flops(*shape), default=(1, 1))
 
 
 def update_scale(adjust_lr_fn: str, rows: int, cols: int) -> float:

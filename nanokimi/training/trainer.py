@@ -22,6 +22,7 @@ from nanokimi.data.loader import LoaderOptions, merge_states
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.measured import Choice
 from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
@@ -306,6 +307,7 @@ class Trainer:
             "data": {"sha256": self.corpus.train.identity, **merge_states(positions)},
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "exact_logits": self.model.exact_logits,
+            "newton_schulz": str(self.optimizer.ns_dtype or "").removeprefix("torch."),
             "history": self.metrics.state(),
         }
 
@@ -330,6 +332,8 @@ class Trainer:
         else:
             self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"] or self.optimizer.needs_exact_logits
+        if self.device.type == "cpu" and (dtype := content.get("newton_schulz")):  # whatever is faster here by now
+            self.optimizer.ns_dtype = Choice(dtype).torch_dtype
         torch.set_rng_state(content["random"]["cpu"])
         cuda = content["random"]["cuda"]
         if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():  # of these devices, not of others
