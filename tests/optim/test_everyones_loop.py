@@ -100,6 +100,7 @@ def test_all_passes_of_a_step_count_and_a_skipped_step_loses_none() -> None:
     seen = []
     for seed in (1, 2, 3):
         apart = pushed_model()
+        apart.exact_logits = True  # as a tau this low has the model measure
         apart(*tokens(seed))
         seen.append(apart.max_logits)
         model(*tokens(seed)).loss.backward()
