@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_import(commands)
     add_demo(commands)
     add_plan(commands)
+    add_doctor(commands)
     return parser
 
 
@@ -319,7 +320,7 @@ def import_hf(args: argparse.Namespace) -> int:
     return import_hf(Path(args.folder), Path(args.output), tokenizer=args.tokenizer)
 
 
-# ---- demo, plan ---------------------------------------------------------------------------------
+# ---- demo, plan, doctor ---------------------------------------------------------------------------------
 
 
 def add_demo(commands: Any) -> None:
@@ -351,3 +352,17 @@ def add_plan(commands: Any) -> None:
 def plan(args: argparse.Namespace) -> int:
     show("\n".join(plan_lines(args, *gather_settings(args))))
     return 0
+
+
+def add_doctor(commands: Any) -> None:
+    """``nanokimi doctor``: what this machine has, and what will go wrong on it."""
+    about = "look at this machine: versions, memory, disk, compiler, speed; and at what will go wrong"
+    parser = add_command(commands, "doctor", doctor, about, "Exits with 1 if something will fail.")
+    parser.add_argument("--output_dir", default=".", metavar="FOLDER", help="of a run (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from nanokimi.insight.doctor import run_doctor
+
+    return run_doctor(Path(args.output_dir), as_json=args.json)

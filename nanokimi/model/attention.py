@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanokimi.config import ModelConfig
 from nanokimi.model.cache import CacheSlots
 from nanokimi.model.layers import LATENT_EPS, Linear, RMSNorm, is_plain
-from nanokimi.ops.attention import causal_attention, largest_logits, masked_attention
+from nanokimi.ops.attention import DocumentMask, causal_attention, largest_logits, masked_attention
 from nanokimi.ops.products import at_least_fp32
 
 QUERIES_AT_ONCE = 256  # of a long text after a cache: bounds the memory of the scores
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         rope: Rope,
         slots: CacheSlots | None = None,
         *,
-        documents: Tensor | None = None,
+        mask: DocumentMask | None = None,
         counted: Tensor | None = None,
         exact: bool = False,
         last_only: bool = False,
@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
         Args:
             slots: where in a cache the tokens go.
-            documents: ``[B, T]``; tokens attend to those with their own number only.
+            mask: tokens attend within their document only.
             counted: bool ``[B, T]``; the logits of other queries are left out.
             last_only: output of the last position only, ``[B, 1, D]``; needs ``slots``.
         """
@@ -125,9 +125,9 @@ class Attention(nn.Module):
                 attn_mask = None if slots.attn_mask is None else slots.attn_mask[..., -x.shape[1] :, :]
                 return self.wo(self.attend_past(q, past, attn_mask)), None
         k, v = self.expand(*parts)
-        out, lse = causal_attention(q, k, v, self.scale, documents)
+        out, lse = causal_attention(q, k, v, self.scale, mask)
         if exact:
-            logits = largest_logits(q, k, self.scale, documents, counted)
+            logits = largest_logits(q, k, self.scale, mask, counted)
         else:
             lse = lse.detach() if counted is None else lse.detach().masked_fill(~counted[:, None], -torch.inf)
             logits = lse.amax(dim=(0, 2))

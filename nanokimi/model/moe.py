@@ -58,7 +58,7 @@ class Router(PreciseBuffers):
         experts = self.reachable(scores.detach() + self.balance_bias).topk(self.config.n_activated_experts).indices
         weights = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            weights = normalised(weights)
         return Routing(weights * self.config.route_scale, experts, scores)
 
     def reachable(self, biased: Tensor) -> Tensor:
@@ -78,6 +78,14 @@ class Router(PreciseBuffers):
         """Moves each bias one step towards an even load, given the tokens each expert saw ``[E]``."""
         counts = counts.to(self.balance_bias.dtype)
         self.balance_bias += self.config.bias_update_rate * torch.sign(counts.mean() - counts)
+
+
+def normalised(scores: Tensor) -> Tensor:
+    """``scores`` divided by the sum of each row; a row of zeros, as where all scores underflow, stays zero.
+
+    The small number is that of DeepSeek-V3's published code, which every engine that reads these weights adds too.
+    """
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 class Experts(nn.Module):
@@ -144,8 +152,8 @@ class MoE(nn.Module):
         visited = torch.zeros_like(routing.scores, dtype=torch.bool).scatter_(-1, routing.experts, True)
         visited = visited.view(*counted.shape, -1) & counted.unsqueeze(-1)  # [B, T, E]
         tokens = counted.sum(dim=1, keepdim=True).clamp(min=1)
-        scores = routing.scores.view(visited.shape)
-        share = (scores / scores.sum(dim=-1, keepdim=True) * counted.unsqueeze(-1)).sum(dim=1) / tokens
+        scores = normalised(routing.scores).view(visited.shape)
+        share = (scores * counted.unsqueeze(-1)).sum(dim=1) / tokens
         chosen = visited.sum(dim=1).to(scores.dtype) / tokens
         load = chosen * self.config.n_routed_experts / self.config.n_activated_experts
         return Load(visited.sum(dim=(0, 1)), (load * share).sum(dim=-1))

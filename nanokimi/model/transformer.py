@@ -17,8 +17,9 @@ from nanokimi.model.attention import ATTENTIONS, Attention, QKRows, rotary_table
 from nanokimi.model.cache import CacheSlots, LatentCache
 from nanokimi.model.layers import Embedding, Linear, ParamRole, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
 from nanokimi.model.moe import Load, MoE, Router
+from nanokimi.ops.attention import DocumentMask, document_mask
 from nanokimi.ops.loss import IGNORED, linear_cross_entropy, linear_log_probabilities, log_probabilities_by
-from nanokimi.ops.products import at_least_fp32
+from nanokimi.ops.products import at_least_fp32, multiplied_dtype
 
 
 class BlockStats(NamedTuple):
@@ -57,14 +58,14 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         slots: CacheSlots | None,
         *,
-        documents: Tensor | None = None,
+        mask: DocumentMask | None = None,
         counted: Tensor | None = None,
         exact: bool,
         last_only: bool = False,
     ) -> tuple[Tensor, BlockStats]:
         """``[B, T, D] -> [B, T, D]`` (``last_only``: ``[B, 1, D]``) and what the layer has to report."""
         out, max_logits = self.attention(
-            self.attention_norm(x), rope, slots, documents=documents, counted=counted, exact=exact, last_only=last_only
+            self.attention_norm(x), rope, slots, mask=mask, counted=counted, exact=exact, last_only=last_only
         )
         x = (x[:, -1:] if last_only else x) + out
         if isinstance(self.mlp, MoE):
@@ -238,12 +239,11 @@ class Transformer(PreciseBuffers):
         rope = (self.cos[positions], self.sin[positions])
         counted = _counted(tokens, labelled, documents) if self.training and cache is None else None
         x, reports = self.embed(tokens), []
+        mask = None if documents is None else document_mask(documents, multiplied_dtype(x))  # one for all layers
         for layer in self.blocks():
             narrow = last_only and slots is not None and layer is self.layers[-1]
             run = partial(checkpoint, layer, use_reentrant=False) if self.checkpointing and self.training else layer
-            x, stats = run(
-                x, rope, slots, documents=documents, counted=counted, exact=self.exact_logits, last_only=narrow
-            )
+            x, stats = run(x, rope, slots, mask=mask, counted=counted, exact=self.exact_logits, last_only=narrow)
             reports.append(stats)
         if cache is not None:
             cache.advance(tokens.shape[1])

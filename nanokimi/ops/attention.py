@@ -7,7 +7,7 @@ free; torch's public attention function computes it too, but does not return it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,22 +16,51 @@ from torch.nn import functional as F
 from nanokimi.ops.products import at_least_fp32
 
 ROWS_PER_CHUNK = 128  # queries whose logits ``largest_logits`` holds at once
+MASK_ROWS_PER_CHUNK = 256  # rows of a bias whose mask is held at once
 ROW_ALIGNMENT = 8  # elements: in half precision the 16 bytes that CUDA reads at once
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
 
+class DocumentMask(NamedTuple):
+    """Which positions may attend to one another; made by ``document_mask``, once for all layers of a pass.
+
+    Attributes:
+        documents: int64 ``[B, T]``, the number of the document that each position belongs to.
+        bias: what the kernels add to the logits, ``[B, 1, T, T]``: 0 where a position may attend, -inf elsewhere.
+    """
+
+    documents: Tensor
+    bias: Tensor
+
+
+def document_mask(documents: Tensor, dtype: torch.dtype) -> DocumentMask:
+    """The mask of ``documents`` ``[B, T]`` for queries in ``dtype``.
+
+    The rows of its bias begin at multiples of ``ROW_ALIGNMENT`` elements, whatever T is: CUDA's kernel refuses others.
+    """
+    batch, length = documents.shape
+    padded = -(-length // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    bias = torch.zeros(batch, 1, length, padded, dtype=dtype, device=documents.device)[..., :length]
+    for start in range(0, length, MASK_ROWS_PER_CHUNK):
+        end = min(start + MASK_ROWS_PER_CHUNK, length)
+        visible = _attn_mask(start, end, length, documents.device, documents)
+        bias[:, :, start:end].masked_fill_(~visible, -torch.inf)
+    return DocumentMask(documents, bias)
+
+
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None = None
 ) -> tuple[Tensor, Tensor]:
     """``causal_attention`` written out: what the kernels are compared with, and what runs on devices without one."""
     logits = at_least_fp32(q @ k.transpose(-2, -1)) * scale
+    documents = None if mask is None else mask.documents
     logits = torch.where(_attn_mask(0, q.shape[-2], k.shape[-2], q.device, documents), logits, -torch.inf)
     return logits.softmax(dim=-1).type_as(v) @ v, logits.detach().logsumexp(dim=-1)
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention where position t sees positions 0 to t, or those among them that are in its document.
 
@@ -39,7 +68,7 @@ def causal_attention(
         q, k: ``[B, H, T, N + P]``.
         v: ``[B, H, T, V]``.
         scale: factor of the logits.
-        documents: int64 ``[B, T]``, the number of the document that each position belongs to.
+        mask: of documents; None: all of a sequence is one.
 
     Returns:
         the output ``[B, H, T, V]`` and the log-sum-exp of each row of visible scaled logits ``[B, H, T]``
@@ -47,9 +76,11 @@ def causal_attention(
     """
     fused = _fused_kernel(q, v)
     if fused is None:
-        return reference_attention(q, k, v, scale, documents)
+        return reference_attention(q, k, v, scale, mask)
     kernel, multiple = fused
-    bias = None if documents is None else _document_bias(documents, q.dtype)
+    if mask is not None and mask.bias.dtype != q.dtype:  # a layer of another precision than its model
+        mask = document_mask(mask.documents, q.dtype)
+    bias = None if mask is None else mask.bias
     out, lse = kernel(*_equal_widths(q, k, v, multiple), scale, bias)
     return out[..., : v.shape[-1]], lse[..., : q.shape[2]]
 
@@ -102,17 +133,6 @@ def _cuda_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | N
     return out, lse
 
 
-def _document_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels add to the logits, ``[B, 1, T, T]``: 0 where a position may attend, -inf elsewhere.
-
-    Its rows begin at multiples of ``ROW_ALIGNMENT`` elements, whatever T is: CUDA's kernel refuses others.
-    """
-    length = documents.shape[1]
-    attn_mask = _attn_mask(0, length, length, documents.device, documents)
-    bias = torch.zeros(attn_mask.shape, dtype=dtype, device=documents.device).masked_fill(~attn_mask, -torch.inf)
-    return F.pad(bias, (0, -length % ROW_ALIGNMENT))[..., :length]
-
-
 def _attn_mask(start: int, end: int, keys: int, device: torch.device, documents: Tensor | None) -> Tensor:
     """Which of the first ``keys`` positions the rows from ``start`` to ``end`` may attend to.
 
@@ -133,13 +153,13 @@ def _equal_widths(q: Tensor, k: Tensor, v: Tensor, multiple: int) -> tuple[Tenso
 
 @torch.no_grad()
 def largest_logits(
-    q: Tensor, k: Tensor, scale: float, documents: Tensor | None = None, counted: Tensor | None = None
+    q: Tensor, k: Tensor, scale: float, mask: DocumentMask | None = None, counted: Tensor | None = None
 ) -> Tensor:
     """The largest scaled logit of each head over visible pairs, ``[H]``, a chunk of rows at a time.
 
     ``counted``, bool ``[B, T]``: the queries that count; without any the largest logit is -inf.
     """
-    length = q.shape[2]
+    length, documents = q.shape[2], None if mask is None else mask.documents
     best = torch.full((q.shape[1],), -torch.inf, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     for start in range(0, length, ROWS_PER_CHUNK):
         end = min(start + ROWS_PER_CHUNK, length)

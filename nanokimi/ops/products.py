@@ -103,8 +103,13 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 def as_multiplied(x: Tensor) -> Tensor:
     """``x`` in the type that autocast multiplies in, as it is where there is no autocast."""
+    return x.to(multiplied_dtype(x))
+
+
+def multiplied_dtype(x: Tensor) -> torch.dtype:
+    """The type in which linear layers multiply ``x``: autocast's, or its own where there is no autocast."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 from nanokimi.config import TrainConfig
 from nanokimi.ops.adamw import AdamWStep, TensorLists, adamw_
-from nanokimi.ops.newton_schulz import batches_of, newton_schulz, orthogonalise
-from nanokimi.optim.qk_clip import group_of, is_sharded, local, local_rows, qk_clip_, share_statistics, unwrapped
+from nanokimi.ops.newton_schulz import batches_of, newton_schulz, newton_schulz_flops, orthogonalise
+from nanokimi.optim.qk_clip import (
+    bound_is_loose,
+    group_of,
+    is_sharded,
+    local,
+    local_rows,
+    qk_clip_,
+    share_statistics,
+    unwrapped,
+)
 
 MUON_ROLES = frozenset({"query_key", "matrix", "experts"})
 ADAMW_ROLES = frozenset({"embedding", "head", "norm"})
@@ -72,7 +81,8 @@ class MuonClip(torch.optim.Optimizer):
         weight_decay: decoupled, of matrices only (embedding and head included).
         adjust_lr_fn: ``original`` scales an update by ``sqrt(max(1, rows / cols))`` (Jordan et al., 2024),
             ``match_rms_adamw`` by ``0.2 sqrt(max(rows, cols))`` (Liu et al., 2025).
-        tau: largest attention logit allowed; 0 switches QK-Clip off.
+        tau: largest attention logit allowed; 0 switches QK-Clip off. Where ln(context) is over tau / 4 the model is
+            told to measure logits exactly: their bound alone could pass tau.
         muon_roles: of the parameters that Muon updates; AdamW updates the others.
         ns_dtype: precision of Newton-Schulz; None chooses by hardware.
         group: the ranks that train the model together; None: all there are.
@@ -81,6 +91,7 @@ class MuonClip(torch.optim.Optimizer):
 
     Attributes:
         non_finite: how many largest logits were not finite so far, a scalar.
+        needs_exact_logits: whether ``tau`` lies where the bound of the logits says too little.
 
     Raises:
         ValueError: a parameter has two roles or an unknown one, or a value is out of range.
@@ -111,6 +122,8 @@ class MuonClip(torch.optim.Optimizer):
         self._model = unwrapped(model)
         self._group, self._shared = group or group_of(model), False
         self.tau, self.ns_dtype, self.non_finite = tau, ns_dtype, torch.zeros((), dtype=torch.int64)
+        self.needs_exact_logits = bound_is_loose(tau, self._model.config.max_seq_length)
+        self._model.exact_logits |= self.needs_exact_logits
         muon = {"kind": "muon", "lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
         adamw = {"kind": "adamw", "lr": adam_lr, "betas": betas, "eps": eps}
         groups = []
@@ -232,6 +245,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig, **where: Any) -> MuonC
     rates = {"lr": config.learning_rate, "adam_lr": config.adam_lr, "momentum": config.momentum}
     scales = {"weight_decay": config.weight_decay, "adjust_lr_fn": config.adjust_lr_fn, "tau": config.qk_clip_tau}
     return MuonClip(model, **{**rates, **scales, **OPTIMIZERS[config.optimizer], **where})
+
+
+def largest_matrix(optimizer: MuonClip) -> tuple[int, int]:
+    """Rows and columns of the matrix that takes Muon longest."""
+    groups = (group for group in optimizer.param_groups if group["kind"] == "muon")
+    shapes = [tuple(p.shape[-2:]) for group in groups for p in group["params"]]
+    return max(shapes, key=lambda shape: newton_schulz_flops(*shape), default=(1, 1))
 
 
 def update_scale(adjust_lr_fn: str, rows: int, cols: int) -> float:

@@ -7,6 +7,7 @@ changes by one bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:  # at run time any model will do that has these members of a T
 def clip_factors(max_logits: Tensor, tau: float) -> Tensor:
     """``gamma = tau / max(S, tau)`` of each head: 1 where nothing is to be done, also for S <= 0 or not finite."""
     return torch.where(max_logits < torch.inf, tau / max_logits.clamp_min(tau), 1.0)
+
+
+def bound_is_loose(tau: float, context: int) -> bool:
+    """Whether the log-sum-exp may pass the largest logit by more than a quarter of ``tau``: by up to ln(context)."""
+    return 0 < tau < 4 * math.log(context)
 
 
 @torch.no_grad()

@@ -23,6 +23,9 @@ from nanokimi.errors import ConfigError, UserError
 from nanokimi.interop.loading import read_model
 from nanokimi.memory import keep_freed_memory
 from nanokimi.model.transformer import weight_shapes
+from nanokimi.native.build import cache_folder
+from nanokimi.ops.measured import Choice, machine_choice
+from nanokimi.optim.muonclip import largest_matrix
 from nanokimi.parallel.build import layout_of_run
 from nanokimi.parallel.process_group import process_group, rank_device
 from nanokimi.parallel.ranks import current_ranks, from_bytes, to_bytes
@@ -105,6 +108,7 @@ def _train_fresh(arguments: TrainArguments, checkpoints: Checkpoints) -> int:
         origin = Origin(ModelConfig.preset(config.preset, **arguments.model))
     with checkpoints.locked():
         trainer = _fresh_trainer(config, origin, arguments, checkpoints)
+        choose_precision(trainer)
         del origin  # not two copies of the weights while it trains
         checkpoints.put_aside()
         return _train(trainer, continues=False, stop_after=arguments.stop_after)
@@ -152,6 +156,20 @@ def _train_resumed(arguments: TrainArguments, checkpoints: Checkpoints) -> int:
         return _train(trainer, continues=not elsewhere, stop_after=arguments.stop_after)
 
 
+def choose_precision(trainer: Trainer) -> None:
+    """Has a fresh run on a CPU orthogonalise in the precision that is faster here; the main rank decides for all."""
+    if trainer.device.type != "cpu":
+        return
+    ranks, choice = current_ranks(), None
+    if ranks.is_main:
+        shape = largest_matrix(trainer.optimizer)
+        choice = machine_choice(shape, cache_folder(), deterministic=trainer.config.deterministic)
+    choice = Choice(*from_bytes(ranks.broadcast(to_bytes(tuple(choice) if choice else None))))
+    trainer.optimizer.ns_dtype = choice.torch_dtype
+    if choice.gain:
+        log(f"Newton-Schulz in {choice.dtype}: float32 was measured at {choice.gain:.2f} times the speed of bfloat16")
+
+
 def _open_corpus(
     config: TrainConfig, tokenizer_name: str, tokenizer: Tokenizer | None, *, named: bool = False
 ) -> Corpus:
@@ -175,6 +193,11 @@ def _train(trainer: Trainer, *, continues: bool, stop_after: int) -> int:
         return 0
     if trainer.device.type == "cpu":
         keep_freed_memory()
+    if trainer.optimizer.needs_exact_logits:
+        log(
+            f"--qk_clip_tau {trainer.config.qk_clip_tau:g}: attention logits are measured exactly, for the bound that "
+            f"costs nothing is too loose with a context of {trainer.model.config.max_seq_length}"
+        )
     if not current_ranks().is_main:
         return trainer.train(stop_after=stop_after)
     config = trainer.config

@@ -23,6 +23,7 @@ from nanokimi.data.loader import LoaderOptions, merge_states
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.model.transformer import Transformer
+from nanokimi.ops.measured import Choice
 from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
@@ -162,7 +163,8 @@ class Trainer:
         seen = self.step(iter(micro_batches))
         largest = [max(heads) for heads in seen.max_logits]
         tau = config.qk_clip_tau
-        model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
+        near = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
+        model.exact_logits = self.optimizer.needs_exact_logits or near
         counters.step += 1
         counters.tokens += seen.tokens
         counters.skipped += seen.skipped
@@ -338,6 +340,7 @@ class Trainer:
             "data": {"sha256": self.corpus.train.identity, **merge_states(positions)},
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "exact_logits": self.model.exact_logits,
+            "newton_schulz": str(self.optimizer.ns_dtype or "").removeprefix("torch."),
             "history": self.metrics.state(),
         }
 
@@ -361,7 +364,9 @@ class Trainer:
             self.batches.go_near(content["data"])
         else:
             self.batches.load_state_dict(content["data"])
-        self.model.exact_logits = content["exact_logits"]
+        self.model.exact_logits = content["exact_logits"] or self.optimizer.needs_exact_logits
+        if self.device.type == "cpu" and (dtype := content.get("newton_schulz")):  # whatever is faster here by now
+            self.optimizer.ns_dtype = Choice(dtype).torch_dtype
         torch.set_rng_state(content["random"]["cpu"])
         cuda = content["random"]["cuda"]
         if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():  # of these devices, not of others

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,18 +15,20 @@ from torch.nn import functional as F
 
 from nanokimi.config import ModelConfig
 from nanokimi.data.batch import document_numbers
+from nanokimi.memory import process_memory
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.attention import (
     ROW_ALIGNMENT,
     _cuda_kernel,
-    _document_bias,
     _fused_kernel,
     causal_attention,
+    document_mask,
     largest_logits,
     reference_attention,
 )
 
 EOT = 256
+LONG = 4000  # positions whose bias is large beside all else of a pass
 LAYOUTS = ((9, 1, 17, 5), (2, 20, 10))  # documents of the two sequences; their lengths differ, the sums do not
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -146,7 +150,7 @@ def test_no_gradient_crosses_into_another_document() -> None:
     q, k, v = heads(600, 16, 16, 16)
     documents = random_documents(600)
     own = (documents == 1)[:, None, :, None]
-    out, _ = causal_attention(q, k, v, 0.3, documents)
+    out, _ = causal_attention(q, k, v, 0.3, document_mask(documents, q.dtype))
     for gradient in torch.autograd.grad((out * own).square().sum(), (q, k, v)):
         assert not bool(gradient.masked_select(~own).any())
         assert bool(gradient.masked_select(own).any())
@@ -162,7 +166,7 @@ def test_fused_attention_within_documents_equals_the_reference_with_its_gradient
     documents, weight = random_documents(length), torch.randn(2, 3, length, value, dtype=dtype)
     results = []
     for attend in (causal_attention, reference_attention):
-        out, lse = attend(q, k, v, 0.3, documents)
+        out, lse = attend(q, k, v, 0.3, document_mask(documents, dtype))
         results.append((out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=10 * tolerance, atol=tolerance)
@@ -172,7 +176,7 @@ def test_the_reference_follows_the_definition_pair_by_pair() -> None:
     q, k, v = heads(12, 16, 16, 16, dtype=torch.float64)
     documents = random_documents(12)
     logits = visible_logits(q, k, 0.3, documents)
-    out, lse = reference_attention(q, k, v, 0.3, documents)
+    out, lse = reference_attention(q, k, v, 0.3, document_mask(documents, q.dtype))
     torch.testing.assert_close(out, logits.softmax(dim=-1) @ v)
     torch.testing.assert_close(lse, logits.logsumexp(dim=-1), check_stride=False)
 
@@ -181,7 +185,7 @@ def test_log_sum_exp_bounds_the_largest_visible_logit_from_both_sides() -> None:
     q, k, v = heads(60, 16, 16, 16)
     documents = random_documents(60)
     with torch.no_grad():
-        _, lse = causal_attention(5 * q, k, v, 0.25, documents)
+        _, lse = causal_attention(5 * q, k, v, 0.25, document_mask(documents, q.dtype))
         logits = visible_logits(5 * q, k, 0.25, documents)
     largest, visible = logits.amax(-1), logits.isfinite().sum(-1)
     assert bool((lse >= largest - 1e-5).all())
@@ -195,7 +199,8 @@ def test_exact_maxima_see_visible_pairs_only_across_chunk_borders() -> None:
     q[0, 1, 150] = k[0, 1, 99] = 100.0  # causal, but in the document before
     visible = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
     expected = (q @ k.mT * 0.25).masked_fill(~visible, -torch.inf).amax(dim=(0, 2, 3))
-    torch.testing.assert_close(largest_logits(q, k, 0.25, documents), expected, rtol=1e-6, atol=1e-6)
+    found = largest_logits(q, k, 0.25, document_mask(documents, q.dtype))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert float(largest_logits(q, k, 0.25)[1]) > 1e4 > float(expected[1])
 
 
@@ -256,10 +261,47 @@ def test_a_compiled_loss_takes_documents_and_goes_without() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault("A16")
+def test_all_layers_keep_one_bias_for_the_backward_pass() -> None:
+    model, length = Transformer(ModelConfig.preset("debug", n_layers=6, max_seq_length=400)).train(), 400
+    tokens, kept = torch.randint(0, 257, (1, length)), set()
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() >= 4 * length**2:
+            kept.add(storage.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(tokens, tokens, documents=random_documents(length)[:1])
+    assert len(kept) == 1
+
+
+@pytest.mark.fault("A16")
+@pytest.mark.serial
+@pytest.mark.skipif(process_memory("VmHWM") is None, reason="this system does not tell a process its peak")
+def test_a_mask_costs_the_memory_of_one_bias_however_many_layers_there_are() -> None:
+    """In a process of its own: the peak of a masked pass over that of one without, in sizes of a bias."""
+    child = f"""
+import torch
+from nanokimi import ModelConfig, Transformer
+from nanokimi.memory import process_memory
+torch.set_num_threads(1)
+model = Transformer(ModelConfig.preset("debug", n_layers=6, max_seq_length={LONG}))
+tokens, peaks = torch.zeros(1, {LONG}, dtype=torch.int64), []
+for documents in (None, None, torch.arange({LONG})[None] // 1000):  # the first makes the gradients
+    model(tokens, tokens, documents=documents).loss.backward()
+    peaks.append(process_memory("VmHWM"))
+print((peaks[2] - peaks[1]) / (4 * {LONG} ** 2))
+"""
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 1.2  # 10.5 where every layer has its own
+
+
 @pytest.mark.parametrize("length", [1, 8, 33])
 def test_cuda_is_given_a_bias_whose_rows_are_aligned_and_dense(length: int) -> None:
     """Without a device only shapes can be checked; the ``gpu`` tests check the numbers."""
-    bias = _document_bias(torch.zeros(2, length, dtype=torch.int64), torch.bfloat16)
+    bias = document_mask(torch.zeros(2, length, dtype=torch.int64), torch.bfloat16).bias
     assert bias.shape == (2, 1, length, length)
     assert all(stride % ROW_ALIGNMENT == 0 for stride in bias.stride()[:-1])
     assert bias.stride(-1) == 1
@@ -281,10 +323,10 @@ def test_cuda_equals_the_reference_within_documents(
     weight = torch.randn(2, 3, length, value, device="cuda", dtype=dtype)
     assert _fused_kernel(q, v) is not None
     scale = 1 / math.sqrt(qk)
-    out, lse = causal_attention(q, k, v, scale, documents)
+    out, lse = causal_attention(q, k, v, scale, document_mask(documents, dtype))
     ours = (out, lse, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, lse = reference_attention(*exact, scale, documents)
+    out, lse = reference_attention(*exact, scale, document_mask(documents, torch.float64))
     for a, b in zip(ours, (out, lse, *torch.autograd.grad((out * weight.double()).sum(), exact)), strict=True):
         assert float((a.double() - b).norm()) <= tolerance * float(b.norm())
 

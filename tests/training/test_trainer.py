@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.sources import open_corpus
 from nanokimi.errors import RunError
-from nanokimi.model.transformer import Losses
+from nanokimi.model.transformer import Losses, Transformer
+from nanokimi.optim.muonclip import MuonClip
 from nanokimi.training.metrics import MetricsLog
 from nanokimi.training.spikes import WINDOW, SpikeWatch
 from nanokimi.training.step import StepReading, cross_entropy
@@ -32,12 +34,12 @@ def make_trainer(tmp_path: Path) -> TrainerFactory:
     text = tmp_path / "train.txt"
     text.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
 
-    def make(**settings: Any) -> Trainer:
+    def make(*, context: int = 32, **settings: Any) -> Trainer:
         defaults = {"preset": "debug", "data_path": str(text), "output_dir": str(tmp_path), "eval_interval": 0}
         config = TrainConfig(**{**defaults, "warmup_steps": 0, "max_steps": 8, **settings})
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         corpus = open_corpus(config, "byte", log=lambda line: None)
-        return Trainer(config, ModelConfig.preset("debug", max_seq_length=32), corpus, torch.device("cpu"))
+        return Trainer(config, ModelConfig.preset("debug", max_seq_length=context), corpus, torch.device("cpu"))
 
     return make
 
@@ -194,8 +196,33 @@ def test_the_exact_meter_is_used_after_a_step_that_came_near_tau(make_trainer: T
     batches = iter(trainer.batches)
     trainer._train_step(batches)
     assert not trainer.model.exact_logits  # a fresh model is far from tau / 2
-    trainer = make_trainer(qk_clip_meter="exact", qk_clip_tau=1.0, learning_rate=0.0, adam_lr=0.0)
-    bound = trainer._train_step(iter(trainer.batches))["max_logit"]
+    with torch.no_grad():
+        for query in (rows for layer in trainer.model.qk_rows() for rows in layer[:2]):
+            query.of(query.weight).mul_(5000)
+    bound = trainer._train_step(batches)["max_logit"]
+    assert max(bound) > 50
     assert trainer.model.exact_logits
-    exact = trainer._train_step(iter(trainer.batches))["max_logit"]
-    assert max(exact) < min(bound) - 1  # ln(visible keys) is gone
+
+
+@pytest.mark.fault("A4")
+@pytest.mark.parametrize("meter", ["lse", "exact"])
+def test_no_head_is_clipped_whose_logits_are_small_beside_a_tau_that_the_bound_cannot_see(
+    make_trainer: TrainerFactory, meter: str
+) -> None:
+    """tau 4 and a context of 128: ln 128 is 4.85, the largest logit of a fresh model far below 1."""
+    trainer = make_trainer(qk_clip_meter=meter, qk_clip_tau=4.0, context=128)
+    batches = iter(trainer.batches)
+    for _ in range(3):
+        seen = trainer._train_step(batches)
+        assert seen["clipped_heads"] == 0
+        assert max(seen["max_logit"]) < 1.0
+
+
+@pytest.mark.fault("A4")
+def test_logits_are_measured_exactly_where_ln_of_the_context_is_over_a_quarter_of_tau() -> None:
+    model = Transformer(ModelConfig.preset("debug", max_seq_length=128))
+    assert not MuonClip(model, tau=4 * math.log(128) + 0.01).needs_exact_logits
+    assert not MuonClip(model, tau=0.0).needs_exact_logits
+    assert not model.exact_logits
+    assert MuonClip(model, tau=4 * math.log(128) - 0.01).needs_exact_logits
+    assert model.exact_logits, "in everyone's loop too"
