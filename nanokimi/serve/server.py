@@ -261,16 +261,7 @@ def run_serve(options: ServeOptions) -> int:
     worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
     served = worker.ask(partial(prepare, options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=round(LAST_WORDS),
-    )
-    server = DrainingServer(config, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
+    server = DrainingServer(app, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
     try:
         server.run(sockets=[listener])
     finally:
@@ -307,11 +298,24 @@ class DrainingServer(uvicorn.Server):
     """Ends in good order.
 
     The first signal stops new requests, and the server ends when those that run are done or ``drain_seconds`` are
-    over. A second signal ends it at once.
+    over. A second signal ends it at once. It reads HTTP and runs its loop with the packages that are always there,
+    not with those that uvicorn finds: httptools, for one, loses the body of a POST that offers an upgrade.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, about: str) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, worker: Worker, drain_seconds: float, about: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=round(LAST_WORDS),
+            )
+        )
         self.signal: int | None = None  # number of the first
         self._worker, self._drain_seconds, self._about, self._deadline = worker, drain_seconds, about, 0.0
 

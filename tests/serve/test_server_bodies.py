@@ -44,6 +44,18 @@ def test_a_body_that_is_no_json_object_is_refused(http: httpx.Client, body: byte
     refused(http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}))
 
 
+@pytest.mark.fault("A17")
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
+def test_a_body_that_comes_with_an_offer_to_upgrade_is_read(http: httpx.Client, upgrade: str) -> None:
+    """As the JDK's client and ``curl --http2`` send it; httptools is installed here, which would lose the body."""
+    import httptools  # noqa: F401
+
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": upgrade, "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    answer = http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 2}, headers=offer)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == "ok"
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_a_body_of_another_type_is_refused(http: httpx.Client, kind: str | None) -> None:
     headers = {"Content-Type": kind} if kind else {}
