@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -85,7 +85,9 @@ async def on_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return ApiError(500, "the server failed; its log says why").response()
     if not isinstance(error, ApiError):  # what Starlette itself refuses: an unknown path, a method, an unreadable body
-        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+        unread = error.status_code == 400 and error.__cause__
+        message = f"the body is not JSON: {unread}" if unread else str(error.detail)
+        error = ApiError(error.status_code, message, headers=error.headers)
     return error.response()
 
 
@@ -140,14 +142,20 @@ Choices = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Logprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
 Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
+One = Annotated[float, Field(strict=True, ge=1, le=1)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 NoEntries = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class Body(BaseModel):
-    """A JSON object without unknown fields; null is the same as leaving a field out."""
+    """A JSON object without unknown fields; null is the same as leaving a field out, a known one or not."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {name: x for name, x in body.items() if x is not None} if isinstance(body, dict) else body
 
 
 class StreamOptions(Body):
@@ -164,22 +172,22 @@ class TextFormat(Body):
 
 
 class Unsupported(Body):
-    """Fields of OpenAI's that only take the value which asks for nothing; its subclasses hold those of one route."""
+    """Fields of OpenAI's and of other servers' that only take the value which asks for nothing."""
 
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
+    repetition_penalty: One | None = None
+    repeat_penalty: One | None = None
+    length_penalty: One | None = None
+    typical_p: One | None = None
+    min_tokens: Zero | None = None
+    use_beam_search: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
     logit_bias: NoEntries | None = None
-
-
-class UnsupportedCompletion(Unsupported):
     suffix: Literal[""] | None = None
-    echo: Literal[False] | None = None
-
-
-class UnsupportedChat(Unsupported):
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
@@ -192,19 +200,28 @@ class UnsupportedChat(Unsupported):
     reasoning_effort: Literal["none"] | None = None
     verbosity: None = None
     web_search_options: None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
+    chat_template_kwargs: NoEntries | None = None
 
 
-UNSUPPORTED = frozenset(UnsupportedCompletion.model_fields) | frozenset(UnsupportedChat.model_fields)
+UNSUPPORTED = frozenset(Unsupported.model_fields)
 
 
-class Sampling(Body):
-    """What completions and chat completions have in common. ``user`` has no effect."""
+class Sampling(Unsupported):
+    """What completions and chat completions have in common.
+
+    Who asks (``user``), which cache would suit (``prompt_cache_key``), and whether tools that are not there may be
+    called together (``parallel_tool_calls``) have no effect.
+    """
 
     model: Text | None = Field(None, description="the served model's name; it is the only one")
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
     top_p: Share | None = None
-    top_k: Count | None = Field(None, description="keep so many of the likeliest tokens; 0 is off")
+    top_k: Annotated[int, Field(strict=True, ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="keep so many of the likeliest tokens; 0 and -1 are off"
+    )
     min_p: Share | None = Field(None, description="keep tokens at least this likely relative to the likeliest")
     n: Choices | None = None
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] | None = Field(
@@ -214,10 +231,13 @@ class Sampling(Body):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None
+    safety_identifier: Text | None = Field(None, description="the newer name of user")
+    prompt_cache_key: Text | None = None
+    parallel_tool_calls: StrictBool | None = None
     return_token_ids: StrictBool | None = Field(None, description="add prompt_token_ids and token_ids to choices")
 
 
-class CompletionBody(Sampling, UnsupportedCompletion):
+class CompletionBody(Sampling):
     """The body of ``POST /v1/completions``."""
 
     prompt: (
@@ -236,14 +256,20 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: Text
+    cache_control: dict[str, Any] | None = None
 
 
 class MessageBody(Body):
-    """One turn of a talk. ``developer`` is what OpenAI calls ``system`` now."""
+    """One turn of a talk. ``developer`` is what OpenAI calls ``system`` now.
+
+    Names, hints for caches and what a reply was thought over (``reasoning_content``) have no effect.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
-    name: None = None
+    name: Text | None = None
+    cache_control: dict[str, Any] | None = None
+    reasoning_content: Text | None = None
     refusal: None = None
     audio: None = None
     annotations: Nothing | None = None
@@ -256,14 +282,15 @@ class MessageBody(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatBody(Sampling, UnsupportedChat):
+class ChatBody(Sampling):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
     logprobs: StrictBool | None = None
     top_logprobs: Logprobs | None = None
-    safety_identifier: Text | None = Field(None, description="the newer name of user")
+    echo: Literal[False] | None = None
+    best_of: One | None = None
 
 
 class InspectBody(Body):
@@ -324,7 +351,7 @@ async def chat_arguments(body: ChatBody, served: Served) -> list[GenerationArgum
         raise ApiError(400, message, code="no_chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs true", param="top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
+    if None is not body.max_tokens != body.max_completion_tokens is not None:
         message = "max_tokens is the old name of max_completion_tokens: give one of them"
         raise ApiError(400, message, param="max_completion_tokens")
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -347,7 +374,7 @@ def _options(body: Sampling, served: Served, limit: str, default: int) -> Sampli
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream true", param="stream_options")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    given = {name: value for name in DRAWN_BY if (value := getattr(body, name)) is not None}
+    given = {name: value for name in DRAWN_BY if (value := getattr(body, name)) is not None and value != -1}
     most = min(default, served.max_tokens) if max_tokens is None else max_tokens
     return SamplingOptions(**{**DEFAULTS, **given}, max_tokens=most, stop=stop)
 

@@ -177,13 +177,18 @@ class Routes:
 
 
 class OuterGuard:
-    """Checks Host and Origin, adds the security headers, counts the answers."""
+    """Checks Host and Origin, adds the security headers, counts the answers.
+
+    HEAD is answered as GET is; the server that sends the answer leaves its body out.
+    """
 
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self._app, self._rules, self._metrics = app, rules, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
