@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.data.tokenizer import load_tokenizer
+from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.decoder import Decoder
 from nanokimi.inference.engine import Engine
@@ -95,6 +95,7 @@ def serving(
     model: Transformer | None = None,
     decoders: Sequence[Decoder] = (),
     *,
+    tokenizer: Tokenizer | None = None,
     rules: Rules | None = None,
     chat: bool | str = False,
     max_queue: int = 8,
@@ -105,11 +106,13 @@ def serving(
     drain_seconds: float = 20.0,
     slots: int = 4,
 ) -> Iterator[Server]:
-    """A running server with the byte tokenizer; ``decoders`` are used one after another, when one has failed.
+    """A running server, with the byte tokenizer unless there is another.
+
+    ``decoders`` are used one after another, when one has failed.
 
     ``chat``: by the template ``TURNS``, or by one of its own.
     """
-    tokenizer = load_tokenizer("byte")
+    tokenizer = tokenizer or load_tokenizer("byte")
     model = model or Transformer(ModelConfig.preset("debug")).eval()
     left = iter(decoders)
     new_engine: Callable[[], Engine] = lambda: Engine(model, tokenizer, slots=slots, decoder=next(left, None))  # noqa: E731
