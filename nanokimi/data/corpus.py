@@ -5,7 +5,6 @@ A text of local files is tokenised once and its tokens are kept beside it; any o
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from nanokimi.data.stream import StreamLoader
 from nanokimi.data.token_files import TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.files import disk_errors_explained
+from nanokimi.files import disk_errors_explained, lock
 
 BPE_CHARACTERS = 32 << 20  # of a stream, or of each source of a mixture, for a tokenizer
 MOST_HELD_OUT_TOKENS = 1 << 20  # of a stream
@@ -202,8 +201,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """A second run that wants to write into ``folder`` waits here for the first."""
     held = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(held, fcntl.LOCK_EX)
+        lock(held, wait=True)
         yield
     finally:
         os.close(held)

@@ -55,8 +55,14 @@ class MetricsLog:
         with log_errors_explained(self.jsonl_path):
             self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
             _keep_unrelated(self.jsonl_path, state)
+        self._begin_file()
+
+    def _begin_file(self) -> None:
+        with log_errors_explained(self.jsonl_path):
+            self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.jsonl_path) as file:
-                file.write(state.encode())
+                file.write(self.state().encode())
+            self.close()
             self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
 
     def record(self, step: int, values: Mapping[str, object]) -> None:
@@ -105,6 +111,8 @@ class MetricsLog:
             RunError: the file cannot be written.
         """
         history = self.history()
+        if not self.jsonl_path.exists():
+            self._begin_file()  # somebody has removed the folder
         with log_errors_explained(self.json_path), atomic_write(self.json_path) as file:
             file.write(json.dumps(history, allow_nan=False).encode())
         return history
