@@ -60,9 +60,14 @@ class Background:
         self._last = done
         Thread(target=do, daemon=True).start()  # a daemon: a second Ctrl-C waits for nothing
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is work left."""
+        return self._last is not None and not self._last.done()
+
     def raise_failure(self) -> None:
         """Raises what has gone wrong so far, without waiting."""
-        if self._last is not None and self._last.done():
+        if not self.busy:
             self.finish()
 
     def finish(self) -> None:

@@ -106,6 +106,11 @@ class Checkpoints:
     def _highest_number(self) -> int:
         return max(map(_number_of, self._found()), default=0) if self.ranks.is_main else 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether a file is still being written while training goes on."""
+        return self._background.busy
+
     def raise_failure(self) -> None:
         """Raises RunError if a file that is written while training goes on could not be written."""
         self._background.raise_failure()
