@@ -248,9 +248,8 @@ def void(result: object) -> None:
 
 def kills(case: Case, disk: Disk, every: int) -> dict[str, int]:
     """Before every operation, and in the middle of every write."""
-    numbers = [n for at, kind in enumerate(disk.kinds, 1) for n in (2 * at - 1, 2 * at)[: 1 + (kind == "write")]][
-        ::every
-    ]
+    half = {2 * at for at, kind in enumerate(disk.kinds, 1) if kind == "write"}
+    numbers = sorted({2 * at - 1 for at in range(1, disk.count + 1)} | half)[::every]
     for number in numbers:
         killed(case, lambda disk, n=number: setattr(disk, "before", killed_at(n)))  # type: ignore[misc]
     return {"kills at operations": len(numbers)}
