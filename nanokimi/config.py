@@ -286,7 +286,9 @@ class TrainConfig:
         low=0,
         used_by=("plan",),
     )
-    async_checkpoints: bool = _ranks(False, "with fsdp: write checkpoints while training goes on")
+    async_checkpoints: bool = _ranks(
+        False, "write checkpoints while training goes on; takes host memory for a copy of weights and optimizer state"
+    )
     timeout: float = _ranks(600.0, "seconds that a rank waits for the others before the run ends", low=1)
     mixed_precision: str = _device(
         "auto", "bf16 autocast; auto = on CUDA devices that have bf16", choices=("auto", "on", "off"), used_by=("plan",)

@@ -24,6 +24,10 @@ from nanokimi.errors import RunError, UserError
 
 _STALE_SECONDS = 60
 _LONGEST_NAME = 220  # bytes: file systems take 255, and temporary names and caches add up to 35
+# What file systems answer that cannot do it, such as exFAT, and shares of other systems.
+_UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LINKS = (*_UNSUPPORTED, errno.EPERM, errno.EMLINK)
+_NO_LOCKS = (*_UNSUPPORTED, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
 @contextmanager
@@ -48,15 +52,55 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.tmp")
     with temporary.open("xb") as held:
         try:
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(BlockingIOError):
+                lock(held.fileno())
             yield temporary
             os.fsync(held.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    _sync(path.parent)
+    sync_folder(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Makes ``target`` a second name of ``source``, atomically; a copy where the file system has no links.
+
+    Raises:
+        OSError: the folder is not writable, or has no room for a copy; ``target`` is as it was.
+    """
+    if not _linked(source, target):
+        _copy(source, target)
+    sync_folder(target.parent)
+
+
+def keep_as(path: Path, target: Path) -> None:
+    """Gives ``path`` the name ``target`` too; where there are no links ``path`` is gone then, which takes no room."""
+    if not _linked(path, target):
+        os.replace(path, target)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Links, atomically; False where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.link.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # it stays where both were names of one file already
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.stat().st_size > shutil.disk_usage(target.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 @contextmanager
@@ -73,10 +117,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, "exists already", str(path))
     with partial_folder(path) as partial:
         yield partial
-        for file in (*partial.iterdir(), partial):
+        for file in partial.iterdir():
             _sync(file)
+        sync_folder(partial)
         os.rename(partial, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -94,7 +139,7 @@ def partial_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     held = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(held)
         try:
             for left in partial.iterdir():
                 left.unlink()
@@ -117,7 +162,7 @@ def move_into(folder: Path, *files: Path) -> None:
     """Moves ``files``, which are complete and flushed, into ``folder`` on the same disk, one after the other."""
     for file in files:
         os.replace(file, folder / file.name)
-    _sync(folder)
+    sync_folder(folder)
 
 
 def put_aside(path: Path) -> Path:
@@ -204,14 +249,41 @@ def _remove_stale(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(short_name(path.name))}.*.tmp"):
         with suppress(OSError), left.open("rb") as file:
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:  # the lock comes a moment after the name
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno())
                 left.unlink()
+
+
+def lock(descriptor: int, *, wait: bool = False, by_process: bool = False) -> None:
+    """Keeps others out of an open file until it is closed; on file systems without locks it does nothing.
+
+    Args:
+        wait: until another process gives it up.
+        by_process: processes that are forked from this one do not hold it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        (fcntl.lockf if by_process else fcntl.flock)(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(errno.EAGAIN, "another process holds it") from None
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder last through a power cut, where the file system can do that for folders."""
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (*_UNSUPPORTED, errno.EINVAL, errno.EBADF, errno.EACCES, errno.EISDIR):
+            raise
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not every file system can sync a folder
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

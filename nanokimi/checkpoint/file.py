@@ -11,13 +11,16 @@ import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from nanokimi import files
 from nanokimi.errors import RunError, UserError
 from nanokimi.files import atomic_write, is_full_disk
 
@@ -35,38 +38,54 @@ class CheckpointError(UserError):
     """A file that is no usable checkpoint; the message says which file and what is wrong with it."""
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` (tensors, numbers, strings, lists, dicts) to ``path``.
+def save(path: Path, content: Mapping[str, Any], *, keep_as: Path | None = None) -> None:
+    """Writes ``content`` (tensors, numbers, strings, lists, dicts) to ``path``; makes the folder if it is gone.
 
     The new file is complete, flushed and verified under a temporary name before it takes the place of
     the old one.
 
+    Args:
+        keep_as: the name under which the old one is kept.
+
     Raises:
         RunError: no room, or the disk does not give back what was written; ``path`` is as it was.
     """
-    _require_space(path.parent, content)
-    try:
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path.parent, content)
         with atomic_write(path) as file:
             digest = _write(file, {"format": FORMAT, "version": VERSION, **content})
             file.flush()
             os.fsync(file.fileno())
             if _digest(Path(file.name)) != digest:
                 raise RunError(f"{path}: what was read back differs from what was written: check the disk")
+            if keep_as is not None and path.exists():
+                files.keep_as(path, keep_as)
+
+
+def link(source: Path, target: Path, *, keep_as: Path | None = None) -> None:
+    """Makes ``target`` a second name of ``source`` (a copy where the file system has no links), atomically.
+
+    Args:
+        keep_as: the name under which what stood at ``target`` is kept.
+
+    Raises:
+        RunError: no room for a copy, or the folder cannot be written; ``source`` is intact.
+    """
+    with _explained(target):
+        if keep_as is not None and target.exists():
+            files.keep_as(target, keep_as)
+        files.link(source, target)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if not is_full_disk(error):
             raise RunError(f"{path}: cannot be written: {error.strerror}") from error
         raise RunError(f"{path}: the disk is full; the earlier checkpoint is intact: free space and resume") from error
-
-
-def link(source: Path, target: Path) -> None:
-    """Makes ``target`` a second name of ``source`` (a copy where the file system has no links), atomically."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -88,6 +107,25 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: written by a newer nanokimi (format {content['version']}, this one reads up to {VERSION}): update"
         )
+    return content
+
+
+def peek(path: Path) -> Mapping[str, Any]:
+    """The plain values of a checkpoint, checked by the archive's own CRC; of tensors nothing is read but their shapes.
+
+    Raises:
+        CheckpointError: they cannot be read, or are damaged; ``read`` says why.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)  # compares the CRC
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a nanokimi checkpoint")
     return content
 
 

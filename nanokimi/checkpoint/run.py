@@ -6,7 +6,7 @@ once, into a folder ``step_N``; the files beside it then hold its weights alone,
 
 from __future__ import annotations
 
-import fcntl
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor
 
 from nanokimi.checkpoint import file, shards
+from nanokimi.checkpoint.background import Background, Snapshot
 from nanokimi.checkpoint.file import CheckpointError
 from nanokimi.checkpoint.weights import load_weights
 from nanokimi.console import log
 from nanokimi.errors import UserError
-from nanokimi.files import put_aside
+from nanokimi.files import lock, put_aside
 from nanokimi.optim.muonclip import STATE, MuonClip
 from nanokimi.parallel.process_group import launcher, restarts
 from nanokimi.parallel.ranks import ParallelModel, current_ranks
 
 KEPT = 2  # folders ``step_N``: the newest and the one before it
 LOCK = ".nanokimi.lock"  # in the folder of a run, held while it trains
+SAVE_NUMBER = "save_number"  # in a checkpoint: one more than in any that lay in the folder before
 
 
 class SavedRun(NamedTuple):
@@ -43,7 +45,7 @@ class Checkpoints:
 
     Args:
         folder: ``checkpoints/`` of the run.
-        asynchronous: shards are written while training goes on.
+        asynchronous: checkpoints are written while training goes on, from a copy in host memory.
         timeout: seconds in which the slowest rank writes its shards.
     """
 
@@ -53,7 +55,9 @@ class Checkpoints:
         self._group: Any = None  # of all ranks, for shards alone
         self._saved: tuple[int, Path] | None = None  # step and name of the last file that was written here
         self._wrote_latest = False  # then it was read back, and need not be again
-        self._pending: Future[None] | None = None
+        self._number = 0  # of the last save, once there is one
+        self._snapshot, self._background = Snapshot(), Background()
+        self._pending: Future[None] | None = None  # of shards
 
     # ---- saving ---------------------------------------------------------------------------------
 
@@ -77,36 +81,66 @@ class Checkpoints:
             RunError: no room, or the disk does not give back what was written; earlier checkpoints are as they were.
         """
         sharded = model.layout.mode == "fsdp"
-        again = self._saved is not None and self._saved[0] == step
-        content = {}
-        if not again:
-            content = {**state, "model": model.full_tensors(model.model.state_dict())}
+        again = self._is_saved(step)
+        source = self._saved[1] if again and self._saved else None
+        content: dict[str, Any] = {}
+        if source is None:
+            self._background.finish()  # it reads the copy that is taken now
+            self._number = (self._number or self._highest_number()) + 1
+            content = {**state, SAVE_NUMBER: self._number, "model": model.full_tensors(model.model.state_dict())}
             content |= {} if sharded else {"optimizer": optimizer.state_dict()}
-        if self.ranks.is_main:
-            self._write_file(self.folder / name, content, final)
-        if not again:
             self._saved = (step, self.folder / name)
+        if self.ranks.is_main:
+            self._write(self.folder / name, content, source, final)
         if sharded and name == "latest.pt":
-            self._save_shards(step, state, model, optimizer, last=final)
+            self._save_shards(step, {**state, SAVE_NUMBER: self._number}, model, optimizer, last=final)
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether the run after ``step`` steps was written here, and is still there; all ranks say the same."""
+        if self._saved is None or self._saved[0] != step:
+            return False
+        if self.asynchronous:
+            return True  # on its way
+        return not self.ranks.max([self.ranks.is_main and not self._saved[1].exists()])[0]
+
+    def _highest_number(self) -> int:
+        return max(map(_number_of, self._found()), default=0) if self.ranks.is_main else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a file is still being written while training goes on."""
+        return self._background.busy
+
+    def raise_failure(self) -> None:
+        """Raises RunError if a file that is written while training goes on could not be written."""
+        self._background.raise_failure()
 
     def finish(self) -> None:
-        """Waits for what is still being written."""
+        """Waits for what is still being written; raises RunError if it could not be."""
+        self._background.finish()
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
             if self.ranks.is_main:
                 shards.prune(self.folder, KEPT)
 
-    def _write_file(self, path: Path, content: Mapping[str, Any], final: bool) -> None:
+    def _write(self, path: Path, content: Mapping[str, Any], source: Path | None, final: bool) -> None:
+        if not self.asynchronous:
+            self._write_file(path, content, source, final)
+            return
+        copied = self._snapshot.take(content)
+        self._background.start(lambda: self._write_file(path, copied, source, final))
+
+    def _write_file(self, path: Path, content: Mapping[str, Any], source: Path | None, final: bool) -> None:
+        keep_as = None
         if path.name == "latest.pt":
             if self._wrote_latest or _is_whole(path):
-                file.link(path, self.folder / "previous.pt")
+                keep_as = self.folder / "previous.pt"
             self._wrote_latest = True
-        if content:
-            file.save(path, content)
-        else:
-            assert self._saved is not None
-            file.link(self._saved[1], path)  # best.pt was written at this very step
+        if source is None:
+            file.save(path, content, keep_as=keep_as)
+        elif source != path:
+            file.link(source, path, keep_as=keep_as)  # best.pt was written at this very step
         if final:
             file.link(path, self.folder / "final.pt")
 
@@ -138,25 +172,29 @@ class Checkpoints:
         launchers = self._launchers()
         with self._lock(launchers) if self.ranks.is_main else nullcontext():
             self.ranks.barrier()  # until the folder is there
-            yield
+            try:
+                yield
+            except Exception:
+                self._background.wait()  # what ends the run takes no checkpoint with it
+                raise
 
     def _lock(self, launchers: set[str]) -> TextIO:
         """The lock, which names the programs that started the run; held until it is closed."""
         output = self.folder.parent
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (output / LOCK).open("a")
+            held = (output / LOCK).open("a")
         except OSError as error:
             raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not held on by orphaned data workers
-        except OSError:
-            lock.close()
+            lock(held.fileno(), by_process=True)  # orphaned data workers do not hold on to it
+        except BlockingIOError:
+            held.close()
             raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
-        lock.truncate(0)
-        lock.writelines(f"{name}\n" for name in sorted(launchers))
-        lock.flush()
-        return lock
+        held.truncate(0)
+        held.writelines(f"{name}\n" for name in sorted(launchers))
+        held.flush()
+        return held
 
     def started_again(self) -> bool:
         """Whether ``torchrun`` has started the run of this folder again, and there is something to go on from.
@@ -166,8 +204,8 @@ class Checkpoints:
         if not self.ranks.launched:
             return False
         launchers = self._launchers()
-        lock = self.folder.parent / LOCK
-        earlier = set(lock.read_text().splitlines()) if self.ranks.is_main and lock.is_file() else set()
+        held = self.folder.parent / LOCK
+        earlier = set(held.read_text().splitlines()) if self.ranks.is_main and held.is_file() else set()
         again = (restarts() > 0 or bool(earlier & launchers)) and self.has_run()
         return bool(self.ranks.max([self.ranks.is_main and again])[0])
 
@@ -178,15 +216,21 @@ class Checkpoints:
         return {name.decode() for name in self.ranks.gather(launcher().encode())} - {""}
 
     def candidates(self) -> list[Path]:
-        """The checkpoints, newest first; of two names for one file the plainer one first."""
+        """The checkpoints, newest first, by the number of their save; of two names for one save the plainer one first.
+
+        Before them come those whose number cannot be read, so that their damage is told; after them those of earlier
+        versions, which have none: ``latest.pt``, then by steps.
+        """
+        return sorted(self._found(), key=_age, reverse=True)
+
+    def _found(self) -> list[Path]:
         names = ("latest.pt", "final.pt", "best.pt", "previous.pt")
-        found = [path for name in names if (path := self.folder / name).is_file()]
-        found += shards.step_folders(self.folder)
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        files = [path for name in names if (path := self.folder / name).is_file()]
+        return files + shards.step_folders(self.folder)[::-1]
 
     def has_run(self) -> bool:
         """Whether a run was saved here, and not the weights of one alone; a damaged file counts as one."""
-        return any(shards.is_sharded(path) or _is_more_than_weights(path) for path in self.candidates())
+        return any(shards.is_sharded(path) or _is_more_than_weights(path) for path in self._found())
 
     def put_aside(self, *, unless_newest: Path | None = None) -> bool:
         """Renames the folder if it holds checkpoints, so that no run overwrites another's; whether it did.
@@ -259,6 +303,29 @@ class Checkpoints:
                 raise CheckpointError(f"{path}: the optimizer state does not fit: {error}") from error
         for group, values in zip(optimizer.param_groups, chosen, strict=True):
             group.update(values)  # the config rules, which a resume may have overridden
+
+
+def _peek(path: Path) -> Mapping[str, Any] | None:
+    try:
+        return shards.read_about(path) if shards.is_sharded(path) else file.peek(path)
+    except CheckpointError:
+        return None
+
+
+def _number_of(path: Path) -> int:
+    """The number of the save that wrote ``path``; 0 where there is none, or it cannot be read."""
+    number = (_peek(path) or {}).get(SAVE_NUMBER, 0)
+    return number if isinstance(number, int) else 0
+
+
+def _age(path: Path) -> tuple[float, bool, int]:
+    """What orders checkpoints, the newest last."""
+    content = _peek(path)
+    if content is None:
+        return math.inf, False, 0
+    if number := content.get(SAVE_NUMBER, 0):
+        return number, False, 0
+    return 0, path.name == "latest.pt", content.get("counters", {}).get("step", 0)
 
 
 def _is_whole(path: Path) -> bool:

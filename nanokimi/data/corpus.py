@@ -5,7 +5,7 @@ A text of local files is tokenised once and its tokens are kept beside it; any o
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -29,7 +29,7 @@ from nanokimi.data.stream import StreamLoader
 from nanokimi.data.token_files import TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.files import cache_home, disk_errors_explained, short_name
+from nanokimi.files import cache_home, disk_errors_explained, lock, sha256_of, short_name
 
 BPE_CHARACTERS = 32 << 20  # of a stream, or of each source of a mixture, for a tokenizer
 MOST_HELD_OUT_TOKENS = 1 << 20  # of a stream
@@ -150,15 +150,16 @@ class CachedText:
 
     def train_bpe(self, size: int) -> Tokenizer:
         """A BPE of the training split (never of held-out text), trained at most once."""
-        name = f"{self.stem}-{size}.tokenizer.json"
-        for folder in self.folders:
-            with suppress(UserError):  # not there yet, or damaged
-                state = load_tokenizer(str(folder / name)).to_state()
-                return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
+        name = f"{self.stem}-{size}-{{}}.tokenizer.json"  # with a checksum of the contents
+        for path in (path for folder in self.folders for path in folder.glob(name.format("*"))):
+            with suppress(UserError, OSError):  # damaged, or gone
+                state = load_tokenizer(str(path)).to_state()
+                if path.name == name.format(sha256_of(path)[:16]):
+                    return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
         tokenizer = train_bpe(self.text.training_text(TRAINING), size)
-        folder = self._writable_folder()
+        folder, digest = self._writable_folder(), hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
         with disk_errors_explained("token cache", folder):
-            tokenizer.save(folder / name)
+            tokenizer.save(folder / name.format(digest[:16]))
         return tokenizer
 
     def open(self, tokenizer: Tokenizer, log: Log) -> Corpus:
@@ -206,8 +207,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """A second run that wants to write into ``folder`` waits here for the first."""
     held = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(held, fcntl.LOCK_EX)
+        lock(held, wait=True)
         yield
     finally:
         os.close(held)

@@ -8,7 +8,6 @@ set was opened; scripts in a repository are never executed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short
 from nanokimi.data.formats import MOST_RECORDS, column_types, parquet_batches, pick_text_column, pieces_of_row
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import cache_home, disk_errors_explained
+from nanokimi.files import cache_home, disk_errors_explained, lock
 
 FINEWEB = "HuggingFaceFW/fineweb"
 FINEWEB_CONFIG = "sample-10BT"
@@ -285,7 +284,7 @@ def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.stem}-{short_hash(documents.identity)}.part")
         with unfinished.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second run waits for the first
+            lock(file.fileno(), wait=True)  # a second run waits for the first
             if not path.is_file():
                 _fetch(documents, file)
                 os.fsync(file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sysconfig
 import tempfile
@@ -29,7 +28,7 @@ from nanokimi.data.token_files import (
 )
 from nanokimi.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import atomic_write, disk_errors_explained
+from nanokimi.files import atomic_write, disk_errors_explained, lock
 
 # Tests, other people's packages, and the file that holds the language reference, which is taken topic by topic.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
@@ -100,7 +99,7 @@ def _own(folder: Path) -> Iterator[None]:
         raise UserError(f"--output {folder}: cannot be written ({error.strerror}): choose another folder") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         except BlockingIOError:
             raise UserError(f"--output {folder}: another process is writing there: choose another folder") from None
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}

@@ -40,6 +40,7 @@ _HEADER = {
     **dict.fromkeys(("n_tokens", "n_documents", "n_bytes", "vocab_size"), int),
     **dict.fromkeys(("tokenizer", "fingerprint", "sha256"), str),
 }
+_KNOWN = {*_HEADER, "version", "dtype", "ends_sha256", "source"}
 
 
 class TokenFileError(UserError):
@@ -145,6 +146,7 @@ class TokenWriter:
             "ends_sha256": hashlib.sha256(ends).hexdigest(),
             "source": {},  # asked for by earlier versions of this program
         }
+        header["header_sha256"] = _sum_of(header)
         self._file.seek(0)
         self._file.write(MAGIC + json.dumps(header).encode().ljust(_START - len(MAGIC)))
 
@@ -176,9 +178,16 @@ def _read_header(path: Path) -> dict[str, Any]:
     if version != FILE_VERSION:
         raise TokenFileError(f"{path}: written in format {version}, this one reads {FILE_VERSION}")
     known = all(isinstance(header.get(name), kind) for name, kind in _HEADER.items())
+    digest = header.pop("header_sha256", None)
+    known &= digest in (None, _sum_of(header)) and header.keys() <= _KNOWN  # None: of an earlier version
     if not known or header.get("dtype") not in ("<u2", "<u4"):
         raise TokenFileError(f"{path}: its header is damaged: make it anew")
     return header
+
+
+def _sum_of(values: dict[str, Any]) -> str:
+    """SHA-256 of plain values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _aligned(position: int) -> int:
@@ -209,8 +218,12 @@ class Manifest:
         """The manifest of ``folder``; TokenFileError if there is none that can be used."""
         path = folder / MANIFEST
         try:
-            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            digest = content.pop("sha256", None)
+            if digest not in (None, _sum_of(content)):  # None: of an earlier version
+                raise ValueError("its contents do not match their checksum")
+            manifest = cls(**content)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise TokenFileError(
                 f"{path}: missing or damaged: delete {folder} and make it anew with `nanokimi prepare tokens`"
             ) from error
@@ -220,7 +233,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         with atomic_write(folder / MANIFEST) as file:
-            file.write(json.dumps(asdict(self), indent=1).encode())
+            content = asdict(self)
+            file.write(json.dumps({**content, "sha256": _sum_of(content)}, indent=1).encode())
 
 
 class TokenSet(NamedTuple):

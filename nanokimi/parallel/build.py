@@ -27,8 +27,6 @@ def layout_of_run(config: TrainConfig, model_config: ModelConfig, device: torch.
     layout = choose_layout(config, model_config, ranks, fits)
     if line := about_layout(layout, config):
         log(line)
-    if config.async_checkpoints and layout.mode != "fsdp":
-        log("note: --async_checkpoints: nothing is in shards here, so checkpoints are written at once")
     return layout
 
 

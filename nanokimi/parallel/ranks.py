@@ -6,7 +6,7 @@ import faulthandler
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 
@@ -139,8 +139,9 @@ class HangWatch:
         if self._file is not None and self._path is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
-            if not self._path.stat().st_size:
-                self._path.unlink()
+            with suppress(FileNotFoundError):  # the folder may be gone
+                if not self._path.stat().st_size:
+                    self._path.unlink()
 
 
 class ParallelModel(Protocol):

@@ -132,6 +132,7 @@ class Trainer:
                     self.metrics.record(counters.step, values)
                 counters.seconds = self.ranks.max([time.monotonic() - began])[0]
                 hang_watch.alive()
+                self.checkpoints.raise_failure()
                 if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
                     values |= self._validate()
                 self._show(values, display, loggers)
