@@ -98,10 +98,6 @@ def _write(prompt: str, deltas: Generation[str], *, live: bool) -> int:
                 return 0
     except KeyboardInterrupt:
         deltas.close()
-    except Exception:
-        if live:
-            show("")  # the error begins on a line of its own
-        raise
     show("" if live else written)
     print(f"[{deltas.result.summary()}]", file=sys.stderr)
     return 0 if deltas.result.finish_reason else INTERRUPTED

@@ -326,10 +326,10 @@ class Engine:
         if not sequences:
             return
         logits = rows[0][1] if len(rows) == 1 else torch.cat([part for _, part in rows])
-        usual = logits[:, : self._vocab_size]
-        finite = (usual.amax(dim=-1) - usual.amin(dim=-1)).isfinite().tolist()
-        tokens = draw(usual, [s.arguments.options for s in sequences], [s.random.random() for s in sequences])
-        reports = log_probabilities(logits, tokens, [s.arguments.logprobs for s in sequences], self._vocab_size)
+        logits = logits[:, : self._vocab_size]
+        finite = (logits.amax(dim=-1) - logits.amin(dim=-1)).isfinite().tolist()
+        tokens = draw(logits, [s.arguments.options for s in sequences], [s.random.random() for s in sequences])
+        reports = log_probabilities(logits, tokens, [s.arguments.logprobs for s in sequences])
         for sequence, token, report, usable in zip(sequences, tokens, reports, finite, strict=True):
             if usable:
                 sequence.add(token, report)

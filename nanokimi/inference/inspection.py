@@ -7,10 +7,9 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.inference.engine import TextAssembly, TextChunk, check_prompt
+from nanokimi.inference.engine import check_prompt
 from nanokimi.inference.sampling import Report, log_probabilities
 from nanokimi.model.moe import Routing
 from nanokimi.model.transformer import Transformer
@@ -56,41 +55,15 @@ def inspect_tokens(
             hooks.enter_context(moe.router.register_forward_hook(lambda _, inputs, routing: routings.append(routing)))
         hidden = model.hidden_states(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
+    reports: list[Report | None] = [None] if start == 0 else []
+    for first in range(max(start, 1), len(ids), ROWS):
+        asked = ids[first : first + ROWS]
+        logits = model.head(hidden[0, first - 1 : first - 1 + len(asked)])[:, : tokenizer.vocab_size]
+        reports += log_probabilities(logits, asked, [top] * len(asked))
     views = []
-    for position, report in enumerate(_reports(model, tokenizer, ids, hidden[0], start=start, top=top), start):
+    for position, report in enumerate(reports, start):
         logprob, likeliest = report or (None, ())
         shown = tuple((token, tokenizer.decode([token]), value) for token, value in likeliest)
         experts = tuple(tuple(layer[position]) for layer in chosen)
         views.append(TokenView(ids[position], tokenizer.decode([ids[position]]), logprob, shown, experts))
     return views
-
-
-@torch.inference_mode()
-def repeat_prompt(model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], *, top: int | None) -> TextChunk:
-    """The text and the tokens of a prompt, in the form in which the engine gives those of a continuation.
-
-    Args:
-        model, ids: as for ``inspect_tokens``.
-        top: how many likeliest tokens to report at each place; None reports no log-probabilities and computes nothing.
-    """
-    reports: Sequence[Report | None] = [None] * len(ids)
-    if top is not None:
-        hidden = model.hidden_states(torch.tensor([ids], device=next(model.parameters()).device))
-        reports = _reports(model, tokenizer, ids, hidden[0], start=0, top=top)
-    text = TextAssembly(tokenizer)
-    for token, report in zip(ids, reports, strict=True):
-        text.push(token, report)
-    text.done = True
-    return text.take() or TextChunk("", ())
-
-
-def _reports(
-    model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], hidden: Tensor, *, start: int, top: int
-) -> list[Report | None]:
-    """What the model expected at each place from ``start`` on, given the hidden states [T, D]; None for the first."""
-    reports: list[Report | None] = [None] if start == 0 else []
-    for first in range(max(start, 1), len(ids), ROWS):
-        asked = ids[first : first + ROWS]
-        logits = model.head(hidden[first - 1 : first - 1 + len(asked)])
-        reports += log_probabilities(logits, asked, [top] * len(asked), tokenizer.vocab_size)
-    return reports

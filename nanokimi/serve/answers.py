@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanokimi.inference.engine import GenerationArguments, TextChunk, Token
-from nanokimi.serve.api import ApiError, Served
-from nanokimi.serve.bodies import ChatBody, CompletionBody
+from nanokimi.inference.engine import GenerationArguments, Token
+from nanokimi.serve.api import ApiError, ChatBody, CompletionBody, Served
 from nanokimi.serve.worker import Update, Worker
 
 LAST_WORDS = 5.0  # seconds that a client has to take the rest of an answer whose time is over
@@ -28,7 +27,7 @@ Json = dict[str, Any]
 class Answer(ABC):
     """The answer to one request, submitted to ``worker``; subclasses know the fields of OpenAI's two interfaces.
 
-    Whoever makes an answer calls ``whole`` or sends its ``events``. ``echoed`` holds what is repeated of each prompt.
+    Whoever makes an answer calls ``whole`` or sends its ``events``.
     """
 
     id_prefix: str
@@ -37,22 +36,13 @@ class Answer(ABC):
     opening: ClassVar[Json] = {}  # fields of a choice in a chunk before all text, if there must be one
 
     def __init__(
-        self,
-        worker: Worker,
-        served: Served,
-        body: CompletionBody | ChatBody,
-        arguments: Sequence[GenerationArguments],
-        echoed: Sequence[TextChunk] = (),
+        self, worker: Worker, served: Served, body: CompletionBody | ChatBody, arguments: Sequence[GenerationArguments]
     ) -> None:
         self.worker, self.job, self.body = worker, worker.submit(arguments), body
         self.prompt_tokens = sum(len(one.prompt) for one in arguments[:: body.n or 1])  # of every prompt once
         self._bytes_of = served.tokenizer.token_bytes
         self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
-        self._echoed = [echoed[i // (body.n or 1)] for i in range(len(arguments))] if echoed else []
-        self._written = 0  # tokens in the events so far
-        stream = body.stream_options
-        self._include_usage = bool(stream and stream.include_usage)
-        self._counts_in_all = bool(stream and stream.include_usage and stream.continuous_usage_stats)
+        self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     @abstractmethod
     def fields(self, text: str | None, *, whole: bool = False) -> Json:
@@ -70,21 +60,8 @@ class Answer(ABC):
         finally:
             watch.cancel()
             self.worker.close(self.job)
-        texts = [self._with_prompt(one) for one in sorted(news)]
-        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in texts]
-        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage(self.job.tokens)}
-
-    def _with_prompt(self, update: Update) -> Update:
-        """The first update of a choice, which begins with the prompt if that is repeated."""
-        if not self._echoed:
-            return update
-        text, tokens = self._echoed[update.choice]
-        return update._replace(text=text + update.text, tokens=(*tokens, *self._moved(update).tokens))
-
-    def _moved(self, update: Update) -> Update:
-        """An update whose offsets count from the start of the repeated prompt."""
-        shift = len(self._echoed[update.choice].text) if self._echoed else 0
-        return update._replace(tokens=[one._replace(text_offset=one.text_offset + shift) for one in update.tokens])
+        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in sorted(news)]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -94,10 +71,10 @@ class Answer(ABC):
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events, those that are due together in one string; an error is the last one, without [DONE]."""
         try:
-            if self.opening or self._echoed or self.body.return_token_ids:
-                starts = [self._with_prompt(Update(i)) for i in range(len(self.job.arguments))]
-                choices = [self._choice(one, self.opening or self.fields(one.text), prompt=True) for one in starts]
-                yield "".join(self._event([choice]) for choice in choices)
+            if self.opening or self.body.return_token_ids:
+                fields = self.opening or self.fields(None)
+                starts = [self._choice(Update(i), fields, prompt=True) for i in range(len(self.job.arguments))]
+                yield "".join(self._event([start]) for start in starts)
             while news := await self.job.news():
                 if events := "".join(event for update in news for event in self._events(update)):
                     yield events
@@ -105,20 +82,19 @@ class Answer(ABC):
             yield f"data: {error.body}\n\n"
             return
         if self._include_usage:
-            yield self._event([], self._usage(self.job.tokens))
+            yield self._event([], self._usage())
         yield "data: [DONE]\n\n"
 
     def _events(self, update: Update) -> Iterator[str]:
-        self._written += len(update.tokens)
         if update.text or update.tokens:
-            yield self._event([self._choice(self._moved(update)._replace(end=None), self.fields(update.text))])
+            yield self._event([self._choice(update._replace(end=None), self.fields(update.text))])
         if update.end is not None:
             yield self._event([self._choice(Update(update.choice, end=update.end), self.fields(None))])
 
     def _event(self, choices: Sequence[Json], usage: Json | None = None) -> str:
         chunk = {**self._head, "object": self.chunk_kind, "choices": choices}
         if self._include_usage:
-            chunk["usage"] = self._usage(self._written) if usage is None and self._counts_in_all else usage
+            chunk["usage"] = usage
         return f"data: {json.dumps(chunk)}\n\n"
 
     def _choice(self, update: Update, fields: Json, *, whole: bool = False, prompt: bool = False) -> Json:
@@ -132,8 +108,8 @@ class Answer(ABC):
             choice["token_ids"] = [token.id for token in update.tokens]
         return choice
 
-    def _usage(self, written: int) -> Json:
-        prompt = self.prompt_tokens
+    def _usage(self) -> Json:
+        prompt, written = self.prompt_tokens, self.job.tokens
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
@@ -146,7 +122,7 @@ class CompletionAnswer(Answer):
         return {"text": text or ""}
 
     def logprobs(self, tokens: Sequence[Token]) -> Json:
-        """``text_offset`` counts from the start of the text; of a repeated prompt's first token nothing is known."""
+        """``text_offset`` counts from the start of the continuation."""
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
@@ -154,10 +130,8 @@ class CompletionAnswer(Answer):
             "text_offset": [token.text_offset for token in tokens],
         }
 
-    def _likeliest(self, token: Token) -> Json | None:
+    def _likeliest(self, token: Token) -> Json:
         """Log-probabilities by text, with the token's own; of several tokens with the same text the likeliest."""
-        if token.logprob is None:
-            return None
         found: Json = {}
         for alternative, logprob in (*token.likeliest, (token.id, token.logprob)):
             found.setdefault(self._name(alternative), finite(logprob))

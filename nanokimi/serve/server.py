@@ -28,14 +28,13 @@ from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
 from nanokimi.inference.decoding import limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
-from nanokimi.inference.inspection import inspect_tokens, repeat_prompt
+from nanokimi.inference.inspection import inspect_tokens
 from nanokimi.interop.loading import load
 from nanokimi.memory import free_memory
 from nanokimi.serve import api
 from nanokimi.serve.answers import LAST_WORDS, Answer, ChatAnswer, CompletionAnswer, EventStream, finite
 from nanokimi.serve.api import ApiError, ErrorBody, Served, on_error, refusing
 from nanokimi.serve.arguments import Rules, ServeOptions
-from nanokimi.serve.bodies import ChatBody, CompletionBody, InspectBody
 from nanokimi.serve.metrics import CONTENT_TYPE, Metrics
 from nanokimi.serve.worker import RETRY, Worker
 
@@ -121,16 +120,12 @@ class Routes:
         self._served.check_name(name)
         return JSONResponse(self._about)
 
-    async def completions(self, body: CompletionBody, request: Request) -> Response:
+    async def completions(self, body: api.CompletionBody, request: Request) -> Response:
         """Continues one or more prompts."""
-        served, worker = self._served, self._worker
-        arguments = await api.completion_arguments(body, served)
-        prompts = [one.prompt for one in arguments[:: body.n or 1]] if body.echo else ()
-        repeat = partial(repeat_prompt, served.model, served.tokenizer, top=body.logprobs)
-        echoed = [await worker.call(partial(repeat, prompt)) for prompt in prompts]
-        return await self._respond(CompletionAnswer(worker, served, body, arguments, echoed), request)
+        arguments = await api.completion_arguments(body, self._served)
+        return await self._respond(CompletionAnswer(self._worker, self._served, body, arguments), request)
 
-    async def chat(self, body: ChatBody, request: Request) -> Response:
+    async def chat(self, body: api.ChatBody, request: Request) -> Response:
         """Writes the next turn of a talk."""
         arguments = await api.chat_arguments(body, self._served)
         return await self._respond(ChatAnswer(self._worker, self._served, body, arguments), request)
@@ -139,7 +134,7 @@ class Routes:
         self._metrics.prompt_tokens += answer.prompt_tokens
         return EventStream(answer) if answer.body.stream else JSONResponse(await answer.whole(request.receive))
 
-    async def inspect(self, body: InspectBody) -> JSONResponse:
+    async def inspect(self, body: api.InspectBody) -> JSONResponse:
         """What the model expected instead of each token, and which experts each token visited."""
         served, top = self._served, 5 if body.top is None else body.top
         served.check_name(body.model)
@@ -182,18 +177,13 @@ class Routes:
 
 
 class OuterGuard:
-    """Checks Host and Origin, adds the security headers, counts the answers.
-
-    HEAD is answered as GET is; the server that sends the answer leaves its body out.
-    """
+    """Checks Host and Origin, adds the security headers, counts the answers."""
 
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self._app, self._rules, self._metrics = app, rules, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -271,7 +261,16 @@ def run_serve(options: ServeOptions) -> int:
     worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
     served = worker.ask(partial(prepare, options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
-    server = DrainingServer(app, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(LAST_WORDS),
+    )
+    server = DrainingServer(config, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
     try:
         server.run(sockets=[listener])
     finally:
@@ -308,24 +307,11 @@ class DrainingServer(uvicorn.Server):
     """Ends in good order.
 
     The first signal stops new requests, and the server ends when those that run are done or ``drain_seconds`` are
-    over. A second signal ends it at once. It reads HTTP and runs its loop with the packages that are always there,
-    not with those that uvicorn finds: httptools, for one, loses the body of a POST that offers an upgrade.
+    over. A second signal ends it at once.
     """
 
-    def __init__(self, app: ASGIApp, worker: Worker, drain_seconds: float, about: str) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http="h11",
-                loop="asyncio",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=round(LAST_WORDS),
-            )
-        )
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, about: str) -> None:
+        super().__init__(config)
         self.signal: int | None = None  # number of the first
         self._worker, self._drain_seconds, self._about, self._deadline = worker, drain_seconds, about, 0.0
 

@@ -145,33 +145,6 @@ def test_the_same_weights_score_the_same_in_transformers(
         assert written["files"][0][name] == pytest.approx(expected["own_choices"][f"{name},none"])
 
 
-@pytest.mark.fault("A22")
-@pytest.mark.slow
-def test_over_the_api_of_a_server_every_task_scores_the_same(folder: Path, tokenizer: Tokenizer) -> None:
-    """Two multiple-choice tasks and a rolling one through the harness's ``local-completions``."""
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    from tests.serve.served import serving
-
-    other = json.loads((folder / "tasks" / "own_choices.yaml").read_text())
-    other |= {"task": "own_questions", "doc_to_text": "Q: {{question}}?\nA:", "target_delimiter": " "}
-    (folder / "tasks" / "own_questions.yaml").write_text(json.dumps(other))
-    model = lively(Transformer(ModelConfig.preset("debug", vocab_size=tokenizer.vocab_size + 3, max_seq_length=1024)))
-    write_folder(folder, StoredModel(model.config, model.state_dict(), tokenizer))
-    names = ["own_choices", "own_questions", "own_text"]
-    manager = lm_eval.tasks.TaskManager(include_path="tasks", include_defaults=False)
-    with serving(model.eval(), tokenizer=tokenizer) as server:
-        url, tokens = f"{server.url}/v1/completions", dict(tokenizer_backend="huggingface", tokenizer=str(folder))
-        theirs = LocalCompletionsAPI(url, model="debug", max_length=1024, batch_size=4, **tokens)
-        over_api = lm_eval.simple_evaluate(theirs, tasks=names, task_manager=manager)["results"]
-    own = run_tasks(NanokimiLM(loaded=(model, tokenizer)), names, include_path="tasks")["results"]
-    assert 0 < own["own_choices"]["acc,none"] < 1
-    figures = [(task, name) for task in names for name, value in own[task].items() if isinstance(value, float)]
-    assert len(figures) > 6
-    for task, name in figures:
-        assert over_api[task][name] == pytest.approx(own[task][name], rel=1e-6), (task, name)
-
-
 def test_the_command_runs_tasks_of_ones_own(
     folder: Path, model: Transformer, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:

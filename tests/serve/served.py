@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import uvicorn
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
-from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
+from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.decoder import Decoder
 from nanokimi.inference.engine import Engine
@@ -95,7 +96,6 @@ def serving(
     model: Transformer | None = None,
     decoders: Sequence[Decoder] = (),
     *,
-    tokenizer: Tokenizer | None = None,
     rules: Rules | None = None,
     chat: bool | str = False,
     max_queue: int = 8,
@@ -106,13 +106,11 @@ def serving(
     drain_seconds: float = 20.0,
     slots: int = 4,
 ) -> Iterator[Server]:
-    """A running server, with the byte tokenizer unless there is another.
-
-    ``decoders`` are used one after another, when one has failed.
+    """A running server with the byte tokenizer; ``decoders`` are used one after another, when one has failed.
 
     ``chat``: by the template ``TURNS``, or by one of its own.
     """
-    tokenizer = tokenizer or load_tokenizer("byte")
+    tokenizer = load_tokenizer("byte")
     model = model or Transformer(ModelConfig.preset("debug")).eval()
     left = iter(decoders)
     new_engine: Callable[[], Engine] = lambda: Engine(model, tokenizer, slots=slots, decoder=next(left, None))  # noqa: E731
@@ -123,7 +121,10 @@ def serving(
     served = Served("debug", model, tokenizer, template, context, max_tokens or context, max_n, created=1)
     app = new_app(served, worker, rules or Rules(), metrics, max_body=max_body)
     listener = bind("127.0.0.1", 0, max_seconds)
-    server = DrainingServer(app, worker, drain_seconds, "a test")
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
+    )
+    server = DrainingServer(config, worker, drain_seconds, "a test")
 
     def run() -> None:
         server.run(sockets=[listener])

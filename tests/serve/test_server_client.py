@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
-import torch
 from conftest import lively
 from openai import APIStatusError, NotFoundError, OpenAI
-from served import EOT, TURNS, ScriptedDecoder, serving
+from served import TURNS, ScriptedDecoder, serving
 
 from nanokimi import generate
 from nanokimi.config import ModelConfig
@@ -200,63 +198,3 @@ def test_errors_arrive_as_the_clients_own(client: OpenAI) -> None:
         client.completions.create(model="debug", prompt="x", presence_penalty=0.5)
     assert (found.value.status_code, found.value.param) == (400, "presence_penalty")
     assert found.value.code == "unsupported_parameter"
-
-
-@pytest.mark.fault("A22")
-def test_echo_repeats_the_prompt_with_its_log_probabilities(
-    client: OpenAI, model: Transformer, tokenizer: Tokenizer
-) -> None:
-    prompts = [tokenizer.encode(text) for text in ("née", "the cat")]
-    answer = client.completions.create(
-        model="debug", prompt=prompts, echo=True, logprobs=1, max_tokens=2, n=2, seed=1, temperature=0
-    )
-    for choice in answer.choices:
-        ids, found = prompts[choice.index // 2], choice.logprobs
-        logits = model(torch.tensor([ids]))[0].log_softmax(-1)
-        expected = logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-        assert choice.text.startswith(tokenizer.decode(ids))
-        assert found.token_logprobs[0] is found.top_logprobs[0] is None
-        assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-5)
-        assert len(found.tokens) == len(found.text_offset) == len(ids) + 2
-        assert found.text_offset[len(ids)] == len(tokenizer.decode(ids))
-    assert answer.usage.prompt_tokens == sum(map(len, prompts))
-    assert answer.usage.completion_tokens == 8
-
-
-@pytest.mark.fault("A22")
-@pytest.mark.parametrize("logprobs", [None, 0])
-def test_echo_of_a_stream_and_of_no_continuation_is_the_prompt(client: OpenAI, logprobs: int | None) -> None:
-    asked: Any = {"model": "debug", "prompt": "the cat", "echo": True, "logprobs": logprobs, "seed": 3}
-    (choice,) = client.completions.create(**asked, max_tokens=0).choices
-    assert choice.text == "the cat"
-    assert (choice.logprobs is None) == (logprobs is None)
-    whole = client.completions.create(**asked, max_tokens=5).choices[0]
-    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, max_tokens=5, stream=True)]
-    assert "".join(chunk.text for chunk in chunks) == whole.text
-    if logprobs is not None:
-        offsets = [offset for chunk in chunks if chunk.logprobs for offset in chunk.logprobs.text_offset]
-        assert offsets == whole.logprobs.text_offset
-
-
-@pytest.mark.fault("A22")
-def test_ignore_eos_writes_on_after_an_end_of_text() -> None:
-    with serving(decoders=[ScriptedDecoder([*b"a", EOT, *b"b"])]) as server:
-        http = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        for ignore, tokens in ((True, 5), (False, 1)):
-            body: Any = {"ignore_eos": ignore}
-            answer = http.completions.create(model="debug", prompt="x", max_tokens=5, extra_body=body)
-            assert answer.usage.completion_tokens == tokens
-
-
-@pytest.mark.fault("A22")
-def test_continuous_usage_counts_the_tokens_so_far_in_every_chunk(client: OpenAI) -> None:
-    options: Any = {"include_usage": True, "continuous_usage_stats": True}
-    asked: Any = {"ignore_eos": True, "return_token_ids": True}
-    stream = client.completions.create(
-        model="debug", prompt="hi", max_tokens=60, seed=1, stream=True, stream_options=options, extra_body=asked
-    )
-    written = 0
-    for chunk in stream:
-        written += sum(len(choice.model_extra["token_ids"]) for choice in chunk.choices)
-        assert chunk.usage.completion_tokens == (written if chunk.choices else 60)
-    assert written > 50  # a character that is not whole at the end keeps its tokens
