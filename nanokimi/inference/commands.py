@@ -100,6 +100,7 @@ def _write(prompt: str, deltas: Generation[str], *, live: bool) -> int:
                 print(printable(delta), end="", flush=True)
     except KeyboardInterrupt:
         deltas.close()
-    print("" if live else printable(written), flush=True)
+    finally:  # a line of its own for what went wrong
+        print("" if live else printable(written), flush=True)
     print(f"[{deltas.result.summary()}]", file=sys.stderr)
     return 0 if deltas.result.finish_reason else INTERRUPTED
