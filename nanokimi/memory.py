@@ -1,4 +1,4 @@
-"""Memory of the machine and of this process, as Linux tells it; zeros that take none yet; and a C library that keeps what is freed."""
+"""Memory of the machine and of this process, as Linux tells it; tensors and a C library that use it sparingly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         lines = []
-    own = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}  # version 2 has no kind
+    found = (line.split(":", 2) for line in lines)
+    own = {kind: path for _, kinds, path in found for kind in kinds.split(",")}  # version 2 has no kind
     versions = (
         ("", own.get("", "/"), "memory.max", "memory.current"),
         ("unified", own.get("", "/"), "memory.max", "memory.current"),  # version 2 beside version 1

@@ -1,4 +1,4 @@
-"""Looks at every token of a text, of a prompt too: what the model expected at its position, and which experts it visited."""
+"""Looks at every token of a text: what the model expected at its position, and which experts it visited."""
 
 from __future__ import annotations
 

@@ -180,9 +180,10 @@ def score_text(
 ) -> TextScore:
     """Scores documents, as lm-evaluation-harness defines bits per byte; memory does not grow with the text.
 
-    Every document is scored by itself: it stands after the token that begins a text (the end of text, where a
-    tokenizer has none of its own), which is not scored, and the end of text after it is not scored either. ``training.step.evaluate`` measures something else, faster and while it trains:
-    packed sequences, in which a document sees the ones before it and its end of text counts.
+    Every document is scored by itself: it stands after the token that begins a text (the end of text, where a tokenizer
+    has no such token), which is not scored, and the end of text after it is not scored either.
+    ``training.step.evaluate`` measures something else, faster and while it trains: packed sequences, in which a
+    document sees the ones before it and its end of text counts.
 
     Args:
         model: in evaluation mode.

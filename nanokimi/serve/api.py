@@ -153,10 +153,9 @@ async def completion_arguments(body: CompletionBody, served: Served) -> list[Gen
         raise ApiError(400, message, param="best_of", code="unsupported_parameter")
     options = _options(body, served, "max_tokens", COMPLETION_TOKENS)
     prompts = await asyncio.to_thread(_prompts, body.prompt, served.tokenizer)
-    logprobs = None if body.logprobs is False else body.logprobs
     stop_tokens = () if body.ignore_eos else (served.tokenizer.eot_id,)
     # Beside a prompt's tokens clients look for one more, as many as they have asked for, whichever it is.
-    pattern = GenerationArguments((), options, stop_tokens, logprobs, report_stop=bool(body.echo))
+    pattern = GenerationArguments((), options, stop_tokens, body.logprobs, report_stop=bool(body.echo))
     return _choices(body, served, "prompt", prompts, pattern)
 
 

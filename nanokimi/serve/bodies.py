@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from nanokimi.config import MAX_SEED
 from nanokimi.inference.chat_template import Message
@@ -39,7 +39,9 @@ NoEntries = Annotated[dict[str, Any], Field(max_length=0)]
 class Body(BaseModel):
     """A JSON object without unknown fields; null is the same as leaving a field out."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, json_schema_extra={"additionalProperties": {"type": "null"}}
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -49,7 +51,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """``include_usage`` adds a last chunk with the counts of tokens, ``continuous_usage_stats`` those so far to each."""
+    """Counts of tokens: ``include_usage`` in a last chunk, ``continuous_usage_stats`` so far in every chunk."""
 
     include_usage: StrictBool | None = None
     continuous_usage_stats: StrictBool | None = None
@@ -145,7 +147,7 @@ class CompletionBody(Sampling):
         | None
     ) = Field(None, description="nothing: a new document")
     echo: StrictBool | None = Field(None, description="begin with the prompt, and logprobs with its tokens")
-    logprobs: Literal[False] | Logprobs | None = None
+    logprobs: Annotated[Logprobs | None, BeforeValidator(lambda given: None if given is False else given)] = None
     best_of: Choices | None = Field(None, description="only as n")
 
 
