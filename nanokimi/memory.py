@@ -1,33 +1,67 @@
-"""Memory of the machine and of this process, as Linux tells it; and a C library that keeps what is freed."""
+"""Memory of the machine and of this process, as Linux tells it; tensors and a C library that use it sparingly."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import sys
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+
+ALIGNMENT = 64  # bytes, as torch's own tensors have
 
 # Numbers from glibc's malloc.h; see mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
 
 
-def free_memory() -> int | None:
-    """Bytes that this process may still take, within the machine and its control groups; None on other systems."""
-    available = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take, within the machine and its control groups; None on other systems.
+
+    Args:
+        root: where ``proc`` and ``sys`` lie.
+    """
+    available = _kilobytes(root / "proc/meminfo", "MemAvailable")
     if available is None:
         return None
-    free = [available]
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit
-            continue
-    return max(0, min(free))
+    return max(0, min([available, *_left_in_groups(root)]))
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each control group leaves that has a limit: this process's own, and every one that holds it.
+
+    A container often sees its own group as the root of the tree, whatever path the system reports for it.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = (line.split(":", 2) for line in lines)
+    own = {kind: path for _, kinds, path in found for kind in kinds.split(",")}  # version 2 has no kind
+    versions = (
+        ("", own.get("", "/"), "memory.max", "memory.current"),
+        ("unified", own.get("", "/"), "memory.max", "memory.current"),  # version 2 beside version 1
+        ("memory", own.get("memory", "/"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )
+    for mount, path, limit, used in versions:
+        group = root / "sys/fs/cgroup" / mount
+        for part in ("", *PurePosixPath(path).parts[1:]):
+            group /= part
+            with suppress(OSError, ValueError):  # no such group, or no limit
+                yield int((group / limit).read_text()) - int((group / used).read_text())
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the CPU that take memory when they are first written to; torch's own are filled at once."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    block = torch.from_numpy(np.zeros(n_bytes + ALIGNMENT, np.uint8))
+    start = -block.data_ptr() % ALIGNMENT
+    return block[start : start + n_bytes].view(dtype).view(*shape)
 
 
 def process_memory(name: str) -> int | None:

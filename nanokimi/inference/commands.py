@@ -98,6 +98,7 @@ def _write(prompt: str, deltas: Generation[str], *, live: bool) -> int:
                 return 0
     except KeyboardInterrupt:
         deltas.close()
-    show("" if live else written)
+    finally:  # a line of its own for what went wrong
+        show("" if live else written)
     print(f"[{deltas.result.summary()}]", file=sys.stderr)
     return 0 if deltas.result.finish_reason else INTERRUPTED

@@ -10,13 +10,14 @@ from contextlib import suppress
 
 import torch
 
+from nanokimi.config import ModelConfig
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.decoder import Decoder, EagerDecoder, extended
 from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.inference.native_decoder import PRODUCTS_PER_THREAD, NativeDecoder, supports
 from nanokimi.inference.options import DECODERS, WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
-from nanokimi.native.packed_model import HALVES, quantised
+from nanokimi.native.packed_model import HALVES, padded, quantised
 
 WORTH_COMPILING = 2_000_000  # parameters: below, building the kernels once costs more than they will ever save
 
@@ -58,6 +59,12 @@ def new_decoder(
             raise UserError(f"--decoder graph {reason}: use --decoder auto")
         return GraphDecoder(model, slots=slots, max_length=max_length)
     return EagerDecoder(model, slots=slots, max_length=max_length)
+
+
+def cache_bytes(config: ModelConfig, slots: int) -> int:
+    """Most bytes that the caches of a decoder for an fp32 model can take, before there is one."""
+    entry = sum(map(padded, config.cache_widths)) * torch.float32.itemsize
+    return slots * config.n_layers * config.max_seq_length * entry
 
 
 def limit_threads(model: Transformer) -> None:

@@ -37,12 +37,14 @@ class GenerationArguments:
         options: how tokens are drawn and where the text ends.
         stop_tokens: end the continuation and are not part of it.
         logprobs: report each token's log-probability and those of so many likeliest; None reports none.
+        report_stop: a stop token is among the tokens, although it has no text and is not counted.
     """
 
     prompt: tuple[int, ...]
     options: SamplingOptions
     stop_tokens: tuple[int, ...] = ()
     logprobs: int | None = None
+    report_stop: bool = False
 
 
 @dataclass
@@ -139,6 +141,11 @@ class TextAssembly:
                 self._tokens.pop()
         return self.done
 
+    def push_silent(self, token: int, report: Report | None) -> None:
+        """Adds a token that stands at the end of the text and adds none."""
+        end = self._taken + len(self._held)
+        self._tokens.append((end, Token(token, end, *(report or ()))))
+
     def take(self) -> TextChunk | None:
         """Everything that has become settled since the last call, or None; once ``done``, all there is."""
         ready = len(self._held)
@@ -177,6 +184,8 @@ class Continuation(TextAssembly):
     def add(self, token: int, report: Report | None) -> None:
         """Appends the next token, which may be the last."""
         if token in self.arguments.stop_tokens:
+            if self.arguments.report_stop:
+                self.push_silent(token, report)
             return self.finish("stop")
         self.last = token
         self.result.tokens += 1
@@ -208,7 +217,7 @@ class Engine:
     Attributes:
         max_length: most tokens of a sequence, prompt and continuation.
         slots: sequences decoded together.
-        slot_bytes: memory of one sequence's cache, reserved from the start.
+        slot_bytes: memory of one sequence's cache, which it takes as it is filled.
     """
 
     def __init__(

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.inference.engine import check_prompt
+from nanokimi.inference.engine import TextAssembly, TextChunk, check_prompt
 from nanokimi.inference.sampling import Report, log_probabilities
 from nanokimi.model.moe import Routing
 from nanokimi.model.transformer import Transformer
@@ -55,11 +56,7 @@ def inspect_tokens(
             hooks.enter_context(moe.router.register_forward_hook(lambda _, inputs, routing: routings.append(routing)))
         hidden = model.hidden_states(torch.tensor([ids], device=device))
     chosen = [routing.experts.sort(dim=-1).values.tolist() for routing in routings]  # [layers][tokens][K]
-    reports: list[Report | None] = [None] if start == 0 else []
-    for first in range(max(start, 1), len(ids), ROWS):
-        asked = ids[first : first + ROWS]
-        logits = model.head(hidden[0, first - 1 : first - 1 + len(asked)])[:, : tokenizer.vocab_size]
-        reports += log_probabilities(logits, asked, [top] * len(asked))
+    reports = _reports(model, hidden[0], ids, start, top, tokenizer.vocab_size)
     views = []
     for position, report in enumerate(reports, start):
         logprob, likeliest = report or (None, ())
@@ -67,3 +64,35 @@ def inspect_tokens(
         experts = tuple(tuple(layer[position]) for layer in chosen)
         views.append(TokenView(ids[position], tokenizer.decode([ids[position]]), logprob, shown, experts))
     return views
+
+
+@torch.inference_mode()
+def echoed(model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], logprobs: int | None) -> TextChunk:
+    """A prompt as if the model had written it: its text, and its tokens with what ``logprobs`` asks for."""
+    reports: list[Report | None] = [None] * len(prompt)
+    if logprobs is not None:
+        hidden = model.hidden_states(torch.tensor([prompt], device=next(model.parameters()).device))
+        reports = _reports(model, hidden[0], prompt, 0, logprobs, tokenizer.vocab_size)
+    text = TextAssembly(tokenizer)
+    for token, report in zip(prompt, reports, strict=True):
+        text.push(token, report)
+    text.done = True
+    return text.take() or TextChunk("", ())
+
+
+def _reports(
+    model: Transformer, hidden: Tensor, ids: Sequence[int], start: int, top: int, vocab_size: int
+) -> list[Report | None]:
+    """For each of ``ids[start:]`` its log-probability and the likeliest ones; None for the first of all.
+
+    They are over all of the model's vocabulary, padding included, as evaluation takes them (``insight.scoring``).
+
+    Args:
+        hidden: ``[T, D]``, of all ids.
+    """
+    reports: list[Report | None] = [None] if start == 0 else []
+    for first in range(max(start, 1), len(ids), ROWS):
+        asked = ids[first : first + ROWS]
+        logits = model.head(hidden[first - 1 : first - 1 + len(asked)])
+        reports += log_probabilities(logits, asked, [top] * len(asked), vocab_size=vocab_size)
+    return reports

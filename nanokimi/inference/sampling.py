@@ -43,18 +43,22 @@ def draw(logits: Tensor, options: Sequence[SamplingOptions], uniforms: Sequence[
     return ids
 
 
-def log_probabilities(logits: Tensor, ids: Sequence[int], counts: Sequence[int | None]) -> list[Report | None]:
+def log_probabilities(
+    logits: Tensor, ids: Sequence[int], counts: Sequence[int | None], *, vocab_size: int | None = None
+) -> list[Report | None]:
     """The model's own log-probabilities, before temperature and filters, of ``ids``, one for each row of ``[n, V]``.
 
     Args:
         counts: how many of the likeliest tokens each row reports; None: the row reports nothing.
+        vocab_size: ids from here on are never among the likeliest, though they take their share of probability.
     """
     reports: list[Report | None] = [None] * len(ids)
     rows = [row for row, count in enumerate(counts) if count is not None]
     if rows:
         logprobs = logits[rows].float().log_softmax(dim=-1)
         own = logprobs.gather(-1, torch.tensor([ids[row] for row in rows], device=logits.device)[:, None])
-        best = logprobs.topk(min(max(count or 0 for count in counts), logits.shape[-1]))
+        known = logprobs[:, :vocab_size]
+        best = known.topk(min(max(count or 0 for count in counts), known.shape[-1]))
         for row, *values in zip(rows, own[:, 0].tolist(), best.indices.tolist(), best.values.tolist(), strict=True):
             logprob, tokens, likeliest = values
             reports[row] = (logprob, tuple(zip(tokens, likeliest, strict=True))[: counts[row]])

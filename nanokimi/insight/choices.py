@@ -70,12 +70,12 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     """Ids of a context and of what follows it, divided as ``TemplateLM._encode_pair`` of the harness does.
 
     White space at the end of the context moves to the continuation; both are encoded as one text. An empty context
-    becomes an end-of-text token.
+    becomes the token that begins a text.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     before = tokenizer.encode(stripped)
-    return before or [tokenizer.eot_id], tokenizer.encode(stripped + continuation)[len(before) :]
+    return before or [tokenizer.bos_id], tokenizer.encode(stripped + continuation)[len(before) :]
 
 
 def _share(right: Sequence[bool]) -> Share:

@@ -73,6 +73,11 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
         return self.text_tokenizer.eot_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text: the beginning-of-text token if there is one, as in the harness's ``hf``."""
+        return self.text_tokenizer.bos_id
+
+    @property
     def max_length(self) -> int:
         return self.model.config.max_seq_length
 
@@ -101,14 +106,14 @@ class NanokimiLM(TemplateLM):  # type: ignore[misc]  # untyped where the package
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        rows = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
+        rows = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         answers = [(part.log_prob, part.greedy) for part in self._score(rows, "continuations", disable_tqdm)]
         for (asked, *_rest), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", asked, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, each by itself after an end-of-text token, in windows of the context."""
+        """Log-probability of whole texts, each by itself after ``prefix_token_id``, in windows of the context."""
         rows = [([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
         answers = [part.log_prob for part in self._score(rows, "texts", disable_tqdm)]
         for request, answer in zip(requests, answers, strict=True):

@@ -180,9 +180,10 @@ def score_text(
 ) -> TextScore:
     """Scores documents, as lm-evaluation-harness defines bits per byte; memory does not grow with the text.
 
-    Every document is scored by itself: it begins after an end-of-text token, which is not scored, and the end of text
-    after it is not scored either. ``training.step.evaluate`` measures something else, faster and while it trains:
-    packed sequences, in which a document sees the ones before it and its end of text counts.
+    Every document is scored by itself: it stands after the token that begins a text (the end of text, where a tokenizer
+    has no such token), which is not scored, and the end of text after it is not scored either.
+    ``training.step.evaluate`` measures something else, faster and while it trains: packed sequences, in which a
+    document sees the ones before it and its end of text counts.
 
     Args:
         model: in evaluation mode.
@@ -191,7 +192,7 @@ def score_text(
     """
     found = TextScore()
     counted = _counted(parts, found, tokenizer, max_tokens)
-    cut = windows(counted, [tokenizer.eot_id], context=model.config.max_seq_length, stride=stride)
+    cut = windows(counted, [tokenizer.bos_id], context=model.config.max_seq_length, stride=stride)
     for window_score in score(model, cut, scoring):
         found.nats -= window_score.log_prob
         found.windows += 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
+from nanokimi.memory import lazy_zeros
 
 
 class CacheSlots(NamedTuple):
@@ -60,7 +61,8 @@ class LatentCache:
     ) -> None:
         self.max_length = config.max_seq_length if max_length is None else max_length
         shape = (config.n_layers, batch_size, self.max_length, sum(config.cache_widths))
-        self.entries = torch.zeros(shape, device=device, dtype=dtype)
+        on_host = torch.device(device or "cpu").type == "cpu"
+        self.entries = lazy_zeros(shape, dtype) if on_host else torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
         self.rows: Sequence[int] = range(batch_size)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanokimi.memory import lazy_zeros
 from nanokimi.model.attention import MLA, softmax_scale
 from nanokimi.model.layers import LATENT_EPS
 from nanokimi.model.moe import MoE
@@ -115,7 +116,7 @@ class PackedModel:
         self._format = weight_format
         self._kept: list[Any] = []
         entry = padded(config.kv_lora_rank) + padded(config.qk_rope_head_dim)
-        self.cache = torch.zeros(config.n_layers, slots, max_length, entry)
+        self.cache = lazy_zeros((config.n_layers, slots, max_length, entry), torch.float32)
         prefer_huge_pages(self.cache, filled=False)
         layers = (_Layer * config.n_layers)(*map(self._layer, model.blocks()))
         self._kept.append(layers)

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanokimi.inference.engine import GenerationArguments, Token
-from nanokimi.serve.api import ApiError, ChatBody, CompletionBody, Served
+from nanokimi.inference.engine import GenerationArguments, TextChunk, Token
+from nanokimi.serve.api import ApiError, Served
+from nanokimi.serve.bodies import ChatBody, CompletionBody, StreamOptions
 from nanokimi.serve.worker import Update, Worker
 
 LAST_WORDS = 5.0  # seconds that a client has to take the rest of an answer whose time is over
@@ -42,7 +43,9 @@ class Answer(ABC):
         self.prompt_tokens = sum(len(one.prompt) for one in arguments[:: body.n or 1])  # of every prompt once
         self._bytes_of = served.tokenizer.token_bytes
         self._head = {"id": self.id_prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
-        self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        asked = body.stream_options or StreamOptions()
+        self._include_usage, self._counts_on = bool(asked.include_usage), bool(asked.continuous_usage_stats)
+        self._written = 0  # tokens in the events so far
 
     @abstractmethod
     def fields(self, text: str | None, *, whole: bool = False) -> Json:
@@ -52,6 +55,10 @@ class Answer(ABC):
     def logprobs(self, tokens: Sequence[Token]) -> Json:
         """The log-probabilities of ``tokens``."""
 
+    def prompt_of(self, choice: int) -> TextChunk:
+        """What the text of a choice begins with before the model has written any of it."""
+        return TextChunk("", ())
+
     async def whole(self, receive: Receive) -> Json:
         """Waits for the end; ApiError if it was broken off, or the client has left."""
         watch = asyncio.ensure_future(self._watch(receive))
@@ -60,8 +67,9 @@ class Answer(ABC):
         finally:
             watch.cancel()
             self.worker.close(self.job)
-        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in sorted(news)]
-        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage()}
+        joined = (self._after_prompt(one, whole=True) for one in sorted(news))
+        choices = [self._choice(one, self.fields(one.text, whole=True), whole=True) for one in joined]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self._usage(self.job.tokens)}
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -71,10 +79,10 @@ class Answer(ABC):
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events, those that are due together in one string; an error is the last one, without [DONE]."""
         try:
-            if self.opening or self.body.return_token_ids:
-                fields = self.opening or self.fields(None)
-                starts = [self._choice(Update(i), fields, prompt=True) for i in range(len(self.job.arguments))]
-                yield "".join(self._event([start]) for start in starts)
+            starts = [Update(i, *self.prompt_of(i)) for i in range(len(self.job.arguments))]
+            if self.opening or self.body.return_token_ids or any(start.tokens for start in starts):
+                choices = [self._choice(one, self.opening or self.fields(one.text), prompt=True) for one in starts]
+                yield "".join(self._event([choice]) for choice in choices)
             while news := await self.job.news():
                 if events := "".join(event for update in news for event in self._events(update)):
                     yield events
@@ -82,10 +90,20 @@ class Answer(ABC):
             yield f"data: {error.body}\n\n"
             return
         if self._include_usage:
-            yield self._event([], self._usage())
+            yield self._event([], self._usage(self.job.tokens))
         yield "data: [DONE]\n\n"
 
+    def _after_prompt(self, update: Update, *, whole: bool = False) -> Update:
+        """``update`` with offsets from the start of the whole text, and for the ``whole`` with the prompt."""
+        text, tokens = self.prompt_of(update.choice)
+        moved = tuple(one._replace(text_offset=one.text_offset + len(text)) for one in update.tokens)
+        return (
+            update._replace(text=text + update.text, tokens=tokens + moved) if whole else update._replace(tokens=moved)
+        )
+
     def _events(self, update: Update) -> Iterator[str]:
+        update = self._after_prompt(update)
+        self._written += len(update.tokens)
         if update.text or update.tokens:
             yield self._event([self._choice(update._replace(end=None), self.fields(update.text))])
         if update.end is not None:
@@ -93,7 +111,9 @@ class Answer(ABC):
 
     def _event(self, choices: Sequence[Json], usage: Json | None = None) -> str:
         chunk = {**self._head, "object": self.chunk_kind, "choices": choices}
-        if self._include_usage:
+        if self._counts_on and usage is None:
+            usage = self._usage(self._written)
+        if self._include_usage or self._counts_on:
             chunk["usage"] = usage
         return f"data: {json.dumps(chunk)}\n\n"
 
@@ -108,8 +128,8 @@ class Answer(ABC):
             choice["token_ids"] = [token.id for token in update.tokens]
         return choice
 
-    def _usage(self) -> Json:
-        prompt, written = self.prompt_tokens, self.job.tokens
+    def _usage(self, written: int) -> Json:
+        prompt = self.prompt_tokens
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
@@ -118,11 +138,26 @@ class CompletionAnswer(Answer):
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
+    def __init__(
+        self,
+        worker: Worker,
+        served: Served,
+        body: CompletionBody,
+        arguments: Sequence[GenerationArguments],
+        echoes: Sequence[TextChunk] = (),
+    ) -> None:
+        """``echoes``: every prompt, if the answer is to begin with it."""
+        super().__init__(worker, served, body, arguments)
+        self._echoes = echoes
+
+    def prompt_of(self, choice: int) -> TextChunk:
+        return self._echoes[choice // (self.body.n or 1)] if self._echoes else super().prompt_of(choice)
+
     def fields(self, text: str | None, *, whole: bool = False) -> Json:
         return {"text": text or ""}
 
     def logprobs(self, tokens: Sequence[Token]) -> Json:
-        """``text_offset`` counts from the start of the continuation."""
+        """``text_offset`` counts from the start of the text; a first token of all has nothing before it."""
         return {
             "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
@@ -130,8 +165,10 @@ class CompletionAnswer(Answer):
             "text_offset": [token.text_offset for token in tokens],
         }
 
-    def _likeliest(self, token: Token) -> Json:
+    def _likeliest(self, token: Token) -> Json | None:
         """Log-probabilities by text, with the token's own; of several tokens with the same text the likeliest."""
+        if token.logprob is None:
+            return None
         found: Json = {}
         for alternative, logprob in (*token.likeliest, (token.id, token.logprob)):
             found.setdefault(self._name(alternative), finite(logprob))

@@ -1,7 +1,4 @@
-"""What clients may send and how it becomes what the engine is given; errors in OpenAI's shape.
-
-OpenAI's fields are checked strictly. What this server cannot do is refused, never ignored.
-"""
+"""How what clients send becomes what the engine is given; errors in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,10 +19,11 @@ from starlette.responses import Response
 from nanokimi.config import MAX_SEED
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
-from nanokimi.inference.chat_template import ChatTemplate, Message
+from nanokimi.inference.chat_template import ChatTemplate
 from nanokimi.inference.engine import GenerationArguments, check_prompt
 from nanokimi.inference.options import SamplingOptions
 from nanokimi.model.transformer import Transformer
+from nanokimi.serve.bodies import FIELDS, UNSUPPORTED, ChatBody, CompletionBody, Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a reply in a chat may fill the context
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # OpenAI's
@@ -85,7 +83,10 @@ async def on_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return ApiError(500, "the server failed; its log says why").response()
     if not isinstance(error, ApiError):  # what Starlette itself refuses: an unknown path, a method, an unreadable body
-        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+        detail = str(error.detail)
+        if isinstance(error.__cause__, (ValueError, RecursionError)):
+            detail = f"the body is not JSON: {error.__cause__}"
+        error = ApiError(error.status_code, detail, headers=error.headers)
     return error.response()
 
 
@@ -94,6 +95,8 @@ def _explained(found: Sequence[Mapping[str, Any]]) -> ApiError:
     first = found[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+    if first["type"] == "missing" and len(first["loc"]) < 2:
+        return ApiError(400, "the body is empty: send a JSON object")
     if len(first["loc"]) < 2:
         return ApiError(400, f"the body must be a JSON object: {_reason(first)}")
     name = str(first["loc"][1])
@@ -117,166 +120,6 @@ def _path(location: Sequence[Any]) -> list[str]:
 def _reason(found: Mapping[str, Any]) -> str:
     reason = str(found["msg"]).removeprefix("Value error, ")
     return reason[:1].lower() + reason[1:]
-
-
-# ---- bodies -------------------------------------------------------------------------------------
-
-
-def _unicode(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("not Unicode text: it holds half of a surrogate pair") from None
-    return text
-
-
-Text = Annotated[str, Field(strict=True), AfterValidator(_unicode)]
-# A stop string is short: the end of the text is compared with all beginnings of it, at every token.
-Stop = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
-Count = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
-Choices = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Logprobs = Annotated[int, Field(strict=True, ge=0, le=20)]
-Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
-NoEntries = Annotated[dict[str, Any], Field(max_length=0)]
-
-
-class Body(BaseModel):
-    """A JSON object without unknown fields; null is the same as leaving a field out."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class StreamOptions(Body):
-    """``include_usage`` adds a last chunk with the counts of tokens."""
-
-    include_usage: StrictBool | None = None
-    include_obfuscation: Literal[False] | None = None
-
-
-class TextFormat(Body):
-    """The one format there is."""
-
-    type: Literal["text"]
-
-
-class Unsupported(Body):
-    """Fields of OpenAI's that only take the value which asks for nothing; its subclasses hold those of one route."""
-
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
-    logit_bias: NoEntries | None = None
-
-
-class UnsupportedCompletion(Unsupported):
-    suffix: Literal[""] | None = None
-    echo: Literal[False] | None = None
-
-
-class UnsupportedChat(Unsupported):
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    functions: Nothing | None = None
-    function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
-    store: Literal[False] | None = None
-    metadata: NoEntries | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    audio: None = None
-    prediction: None = None
-    reasoning_effort: Literal["none"] | None = None
-    verbosity: None = None
-    web_search_options: None = None
-
-
-UNSUPPORTED = frozenset(UnsupportedCompletion.model_fields) | frozenset(UnsupportedChat.model_fields)
-
-
-class Sampling(Body):
-    """What completions and chat completions have in common. ``user`` has no effect."""
-
-    model: Text | None = Field(None, description="the served model's name; it is the only one")
-    max_tokens: Count | None = None
-    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
-    top_p: Share | None = None
-    top_k: Count | None = Field(None, description="keep so many of the likeliest tokens; 0 is off")
-    min_p: Share | None = Field(None, description="keep tokens at least this likely relative to the likeliest")
-    n: Choices | None = None
-    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] | None = Field(
-        None, description="choice i draws with seed + i"
-    )
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-    user: Text | None = None
-    return_token_ids: StrictBool | None = Field(None, description="add prompt_token_ids and token_ids to choices")
-
-
-class CompletionBody(Sampling, UnsupportedCompletion):
-    """The body of ``POST /v1/completions``."""
-
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Ids
-        | Annotated[list[Ids | Nothing], Field(min_length=1)]
-        | None
-    ) = Field(None, description="nothing: a new document")
-    logprobs: Logprobs | None = None
-    best_of: Choices | None = Field(None, description="only as n")
-
-
-class TextPart(Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class MessageBody(Body):
-    """One turn of a talk. ``developer`` is what OpenAI calls ``system`` now."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    annotations: Nothing | None = None
-    function_call: None = None
-    tool_calls: Nothing | None = None
-
-    def message(self) -> Message:
-        """The turn as the chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class ChatBody(Sampling, UnsupportedChat):
-    """The body of ``POST /v1/chat/completions``."""
-
-    messages: Annotated[list[MessageBody], Field(min_length=1)]
-    max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
-    logprobs: StrictBool | None = None
-    top_logprobs: Logprobs | None = None
-    safety_identifier: Text | None = Field(None, description="the newer name of user")
-
-
-class InspectBody(Body):
-    """The body of ``POST /v1/inspect``: ``tokens`` from ``start`` on, with ``top`` alternatives each."""
-
-    model: Text | None = None
-    tokens: Ids
-    start: Count | None = None
-    top: Logprobs | None = None
-
-
-_BODIES = (CompletionBody, ChatBody, InspectBody, MessageBody, TextPart, TextFormat, StreamOptions)
-FIELDS = frozenset(name for body in _BODIES for name in body.model_fields)
 
 
 # ---- from bodies to what the engine is given ----------------------------------------------------
@@ -310,7 +153,9 @@ async def completion_arguments(body: CompletionBody, served: Served) -> list[Gen
         raise ApiError(400, message, param="best_of", code="unsupported_parameter")
     options = _options(body, served, "max_tokens", COMPLETION_TOKENS)
     prompts = await asyncio.to_thread(_prompts, body.prompt, served.tokenizer)
-    pattern = GenerationArguments((), options, (served.tokenizer.eot_id,), body.logprobs)
+    stop_tokens = () if body.ignore_eos else (served.tokenizer.eot_id,)
+    # Beside a prompt's tokens clients look for one more, as many as they have asked for, whichever it is.
+    pattern = GenerationArguments((), options, stop_tokens, body.logprobs, report_stop=bool(body.echo))
     return _choices(body, served, "prompt", prompts, pattern)
 
 
@@ -322,18 +167,19 @@ async def chat_arguments(body: ChatBody, served: Served) -> list[GenerationArgum
         message = f"{served.name} is a base model without a chat template"
         message += ": use /v1/completions, or start the server with --chat_template FILE"
         raise ApiError(400, message, code="no_chat_template")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs true", param="top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         message = "max_tokens is the old name of max_completion_tokens: give one of them"
         raise ApiError(400, message, param="max_completion_tokens")
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     options = _options(body, served, name, served.max_tokens)
     with refusing("messages"):
         prompt = await asyncio.to_thread(template.encode, [message.message() for message in body.messages])
-    options = dataclasses.replace(options, stop=options.stop + template.stop)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    pattern = GenerationArguments((), options, template.stop_tokens, logprobs)
+    stop, stop_tokens = ((), ()) if body.ignore_eos else (template.stop, template.stop_tokens)
+    options = dataclasses.replace(options, stop=options.stop + stop)
+    pattern = GenerationArguments((), options, stop_tokens, logprobs)
     return _choices(body, served, "messages", [prompt], pattern)
 
 
@@ -344,10 +190,10 @@ def _options(body: Sampling, served: Served, limit: str, default: int) -> Sampli
         raise ApiError(400, f"{limit} {max_tokens} is over this server's limit of {served.max_tokens}", param=limit)
     if (body.n or 1) > served.max_n:
         raise ApiError(400, f"n {body.n} is over this server's limit of {served.max_n}", param="n")
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and any(body.stream_options.model_dump().values()) and not body.stream:
         raise ApiError(400, "stream_options: only with stream true", param="stream_options")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    given = {name: value for name in DRAWN_BY if (value := getattr(body, name)) is not None}
+    given = {name: value for name in DRAWN_BY if (value := getattr(body, name)) not in (None, -1)}
     most = min(default, served.max_tokens) if max_tokens is None else max_tokens
     return SamplingOptions(**{**DEFAULTS, **given}, max_tokens=most, stop=stop)
 

@@ -26,15 +26,16 @@ from nanokimi.console import log
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoding import limit_threads, new_decoder, use_weights_
+from nanokimi.inference.decoding import cache_bytes, limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
-from nanokimi.inference.inspection import inspect_tokens
+from nanokimi.inference.inspection import echoed, inspect_tokens
 from nanokimi.interop.loading import load
 from nanokimi.memory import free_memory
 from nanokimi.serve import api
 from nanokimi.serve.answers import LAST_WORDS, Answer, ChatAnswer, CompletionAnswer, EventStream, finite
 from nanokimi.serve.api import ApiError, ErrorBody, Served, on_error, refusing
 from nanokimi.serve.arguments import Rules, ServeOptions
+from nanokimi.serve.bodies import ChatBody, CompletionBody, InspectBody
 from nanokimi.serve.metrics import CONTENT_TYPE, Metrics
 from nanokimi.serve.worker import RETRY, Worker
 
@@ -45,6 +46,18 @@ SECURITY_HEADERS = {
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+}
+# Nothing is left to "auto", which takes whatever is installed: httptools loses the body of a request that offers
+# an upgrade, and uvloop and websockets would be there for some and not for others.
+UVICORN: dict[str, Any] = {
+    "http": "h11",
+    "ws": "none",
+    "loop": "asyncio",
+    "lifespan": "off",
+    "log_config": None,
+    "access_log": False,
+    "server_header": False,
+    "timeout_graceful_shutdown": round(LAST_WORDS),
 }
 LINGER = 0.5  # seconds in which a client that sends too much may notice that it is refused
 UNKNOWN_ROUTE = "other"  # a path of the client's own making must not become a name in the metrics
@@ -120,12 +133,16 @@ class Routes:
         self._served.check_name(name)
         return JSONResponse(self._about)
 
-    async def completions(self, body: api.CompletionBody, request: Request) -> Response:
+    async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continues one or more prompts."""
         arguments = await api.completion_arguments(body, self._served)
-        return await self._respond(CompletionAnswer(self._worker, self._served, body, arguments), request)
+        prompts = arguments[:: body.n or 1] if body.echo else ()
+        model, tokenizer = self._served.model, self._served.tokenizer
+        looks = (partial(echoed, model, tokenizer, one.prompt, one.logprobs) for one in prompts)
+        echoes = [await self._worker.call(look) for look in looks]
+        return await self._respond(CompletionAnswer(self._worker, self._served, body, arguments, echoes), request)
 
-    async def chat(self, body: api.ChatBody, request: Request) -> Response:
+    async def chat(self, body: ChatBody, request: Request) -> Response:
         """Writes the next turn of a talk."""
         arguments = await api.chat_arguments(body, self._served)
         return await self._respond(ChatAnswer(self._worker, self._served, body, arguments), request)
@@ -134,7 +151,7 @@ class Routes:
         self._metrics.prompt_tokens += answer.prompt_tokens
         return EventStream(answer) if answer.body.stream else JSONResponse(await answer.whole(request.receive))
 
-    async def inspect(self, body: api.InspectBody) -> JSONResponse:
+    async def inspect(self, body: InspectBody) -> JSONResponse:
         """What the model expected instead of each token, and which experts each token visited."""
         served, top = self._served, 5 if body.top is None else body.top
         served.check_name(body.model)
@@ -177,13 +194,15 @@ class Routes:
 
 
 class OuterGuard:
-    """Checks Host and Origin, adds the security headers, counts the answers."""
+    """Checks Host and Origin, adds the security headers, counts the answers; HEAD is GET, whose body is not sent."""
 
     def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
         self._app, self._rules, self._metrics = app, rules, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        if scope.get("method") == "HEAD":  # the server itself leaves out the body
+            scope = {**scope, "method": "GET"}
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -261,16 +280,7 @@ def run_serve(options: ServeOptions) -> int:
     worker = Worker(max_queue=options.max_queue, max_seconds=options.max_seconds, metrics=metrics)
     served = worker.ask(partial(prepare, options, worker)).result()
     app = new_app(served, worker, options.rules, metrics, max_body=options.max_body)
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=round(LAST_WORDS),
-    )
-    server = DrainingServer(config, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
+    server = DrainingServer(app, worker, options.drain_seconds, f"{served.name} at {address(listener)}")
     try:
         server.run(sockets=[listener])
     finally:
@@ -286,13 +296,13 @@ def prepare(options: ServeOptions, worker: Worker) -> Served:
     slots, on_host = f"--slots {options.slots}", next(model.parameters()).device.type == "cpu"
 
     def new_engine() -> Engine:
+        need, free = cache_bytes(model.config, options.slots), free_memory() if on_host else None
+        if free is not None and need > free:
+            raise UserError(f"{slots}: their caches take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
         try:
             decoder = new_decoder(model, slots=options.slots, kind=options.decoder, weights=options.weights)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise UserError(f"{slots}: their caches cannot be had ({error}): lower it") from error
-        need, free = decoder.slots * decoder.slot_bytes, free_memory() if on_host else None
-        if free is not None and need > free:  # they are reserved, and filled only later
-            raise UserError(f"{slots}: their caches take {need >> 20} MiB, and {free >> 20} MiB are free: lower it")
         return Engine(model, tokenizer, decoder=decoder, prefill_chunk=options.prefill_chunk)
 
     engine = worker.use(new_engine)
@@ -310,8 +320,8 @@ class DrainingServer(uvicorn.Server):
     over. A second signal ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float, about: str) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, worker: Worker, drain_seconds: float, about: str) -> None:
+        super().__init__(uvicorn.Config(app, **UVICORN))
         self.signal: int | None = None  # number of the first
         self._worker, self._drain_seconds, self._about, self._deadline = worker, drain_seconds, about, 0.0
 

@@ -130,6 +130,7 @@ def test_sequences_wait_for_a_slot_in_the_order_in_which_they_came(debug_model: 
     assert engine.idle
 
 
+@pytest.mark.fault(93)
 def test_a_cancelled_sequence_frees_its_slot_at_once_and_keeps_what_it_wrote(debug_model: Transformer) -> None:
     """Fault 93."""
     engine = Engine(debug_model, None)
@@ -152,6 +153,7 @@ def test_a_sequence_that_waits_can_be_cancelled(debug_model: Transformer) -> Non
     assert (running.result.tokens, waiting.result.tokens, engine.idle) == (2, 0, True)
 
 
+@pytest.mark.fault(100)
 def test_one_sequence_with_bad_logits_does_not_disturb_the_others(debug_model: Transformer) -> None:
     """Fault 100."""
 
@@ -286,6 +288,7 @@ def test_tokens_of_text_that_may_become_a_stop_string_are_held_back_with_it(toke
     assert [ids(chunk) for chunk in found] == [[120], [], [], [69, 78, 121], []]
 
 
+@pytest.mark.fault(102)
 def test_tokens_of_a_stop_string_are_dropped_with_it(tokenizer: Tokenizer) -> None:
     """Fault 102."""
     found = chunks(tokenizer, b"xEND", "END")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import lively
 from scored import save_model
+from tokenizers import Tokenizer as Inner
 
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
@@ -106,6 +107,37 @@ def test_pairs_are_divided_as_the_harness_does(model: Transformer, tokenizer: To
     for context in ("the cat", "the cat ", "the\n\n ", "th", "naï", WORDS):
         for continuation in (" sat", "sat", " ", "\nx"):
             assert encode_pair(tokenizer, context, continuation) == adapter._encode_pair(context, continuation)
+
+
+@pytest.mark.fault("A19")
+def test_a_text_begins_with_the_token_that_the_harness_takes(
+    folder: Path, debug_model: Transformer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate", reason="the harness's model hf needs it")
+    from lm_eval.models.huggingface import HFLM
+
+    trained = Inner.from_str(train_bpe([WORDS * 30], 400).to_json())
+    trained.add_special_tokens(["<s>"])
+    tokenizer = Tokenizer(trained, "with-a-beginning", bos="<s>")
+    assert tokenizer.bos_id != tokenizer.eot_id
+    model = lively(Transformer(ModelConfig.preset("debug", vocab_size=tokenizer.vocab_size)))
+    (folder / "hf").mkdir()
+    write_folder(folder / "hf", StoredModel(model.config, model.state_dict(), tokenizer))
+    theirs = HFLM(str(folder / "hf"), device="cpu", dtype="float32", batch_size=4)
+    ours = NanokimiLM(loaded=(model, tokenizer))
+    assert ours.prefix_token_id == theirs.prefix_token_id == tokenizer.bos_id
+    texts = instances(*((text,) for text in (WORDS, "a\n", " the dog")))
+    expected = theirs.loglikelihood_rolling(texts)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, rel=1e-6)
+    pairs = instances(("", " the cat"), ("the dog", " ran"))
+    found = [score for score, _ in ours.loglikelihood(pairs)]
+    assert found == pytest.approx([score for score, _ in theirs.loglikelihood(pairs)], rel=1e-5)
+    assert encode_pair(tokenizer, "", " the cat")[0] == [tokenizer.bos_id]
+
+    save_model(folder / "model.pt", model, tokenizer)
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": one.args[0]}) + "\n" for one in texts))
+    assert main(["eval", "model.pt", "--data_path", "texts.jsonl", "--output", "e.json", "--device", "cpu"]) == 0
+    assert json.loads(Path("e.json").read_text())["texts"][0]["nats"] == pytest.approx(-sum(expected), rel=1e-6)
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import uvicorn
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
@@ -121,10 +120,7 @@ def serving(
     served = Served("debug", model, tokenizer, template, context, max_tokens or context, max_n, created=1)
     app = new_app(served, worker, rules or Rules(), metrics, max_body=max_body)
     listener = bind("127.0.0.1", 0, max_seconds)
-    config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
-    )
-    server = DrainingServer(config, worker, drain_seconds, "a test")
+    server = DrainingServer(app, worker, drain_seconds, "a test")
 
     def run() -> None:
         server.run(sockets=[listener])

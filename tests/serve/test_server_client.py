@@ -120,6 +120,7 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: OpenAI) -> None:
     assert all(chunk.choices for chunk in client.completions.create(**given))
 
 
+@pytest.mark.fault(102)
 @pytest.mark.parametrize("stop", ["END", ["nothing", " END"]])
 def test_a_stop_string_ends_the_text_and_is_not_part_of_it(split_characters: OpenAI, stop: str | list[str]) -> None:
     """Fault 102."""

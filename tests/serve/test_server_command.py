@@ -82,6 +82,16 @@ def test_a_mistake_is_one_line_that_names_the_flag(
     assert captured.out == ""
 
 
+@pytest.mark.fault("A18")
+def test_caches_that_do_not_fit_are_refused_before_any_is_made(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nanokimi.serve.server.new_decoder", None)
+    monkeypatch.setattr("nanokimi.serve.server.free_memory", lambda: 500_000)
+    assert main(["serve", str(model_file), "--port", "0", "--slots", "32"]) == 2
+    assert "--slots 32: their caches take " in capsys.readouterr().err
+
+
 def test_the_model_works_in_one_thread_from_the_start(
     model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +189,7 @@ def test_without_the_extra_the_command_names_it(missing: str, model_file: Path) 
     assert done.stderr == f"nanokimi: nanokimi serve needs {missing}: pip install 'nanokimi[serve]'\n"
 
 
+@pytest.mark.fault(98)
 def test_the_exit_codes_of_signals_and_the_address_that_is_printed(model_file: Path) -> None:
     """Fault 98."""
     code = "import sys; from nanokimi.cli import main; sys.exit(main(sys.argv[1:]))"

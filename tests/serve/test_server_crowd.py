@@ -15,6 +15,7 @@ pytestmark = pytest.mark.serial
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.fault(93)
 @pytest.mark.slow
 def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_path: Path) -> None:
     """Fault 93."""

@@ -32,6 +32,7 @@ def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"anyone:{password}".encode()).decode()
 
 
+@pytest.mark.fault(95)
 @pytest.mark.parametrize("path", EVERY_ROUTE)
 @pytest.mark.parametrize("given", [None, "Bearer wrong", f"Bearer {KEY}x", "Bearer", basic("wrong"), "Basic %", KEY])
 def test_a_wrong_key_is_401_on_every_route(locked_server: httpx.Client, path: str, given: str | None) -> None:
@@ -59,6 +60,7 @@ def test_a_key_that_is_not_ascii_is_wrong_and_no_more(locked_server: httpx.Clien
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1", "", "[", "a@b"]
 )
+@pytest.mark.fault(96)
 def test_a_foreign_host_is_403(open_server: httpx.Client, host: str) -> None:
     """Fault 96: a page elsewhere whose name was made to lead to this machine."""
     answer = open_server.get("/v1/models", headers={"Host": host})
@@ -73,6 +75,7 @@ def test_this_machine_goes_by_its_own_names(open_server: httpx.Client, host: str
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "null", "", "http://localhost:1", "file://", "https://127.0.0.1"]
 )
+@pytest.mark.fault(96)
 def test_a_foreign_origin_is_403(open_server: httpx.Client, origin: str) -> None:
     """Fault 96."""
     answer = open_server.post("/v1/completions", json={}, headers={"Origin": origin})
@@ -104,6 +107,7 @@ def test_no_origin_is_told_that_it_is_allowed_unless_one_is(open_server: httpx.C
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
+@pytest.mark.fault(99)
 @pytest.mark.parametrize("path", ["/", "/web/page.js", "/v1/models", "/nowhere", "/v1/completions"])
 def test_every_answer_binds_the_browser(open_server: httpx.Client, path: str) -> None:
     """Fault 99: whatever a model writes, no script of its own can run in the page."""

@@ -65,6 +65,7 @@ def held() -> Iterator[Held]:
     yield from held_server(max_queue=2)
 
 
+@pytest.mark.fault(93)
 @pytest.mark.parametrize("stream", [True, False])
 def test_when_the_client_is_gone_generation_stops_within_a_token(held: Held, stream: bool) -> None:
     """Fault 93."""
@@ -92,6 +93,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(held: Held) -> None:
     running.close()
 
 
+@pytest.mark.fault(94)
 def test_a_full_queue_is_429_with_retry_after_and_takes_all_choices_or_none(held: Held) -> None:
     """Fault 94."""
     connections = [held.connect(n=2), held.connect()]
@@ -151,6 +153,7 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_left_alone_in_the_en
         connection.close()
 
 
+@pytest.mark.fault(100)
 def test_an_error_in_mid_stream_is_an_event_without_done_and_the_server_lives_on() -> None:
     """Fault 100."""
     decoder = ScriptedDecoder(b"abcdefgh", fails_at=3)
@@ -197,6 +200,7 @@ def test_the_text_of_several_sequences_gathers_and_none_of_it_is_lost(monkeypatc
 # ---- the end ------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(98)
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(held: Held) -> None:
     """Fault 98."""
     answers: list[httpx.Response] = []
