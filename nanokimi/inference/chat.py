@@ -157,6 +157,9 @@ class Chat:
                 self.output.flush()
         except KeyboardInterrupt:
             deltas.close()
+        except Exception:
+            self.log("")  # the error begins on a line of its own
+            raise
         finally:
             self.talk = talk.answered(written)
         self.results.append(deltas.result)

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from scripted import InterruptedModel, ScriptedModel
+from torch import Tensor
 
 from nanokimi.cli_settings import Parser
 from nanokimi.console import printable, protect_streams
 from nanokimi.data.tokenizer import load_tokenizer
-from nanokimi.errors import UserError
+from nanokimi.errors import RunError, UserError
 from nanokimi.inference.commands import add_generate_arguments, run_generate
 from nanokimi.inference.decoding import new_decoder, use_weights_
 from nanokimi.inference.generate import generate
@@ -70,6 +73,22 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(
     captured = capsys.readouterr()
     assert captured.out == "xabc\n"
     assert "finish_reason interrupted" in captured.err
+
+
+@pytest.mark.fault("A21")
+@pytest.mark.parametrize("flags", [["--stream"], ["--interactive"]])
+def test_an_error_while_a_text_is_written_begins_on_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    class BreakingModel(ScriptedModel):
+        def forward(self, *args: Any, **named: Any) -> Tensor:
+            logits = super().forward(*args, **named)
+            return logits if self.written < 4 else logits * torch.nan
+
+    with pytest.raises(RunError, match="not finite"):
+        run(monkeypatch, BreakingModel(b"abcdef"), "--prompt", "x", *flags)
+    written = capfd.readouterr()
+    assert (written.out + written.err).rstrip(" ").endswith("abc\n")
 
 
 @pytest.mark.parametrize("flags", [[], ["--stream"], ["--interactive"]])
