@@ -134,6 +134,7 @@ def test_dashes_in_a_value_stay_dashes() -> None:
     assert (args.checkpoint, args.stop, args.prompt) == ("m-1.pt", ["--max-tokens"], "--top-k is a flag")
 
 
+@pytest.mark.fault(71, 82)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,7 @@ from nanokimi.config import ModelConfig, TrainConfig, field_names, from_dict, pa
 from nanokimi.errors import ConfigError
 
 
+@pytest.mark.fault(42, 43)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -35,6 +36,7 @@ def test_impossible_models_are_refused_in_one_line(values: dict[str, Any], messa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault(32, 34, 35, 38, 40)
 @pytest.mark.parametrize(
     ("values", "message"),
     [

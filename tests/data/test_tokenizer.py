@@ -245,8 +245,8 @@ def test_an_impossible_name_is_one_line_with_the_alternatives(name: str) -> None
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault(27)
 def test_offline_the_alternatives_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fault 27."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"some/model.*cannot be reached.*tokenizer_name=byte") as error:

@@ -215,6 +215,7 @@ def test_the_memory_of_a_sequence_is_known_before_it_is_admitted() -> None:
         assert Engine(model, None, decoder=decoder).slot_bytes == expected
 
 
+@pytest.mark.fault(73)
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -226,7 +227,6 @@ def test_the_memory_of_a_sequence_is_known_before_it_is_admitted() -> None:
 def test_a_prompt_that_cannot_be_is_refused_before_it_waits(
     debug_model: Transformer, prompt: list[int], message: str
 ) -> None:
-    """Fault 73."""
     engine = Engine(debug_model, load_tokenizer("byte"))
     with pytest.raises(UserError, match=message):
         engine.submit(job(prompt))
@@ -265,8 +265,8 @@ def ids(chunk: TextChunk | None) -> list[int]:
     return [] if chunk is None else [token.id for token in chunk.tokens]
 
 
+@pytest.mark.fault(80)
 def test_tokens_are_settled_with_the_character_that_they_complete(tokenizer: Tokenizer) -> None:
-    """Fault 80."""
     text = "aé!"
     found = chunks(tokenizer, text.encode())
     assert [chunk.text if chunk else None for chunk in found] == ["a", None, "é", "!", None]

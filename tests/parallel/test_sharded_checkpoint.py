@@ -83,8 +83,9 @@ def test_names_of_version_1_are_read_as_the_present_ones(tmp_path: Path) -> None
     assert [found[name].mean().item() for name in present] == [0.0, 1.0, 2.0]
 
 
+@pytest.mark.fault(69)
 def test_four_ranks_on_another_mesh_read_what_two_wrote_and_write_it_anew(written: Path) -> None:
-    """Fault 69. Each holds but its rows, some none; each verifies its share of the files."""
+    """Each holds but its rows, some none; each verifies its share of the files."""
     assert run("go_on", 4, written) == [0] * 4
     anew = written / "step_00000050"
     sharded.verify(anew)

@@ -150,9 +150,9 @@ def test_replicas_are_started_again_as_well(place: Path) -> None:
     assert losses(place, "again") == pytest.approx(losses(place, "replicas"), abs=1e-4)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.slow
 def test_a_hang_ends_the_job_and_leaves_the_stacks_of_those_that_waited(place: Path) -> None:
-    """Fault 51."""
     hangs = Launch(arguments(place, "hangs", *FSDP, "--timeout", "6"), stumble=(1, 6, signal.SIGSTOP))
     with launched(hangs, place) as job:
         wait_until(job.lines, job, MINUTE)
@@ -171,8 +171,9 @@ def steps_of(place: Path, name: str) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.fault(67)
 def test_signals_save_on_all_ranks_at_one_step(place: Path) -> None:
-    """Fault 67: SIGUSR1 to one rank saves and goes on; SIGTERM to torchrun saves and ends; then --resume."""
+    """SIGUSR1 to one rank saves and goes on; SIGTERM to torchrun saves and ends; then --resume."""
     quiet = (*FSDP, "--save_interval", "0", "--eval_interval", "0")
     with launched(Launch(arguments(place, "signals", *quiet, "--max_steps", "100000")), place) as job:
         wait_until(lambda: steps_of(place, "signals") >= 3, job)

@@ -179,11 +179,12 @@ def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(text: Path, wh
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.fault(66, 67)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_at_the_step_boundary(
     text: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Faults 66 and 67: the rest of the run is as if nothing had happened."""
+    """The rest of the run is as if nothing had happened."""
     process = start(text, tmp_path, *STOPPED, "--save_interval", "0")
     wait_for_steps(process, tmp_path, 5)
     process.send_signal(number)
@@ -195,8 +196,8 @@ def test_a_signal_saves_at_the_step_boundary(
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.fault(67)
 def test_sigusr1_saves_and_goes_on(text: Path, tmp_path: Path) -> None:
-    """Fault 67."""
     process = start(text, tmp_path, "--max_steps", "2000", "--save_interval", "0")
     wait_for_steps(process, tmp_path, 3)
     process.send_signal(signal.SIGUSR1)
@@ -209,9 +210,10 @@ def test_sigusr1_saves_and_goes_on(text: Path, tmp_path: Path) -> None:
     assert process.wait() == 143
 
 
+@pytest.mark.fault(66)
 @pytest.mark.serial
 def test_ctrl_c_twice_ends_at_once(text: Path, tmp_path: Path) -> None:
-    """Fault 66: the second one does not wait for the step, nor for a save."""
+    """The second one does not wait for the step, nor for a save."""
     slow = ("--max_steps", "100000", "--batch_size", "64", "--gradient_accumulation", "1000000", "--save_interval", "0")
     process = start(text, tmp_path, *slow)
     wait_for_steps(process, tmp_path, 0)
@@ -248,6 +250,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.fault(2, 3, 4, 27, 32, 34, 35, 38, 42, 43, 45)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -282,15 +285,15 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "run" / "logs" / "training_metrics.json").exists()
 
 
+@pytest.mark.fault(52)
 def test_resume_without_a_checkpoint_is_an_error_and_no_silent_restart(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
-    """Fault 52."""
     assert "--resume: no checkpoint in" in refused(capsys, arguments(text, tmp_path, "--resume"))
 
 
+@pytest.mark.fault(53)
 def test_a_mistyped_checkpoint_is_an_error(capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> None:
-    """Fault 53."""
     wrong = tmp_path / "latets.pt"
     flags = arguments(text, tmp_path, "--resume", "--checkpoint_path", str(wrong))
     assert f"{wrong}: no such checkpoint" in refused(capsys, flags)
@@ -389,6 +392,7 @@ def test_resuming_another_runs_checkpoint_keeps_the_one_that_is_there(text: Path
     assert checkpoint.read(there / "checkpoints" / "final.pt")["counters"]["step"] == 2
 
 
+@pytest.mark.fault(44)
 def test_overriding_the_seed_goes_on_in_another_order(text: Path, tmp_path: Path) -> None:
     assert main(arguments(text, tmp_path, "--max_steps", "2")) == 0
     assert main(arguments(text, tmp_path, "--resume", "--max_steps", "3", "--seed", "5", "--override", "seed")) == 0
@@ -445,6 +449,7 @@ def test_compiled_training_gives_a_checkpoint_that_loads(text: Path, tmp_path: P
     assert model(torch.tensor([tokenizer.encode("x")])).isfinite().all()
 
 
+@pytest.mark.fault(1, 5, 6)
 @pytest.mark.parametrize(
     ("contents", "message"),
     [

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nanokimi import checkpoint
+from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.sources import open_corpus
@@ -57,9 +58,9 @@ def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.fault(48, 49)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_step_touches_nothing_and_is_counted(make_trainer: TrainerFactory, value: float) -> None:
-    """Faults 48 and 49."""
     trainer = make_trainer()
     spoil(trainer, {3}, value)
     batches = iter(trainer.batches)
@@ -78,8 +79,8 @@ def test_a_non_finite_step_touches_nothing_and_is_counted(make_trainer: TrainerF
     assert trainer.counters.skipped_in_a_row == 0
 
 
+@pytest.mark.fault(49)
 def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory) -> None:
-    """Fault 49."""
     trainer = make_trainer()
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
@@ -93,8 +94,8 @@ def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory)
     assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer).items())
 
 
+@pytest.mark.fault(48)
 def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(make_trainer: TrainerFactory) -> None:
-    """Fault 48."""
     trainer = make_trainer(save_interval=2, max_skipped_steps=3, max_steps=50)
     spoil(trainer, set(range(3, 50)))
     with pytest.raises(RunError, match="not finite in 3 steps in a row"):
@@ -146,3 +147,40 @@ def test_the_exact_meter_is_used_after_a_step_that_came_near_tau(make_trainer: T
     assert trainer.model.exact_logits
     exact = trainer._train_step(iter(trainer.batches))["max_logit"]
     assert max(exact) < min(bound) - 1  # ln(visible keys) is gone
+
+
+# ---- the machine --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(47)
+def test_a_step_that_does_not_fit_into_memory_says_what_to_lower_and_leaves_the_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.txt").write_text("a line of text\n" * 400)
+    train_step = Trainer._train_step
+
+    def too_large(trainer: Trainer, batches: Any) -> dict[str, Any]:
+        if trainer.counters.step == 4:
+            torch.empty(1 << 50)
+        return train_step(trainer, batches)
+
+    flags = ["--preset", "debug", "--data_path", str(tmp_path / "train.txt"), "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as small_machine:
+        small_machine.setattr(Trainer, "_train_step", too_large)
+        assert main(["train", *flags, "--max_steps", "6", "--save_interval", "2", "--eval_interval", "0"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("nanokimi: out of memory: lower --batch_size")
+    assert main(["train", "--resume", "--output_dir", str(tmp_path / "run")]) == 0
+    assert "latest.pt at step 4 of 6" in capsys.readouterr().err
+
+
+@pytest.mark.fault(44)
+def test_the_seed_makes_the_run_and_deterministic_forbids_what_would_not_be(make_trainer: TrainerFactory) -> None:
+    losses = []
+    for seed, deterministic in ((1, False), (1, True), (2, True)):
+        trainer = make_trainer(seed=seed, deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        batches = iter(trainer.batches)
+        losses.append([trainer._train_step(batches)["train_ce_loss"] for _ in range(2)])
+    torch.use_deterministic_algorithms(False)
+    assert losses[0] == losses[1] != losses[2]
