@@ -22,7 +22,7 @@ FAULTS, PAGE = TESTS / "faults.toml", TESTS.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by `python -m tests.reliability` -->", "<!-- to here -->"
 
 
-class Test(NamedTuple):
+class Held(NamedTuple):
     """A test function, by the path of its file from the root of the repository."""
 
     path: str
@@ -38,12 +38,12 @@ def read_faults() -> dict[str, dict[str, tuple[str, str]]]:
     return {area: {number: (what, then) for number, (what, then) in faults.items()} for area, faults in areas.items()}
 
 
-def find_tests(folder: Path = TESTS) -> dict[str, list[Test]]:
+def find_tests(folder: Path = TESTS) -> dict[str, list[Held]]:
     """The tests below ``folder`` by the numbers with which ``@pytest.mark.fault`` marks them or their parameters."""
-    found: dict[str, list[Test]] = defaultdict(list)
+    found: dict[str, list[Held]] = defaultdict(list)
     for path in sorted(folder.rglob("test_*.py")):
         for name, number in _marked(ast.parse(path.read_text(encoding="utf-8"))):
-            test = Test(path.relative_to(folder.parent).as_posix(), name)
+            test = Held(path.relative_to(folder.parent).as_posix(), name)
             if test not in found[number]:
                 found[number].append(test)
     return dict(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reliability import PAGE, Test, find_tests, page_with, read_faults, tables
+from reliability import PAGE, Held, find_tests, page_with, read_faults, tables
 
 NUMBERS = [number for faults in read_faults().values() for number in faults]
 
@@ -40,5 +40,5 @@ def test_none(): ...
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "test_x.py").write_text(source)
     path = f"{tmp_path.name}/inner/test_x.py"
-    both, case, listed = (Test(path, f"test_{name}") for name in ("both", "one_case", "a_case_of_a_list"))
+    both, case, listed = (Held(path, f"test_{name}") for name in ("both", "one_case", "a_case_of_a_list"))
     assert find_tests(tmp_path) == {"12": [both, case], "13": [both], "A2": [listed]}
