@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -53,11 +53,8 @@ class MetricsLog:
         self.jsonl_path = folder / "logs" / "training_metrics.jsonl"
         self.json_path = self.jsonl_path.with_suffix(".json")
         with log_errors_explained(self.jsonl_path):
-            self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
             _keep_unrelated(self.jsonl_path, state)
-            with atomic_write(self.jsonl_path) as file:
-                file.write(state.encode())
-            self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
+            self._begin_file()
 
     def record(self, step: int, values: Mapping[str, object]) -> None:
         """Appends one optimizer step; NaN and infinity become null, as does what ``values`` leaves out.
@@ -70,7 +67,7 @@ class MetricsLog:
 
         Raises:
             ValueError: ``values`` holds another name; ``train_loss`` is worked out here.
-            RunError: the log cannot be written.
+            RunError: the line cannot be written; it is in the history, and ``write_json`` writes it again.
         """
         if unknown := values.keys() - set(STEP_COLUMNS[1:]):
             raise ValueError(f"not columns of the history: {', '.join(sorted(unknown))}")
@@ -98,6 +95,8 @@ class MetricsLog:
     def write_json(self) -> History:
         """Writes ``history()`` to ``logs/training_metrics.json``; the work grows with the run, so not every step.
 
+        If the ``.jsonl`` is incomplete, or gone, it is written anew.
+
         Returns:
             the history that was written.
 
@@ -105,6 +104,9 @@ class MetricsLog:
             RunError: the file cannot be written.
         """
         history = self.history()
+        if self._file is None or not self.jsonl_path.exists():
+            with log_errors_explained(self.jsonl_path):
+                self._begin_file()
         with log_errors_explained(self.json_path), atomic_write(self.json_path) as file:
             file.write(json.dumps(history, allow_nan=False).encode())
         return history
@@ -115,15 +117,29 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the ``.jsonl``; every line is already in it."""
-        if self._file is not None:
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # of a line that could not be written
+                file.close()
+
+    def _begin_file(self) -> None:
+        """Writes the lines so far to the ``.jsonl`` and leaves it open for more."""
+        self.close()
+        self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.jsonl_path) as file:
+            file.write(self.state().encode())
+        self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        self._lines.append(line)
         if self._file is not None:
             with log_errors_explained(self.jsonl_path):
-                self._file.write(line)
-        self._lines.append(line)
+                try:
+                    self._file.write(line)
+                except OSError:
+                    self.close()  # until there is room again, it would hold half a line
+                    raise
 
 
 def _finite(value: Any) -> Any:
