@@ -13,7 +13,7 @@ from nanokimi.cli_settings import Parser, add_settings, gather_settings
 from nanokimi.config import TrainConfig, field_names
 from nanokimi.console import complain, log, protect_streams, show, why_result_is_lost
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import provide_home
+from nanokimi.files import expand_home, provide_home
 from nanokimi.inference.commands import add_generate_arguments
 from nanokimi.insight.planner import add_plan_arguments, plan_lines
 from nanokimi.serve.arguments import add_serve_arguments, options_of
@@ -243,7 +243,7 @@ def evaluate(args: argparse.Namespace) -> int:
         part=args.part.replace("-", "_"),
         stride=args.stride,
         max_tokens=args.max_tokens,
-        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        tasks=tuple(expand_home(name.strip()) for name in args.tasks.split(",") if name.strip()),
         include_path=args.include_path,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -8,6 +8,7 @@ import getpass
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -161,6 +162,14 @@ def home() -> Path:
         if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
             return folder
         return Path(tempfile.mkdtemp(prefix="nanokimi-home-"))
+
+
+def expand_home(paths: str) -> str:
+    """``paths`` with the home for each ``~`` and ``~user`` that begins one; shells do that at the start of a word only.
+
+    Of ``a.txt,~/b.txt`` and ``a.txt=0.7,tokenbin:~/b=0.3`` too.
+    """
+    return re.sub(r"(?:^|(?<=[,:]))~[^/,=]*", lambda found: os.path.expanduser(found[0]), paths)
 
 
 def provide_home() -> None:
