@@ -253,6 +253,9 @@ class TrainConfig:
         choices=("lse", "exact"),
     )
     max_grad_norm: float = _optimizer(1.0, "largest norm of the gradient, which is scaled down to it; 0 = none", low=0)
+    spike_guard: bool = _optimizer(
+        False, "skip a step whose loss or gradient norm lies 6 standard deviations over its last 128"
+    )
     schedule: str = _schedule(
         "wsd",
         "after the warm-up: level with a linear decay at the end, cosine, or constant",

@@ -23,7 +23,8 @@ History = dict[str, list[Any]]
 
 LOSSES = ("train_loss", "train_ce_loss", "train_aux_loss")
 READINGS = ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "max_logit", "clipped_heads", "expert_load")
-STEP_COLUMNS = (*LOSSES, *READINGS)
+FLAGS = ("clipped_gradient", "spike", "non_finite", "skipped")
+STEP_COLUMNS = (*LOSSES, *READINGS, *FLAGS)
 VALIDATION_COLUMNS = ("val_loss", "val_bits_per_byte")
 
 
@@ -63,7 +64,8 @@ class MetricsLog:
             step: optimizer steps done, this one included.
             values: ``train_ce_loss``, ``train_aux_loss`` (nats per token), ``learning_rate``, ``grad_norm``,
                 ``tokens`` (seen so far), ``tokens_per_second``, ``max_logit`` (one per layer, largest over heads),
-                ``clipped_heads``, ``expert_load`` (per MoE layer, E shares that sum to 1).
+                ``clipped_heads``, ``expert_load`` (per MoE layer, E shares that sum to 1); and as 0 or 1, whether it
+                had a ``clipped_gradient``, was a ``spike`` or ``non_finite``, and was ``skipped``.
 
         Raises:
             ValueError: ``values`` holds another name; ``train_loss`` is worked out here.
@@ -91,6 +93,11 @@ class MetricsLog:
             history[f"{step}s"] = [row[step] for row in rows]
             history |= {name: [row.get(name) for row in rows] for name in names}
         return history
+
+    def losses_and_norms(self) -> Iterator[tuple[float | None, float | None]]:
+        """Cross-entropy and gradient norm of every step; JSON gives a number back to the bit."""
+        history = self.history()
+        return zip(history["train_ce_loss"], history["grad_norm"], strict=True)
 
     def write_json(self) -> History:
         """Writes ``history()`` to ``logs/training_metrics.json``; the work grows with the run, so not every step.
@@ -197,7 +204,7 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         self.max_steps, self.start_step, self.interval, self.max_seconds = max_steps, start_step, interval, max_seconds
         self._step = self._printed = start_step
         self._values: dict[str, object] = {}
-        self._clipped = 0
+        self._clipped = self._spikes = 0
         self._started = time.monotonic() - spent_seconds
         self._first_step_done: float | None = None
         self._silent = silent
@@ -214,13 +221,14 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         Args:
             step: optimizer steps done, this one included.
             values: as for ``MetricsLog.record``, plus ``val_bits_per_byte`` when there is a new one, which stays
-                on show until the next. Clipped heads are shown as the sum since this process began.
+                on show until the next. Clipped heads and spikes are shown as the sum since this process began.
         """
         self._first_step_done = self._first_step_done or time.monotonic()
         self._step = step
         self._values.update(values)
         clipped = values.get("clipped_heads")
         self._clipped += clipped if isinstance(clipped, int) else 0
+        self._spikes += bool(values.get("spike"))
         due = step == self.start_step + 1 or (self.interval > 0 and step % self.interval == 0)
         if self._live is None and due and step not in (self._printed, self.max_steps):
             self._print_line()
@@ -258,6 +266,7 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
             f"{_number(self._values.get('tokens_per_second'), ',.0f')} tok/s",
             f"max logit {_number(largest, '.1f')}",
             f"heads clipped {self._clipped:,}",
+            *[f"spikes {self._spikes:,}"] * bool(self._spikes),
         )
         return "  ".join(facts)
 

@@ -31,6 +31,7 @@ from nanokimi.pictures import matplotlib_without_screen
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog, ProgressDisplay
 from nanokimi.training.signals import StopSignals
+from nanokimi.training.spikes import SpikeWatch
 from nanokimi.training.step import TrainingStep, evaluate
 
 SAMPLE_TOKENS = 60
@@ -97,6 +98,7 @@ class Trainer:
         self.held_out = self._held_out_sequences()
         self._check_sample_prompt()
         self.metrics = MetricsLog(output if self.ranks.is_main else None, state=history)
+        self.step.spikes = SpikeWatch(self.metrics.losses_and_norms())
         self.counters = Counters()
         self.checkpoints = checkpoints or Checkpoints(output / "checkpoints")
         self.hang_watch = HangWatch(output / "logs", config.timeout)
@@ -145,7 +147,7 @@ class Trainer:
         return 0 if signals.stop is None else 128 + signals.stop
 
     def _train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimizer step, skipped when anything in it is not finite; returns its metrics."""
+        """One optimizer step, skipped when anything in it is not finite, or as a spike; returns its metrics."""
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
         warmup, decay, progress = config.warmup_steps, config.decay_fraction, self._progress()
@@ -157,7 +159,7 @@ class Trainer:
         model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
         counters.step += 1
         counters.tokens += seen.tokens
-        counters.skipped += not seen.finite
+        counters.skipped += seen.skipped
         counters.skipped_in_a_row = 0 if seen.finite else counters.skipped_in_a_row + 1
         return {
             "train_ce_loss": seen.cross_entropy if seen.finite else None,
@@ -167,7 +169,11 @@ class Trainer:
             "tokens": counters.tokens,
             "tokens_per_second": seen.tokens / (time.monotonic() - started),
             "max_logit": largest,
-            "clipped_heads": sum(x > tau > 0 for heads in seen.max_logits for x in heads) if seen.finite else 0,
+            "clipped_heads": 0 if seen.skipped else sum(x > tau > 0 for heads in seen.max_logits for x in heads),
+            "clipped_gradient": int(seen.finite and seen.grad_norm > config.max_grad_norm > 0),
+            "spike": int(seen.spike),
+            "non_finite": int(not seen.finite),
+            "skipped": int(seen.skipped),
             "expert_load": [[n / max(1.0, sum(layer)) for n in layer] for layer in seen.expert_counts],
         }
 

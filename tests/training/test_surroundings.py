@@ -64,7 +64,7 @@ def step_of(output: Path, name: str = "latest.pt") -> int:
 @pytest.mark.fault("A5")
 def test_a_backend_that_is_not_installed_is_no_matter(text: Path, tmp_path: Path) -> None:
     """As in every process that a notebook starts."""
-    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run([*COMMAND, *arguments(text, tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
