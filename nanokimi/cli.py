@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from nanokimi.cli_settings import Parser, add_settings, gather_settings
 from nanokimi.config import TrainConfig, field_names
-from nanokimi.console import complain, log, show
+from nanokimi.console import complain, log, protect_streams, show, why_result_is_lost
 from nanokimi.errors import RunError, UserError
+from nanokimi.files import expand_home, provide_home
 from nanokimi.inference.commands import add_generate_arguments
 from nanokimi.insight.planner import add_plan_arguments, plan_lines
 from nanokimi.serve.arguments import add_serve_arguments, options_of
@@ -25,9 +26,13 @@ def entry() -> NoReturn:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one command; returns its exit code: 0, 1 at run time, 2 for a mistake in the input, 130 after Ctrl-C."""
+    protect_streams()
+    provide_home()
     args = build_parser().parse_args(arguments)
     try:
         code: int = args.run(args)
+        if reason := why_result_is_lost():
+            raise RunError(f"the result cannot be written to stdout: {reason}")
         return code
     except UserError as error:
         complain(f"nanokimi: {error}")
@@ -149,7 +154,7 @@ def add_prepare(commands: Any) -> None:
 def prepare_stdlib(args: argparse.Namespace) -> int:
     from nanokimi.data.prepare import prepare_stdlib as prepare
 
-    print(prepare(args.output))
+    show(prepare(args.output))
     return 0
 
 
@@ -158,7 +163,7 @@ def prepare_tokens(args: argparse.Namespace) -> int:
 
     from nanokimi.data.prepare import prepare_tokens as prepare
 
-    print(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, log=log))
+    show(prepare(train_values, model_values, Path(args.output), shard_tokens=args.shard_tokens, log=log))
     return 0
 
 
@@ -174,7 +179,7 @@ def add_tokenizer(commands: Any) -> None:
 def train_tokenizer(args: argparse.Namespace) -> int:
     from nanokimi.data.sources import train_tokenizer_on
 
-    print(train_tokenizer_on(args.text, args.vocab_size, args.output))
+    show(train_tokenizer_on(args.text, args.vocab_size, args.output))
     return 0
 
 
@@ -238,7 +243,7 @@ def evaluate(args: argparse.Namespace) -> int:
         part=args.part.replace("-", "_"),
         stride=args.stride,
         max_tokens=args.max_tokens,
-        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        tasks=tuple(expand_home(name.strip()) for name in args.tasks.split(",") if name.strip()),
         include_path=args.include_path,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 from nanokimi.config import ModelConfig, TrainConfig, field_names, parse_value, suggest
 from nanokimi.console import complain
 from nanokimi.errors import UserError
+from nanokimi.files import expand_home
 
 Config = type[ModelConfig] | type[TrainConfig]
+PATHS = ("FILE", "FOLDER", "CHECKPOINT", "MODEL", "PATH")  # so begins what ``--help`` calls a path
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +26,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._with_underscores(word) for word in words], namespace)
+        found, rest = super().parse_known_args([self._with_underscores(word) for word in words], namespace)
+        for action in self._actions:
+            if isinstance(value := getattr(found, action.dest, None), str):
+                setattr(found, action.dest, self._checked(action, value))
+            elif isinstance(value, list):
+                setattr(found, action.dest, [self._checked(action, item) for item in value])
+        return found, rest
+
+    def _checked(self, action: argparse.Action, value: str) -> str:
+        """A value as it was meant: UTF-8, and a path with the home for ``~``."""
+        if any("\ud800" <= character <= "\udfff" for character in value):  # what Python makes of other bytes (PEP 383)
+            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+            self.error(f"{name} {value!a}: not UTF-8: check the encoding of the terminal, or rename the file")
+        return expand_home(value) if str(action.metavar).startswith(PATHS) else value
 
     def _with_underscores(self, word: str) -> str:
         name, equals, value = word.partition("=")
@@ -54,7 +69,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
         if choices:
             about += " {" + ",".join(choices) + "}"
         about += f" (default: {'none' if f.default == '' else f.default})"
-        metavar = str(f.type).upper()
+        metavar = "PATH" if f.metadata["is_path"] else str(f.type).upper()
         groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=metavar, help=about, **options)
 
 
@@ -73,6 +88,9 @@ def gather_settings(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
             raise UserError(f"--set {assignment}: write it as FIELD=VALUE")
         cls = _config_of(name, "--set")
         values[cls][name] = parse_value(cls, name, text)
+    for cls, chosen in values.items():
+        paths = [name for name in field_names(cls, is_path=True) if isinstance(chosen.get(name), str)]
+        chosen |= {name: expand_home(chosen[name]) for name in paths}
     return values[TrainConfig], values[ModelConfig]
 
 

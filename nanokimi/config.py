@@ -5,56 +5,20 @@ Both are frozen, validated once when they are made, and saved in every checkpoin
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Mapping
 from configparser import ConfigParser
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
 
 from nanokimi.errors import ConfigError
+from nanokimi.facts import KINDS, check_fields, setting
 from nanokimi.presets import PRESETS
 
 MAX_SEED = 2**63 - 1
 AUTO = "auto"
 
 Config = TypeVar("Config", "ModelConfig", "TrainConfig")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known about a field beside its name, type and default; ``field_names`` finds fields by it.
-
-    Attributes:
-        help: one line for ``--help``.
-        choices: the only values that are allowed; empty allows all.
-        group: heading in ``--help`` (TrainConfig).
-        resume: what a resume may do with it: change it without being asked (``free``); change it with ``--override``
-            (``fixed``); ``never`` change it. ``local`` fields are free, and never taken from a checkpoint: they belong
-            to this machine and these processes.
-        used_by: commands other than ``train`` that have a flag for it.
-        decides_text: whether it decides which text is read, and in which order.
-        shapes_weights: whether it decides how many weights there are, and their shapes.
-        low, above, high, below: limits of a number: at least, more than, at most, less than.
-    """
-
-    help: str
-    choices: tuple[str, ...] = ()
-    group: str = ""
-    resume: str = "fixed"
-    used_by: tuple[str, ...] = ()
-    decides_text: bool = False
-    shapes_weights: bool = False
-    low: float | None = None
-    above: float | None = None
-    high: float | None = None
-    below: float | None = None
-
-
-def setting(default: Any, about: str, **facts: Any) -> Any:
-    """A dataclass field with its ``Facts`` as metadata."""
-    return field(default=default, metadata=vars(Facts(about, **facts)))
 
 
 def field_names(cls: type[ModelConfig] | type[TrainConfig], **facts: Any) -> tuple[str, ...]:
@@ -84,7 +48,9 @@ class ModelConfig:
         ConfigError: a value is impossible; the message names the field and what to change.
     """
 
-    tokenizer_name: str = setting("HuggingFaceTB/SmolLM-135M", "byte, bpe:N, a folder, a tokenizer.json or a hub name")
+    tokenizer_name: str = setting(
+        "HuggingFaceTB/SmolLM-135M", "byte, bpe:N, a folder, a tokenizer.json or a hub name", is_path=True
+    )
     vocab_size: int = _shape(49152, "rows of embedding and head; in training it follows the tokenizer unless set")
     dim: int = _shape(896, "width of the model")
     n_heads: int = _shape(8, "attention heads")
@@ -129,7 +95,7 @@ class ModelConfig:
     init_std: float = _factor(0.02, "standard deviation of the initial weights")
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: RoPE rotates pairs, choose an even number")
         if self.n_dense_layers > self.n_layers:
@@ -194,6 +160,7 @@ class ModelConfig:
 
 _start = partial(setting, group="model", resume="never")
 _source = partial(setting, group="text", decides_text=True, used_by=("prepare", "inspect", "eval"))
+_files = partial(_source, is_path=True)
 _steps = partial(setting, group="steps")
 _optimizer = partial(setting, group="optimizer")
 _schedule = partial(setting, group="learning rate schedule")
@@ -214,17 +181,22 @@ class TrainConfig:
     preset: str = _start(
         "nano-243m", "size and shape of the model", choices=tuple(PRESETS), used_by=("prepare", "inspect", "plan")
     )
-    init_from: str = _start("", "start with the weights and the tokenizer of this checkpoint or Hugging Face folder")
+    init_from: str = _start(
+        "", "start with the weights and the tokenizer of this checkpoint or Hugging Face folder", is_path=True
+    )
     dataset: str = _source(
         "local",
         "kind of source: files; a data set of the Hugging Face hub; FineWeb; files read as a stream; token files",
         choices=("local", "hfstreaming", "fineweb", "localstreaming", "tokenbin"),
     )
-    data_path: str = _source("data/train.txt", "file, folder or pattern to read; separate several by commas")
-    mix: str = _source(
-        "", "train on several sources by weight, as in a.txt=0.7,tokenbin:b=0.3", used_by=("inspect", "eval")
+    data_path: str = _files("data/train.txt", "file, folder or pattern to read; separate several by commas")
+    mix: str = _files(
+        "",
+        "train on several sources by weight, as in a.txt=0.7,tokenbin:b=0.3",
+        used_by=("inspect", "eval"),
+        is_path=True,
     )
-    val_path: str = _source("", "file or folder to evaluate on, instead of a held-out part of the training text")
+    val_path: str = _files("", "file or folder to evaluate on, instead of a held-out part of the training text")
     val_fraction: float = _source(0.05, "share of the text that is held out from training", low=0, below=1)
     val_tokens: int = _evaluation(
         16384, "tokens per evaluation, evenly spread over the held-out text; 0 = all", low=0, used_by=("inspect",)
@@ -281,6 +253,9 @@ class TrainConfig:
         choices=("lse", "exact"),
     )
     max_grad_norm: float = _optimizer(1.0, "largest norm of the gradient, which is scaled down to it; 0 = none", low=0)
+    spike_guard: bool = _optimizer(
+        False, "skip a step whose loss or gradient norm lies 6 standard deviations over its last 128"
+    )
     schedule: str = _schedule(
         "wsd",
         "after the warm-up: level with a linear decay at the end, cosine, or constant",
@@ -293,7 +268,7 @@ class TrainConfig:
     samples: int = _evaluation(0, "texts that the model writes during the run, evenly spread", low=0)
     sample_prompt: str = _evaluation("def main(", "prompt of these texts")
     max_skipped_steps: int = _steps(10, "end after so many steps in a row that are skipped as not finite", low=1)
-    output_dir: str = _output(".", "folder for checkpoints/ and logs/", resume="local")
+    output_dir: str = _output(".", "folder for checkpoints/ and logs/", resume="local", is_path=True)
     log: str = _output("", "report to tensorboard, wandb or trackio too; separate several by commas", resume="free")
     device: str = _device("auto", "auto, cpu, cuda, cuda:N or mps", resume="free", used_by=("eval",))
     parallel: str = _ranks(
@@ -335,7 +310,7 @@ class TrainConfig:
     deterministic: bool = _device(False, "refuse operations whose results are not reproducible")
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self, "--")
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -365,31 +340,4 @@ def parse_value(cls: type[ModelConfig] | type[TrainConfig], name: str, text: str
             return ConfigParser.BOOLEAN_STATES[text.lower()]
         return {"int": int, "float": float, "str": str}[kind](text)
     except (ValueError, KeyError):
-        raise ConfigError(f"{name} takes {_KINDS[kind]}, got {text!r}") from None
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
-_ACCEPTED: dict[str, Any] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-_LIMITS = {
-    "low": (operator.ge, "{} or more"),
-    "above": (operator.gt, "more than {}"),
-    "high": (operator.le, "{} or less"),
-    "below": (operator.lt, "less than {}"),
-}
-
-
-def _check_fields(config: ModelConfig | TrainConfig) -> None:
-    """Raises ConfigError for the first field of a wrong type, out of its choices or beyond its limits."""
-    flag = "--" if isinstance(config, TrainConfig) else ""
-    for f in fields(config):
-        value, kind, choices = getattr(config, f.name), str(f.type), f.metadata["choices"]
-        if not isinstance(value, _ACCEPTED[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise ConfigError(f"{flag}{f.name} takes {_KINDS[kind]}, got {value!r}")
-        if choices and value not in choices:
-            raise ConfigError(f"{flag}{f.name} is {value!r}: choose one of {', '.join(choices)}")
-        limits = {name: f.metadata[name] for name in _LIMITS if f.metadata[name] is not None}
-        finite = not limits or -math.inf < value < math.inf
-        if not finite or not all(_LIMITS[name][0](value, limit) for name, limit in limits.items()):
-            words = [_LIMITS[name][1].format(limit) for name, limit in limits.items()]
-            words += [] if finite else ["finite"]
-            raise ConfigError(f"{flag}{f.name} must be {' and '.join(words)}, got {value}")
+        raise ConfigError(f"{name} takes {KINDS[kind]}, got {text!r}") from None

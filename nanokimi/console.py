@@ -1,19 +1,92 @@
-"""Lines for the user: results on stdout, everything else on stderr, nothing that could harm a terminal."""
+"""Lines for the user: results on stdout, everything else on stderr, nothing that could harm a terminal or a run."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import select
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 WAIT_SECONDS = 5.0
 SECONDS_BETWEEN_LINES = 30.0
 
 _is_muted = False
+
+
+# ---- the standard streams -----------------------------------------------------------------------
+
+
+class _Stream(io.FileIO):
+    """The file under stdout or stderr: printing never fails, whatever becomes of the terminal, the pipe or the disk.
+
+    After a first failure what is printed goes nowhere.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # a slow reader, at a stream that is set not to wait
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            self.failure = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return memoryview(data).nbytes
+
+
+def protect_streams() -> None:
+    """Makes printing safe in this process, also where stdin, stdout or stderr was closed by who started it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # then the next file that is opened, perhaps a checkpoint, would become the stream
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+            opened = io.TextIOWrapper(io.FileIO(number, "w" if number else "r", closefd=False), write_through=True)
+            setattr(sys, name, opened)
+            setattr(sys, f"__{name}__", opened)
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # and not what a test or a notebook put there
+            setattr(sys, name, _protected(stream, errors))
+
+
+def _protected(stream: io.TextIOWrapper, errors: str) -> io.TextIOWrapper:
+    stream.flush()
+    raw = _Stream(stream.fileno(), "w", closefd=False)
+    straight, by_line = stream.write_through, stream.line_buffering
+    buffer: Any = raw if straight else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stream.encoding, errors, line_buffering=by_line, write_through=straight)
+
+
+def _failure_of_stdout() -> OSError | None:
+    buffer = getattr(sys.stdout, "buffer", None)
+    failure: OSError | None = getattr(getattr(buffer, "raw", buffer), "failure", None)
+    return failure
+
+
+def has_reader() -> bool:
+    """Whether results can still be printed; not after ``| head`` has seen enough, or on a terminal that is gone."""
+    return _failure_of_stdout() is None
+
+
+def why_result_is_lost() -> str:
+    """What kept a result from being written; empty if nothing did, or nobody was there to read it."""
+    sys.stdout.flush()
+    failure = _failure_of_stdout()
+    return "" if failure is None or failure.errno in (errno.EPIPE, errno.EIO) else one_line(failure)
+
+
+# ---- lines --------------------------------------------------------------------------------------
 
 
 def mute() -> None:
@@ -40,13 +113,10 @@ def let_others_speak() -> None:
     time.sleep(WAIT_SECONDS)
 
 
-def show(text: str) -> None:
-    """Prints a result; the terminal may lack some of its characters, and the reader may leave early (``| head``)."""
+def show(text: str, *, end: str = "\n") -> None:
+    """Prints a result; the terminal may lack some of its characters."""
     tolerate_odd_characters()
-    try:
-        print(printable(text), flush=True)
-    except BrokenPipeError:
-        discard_stdout()
+    print(printable(text), end=end, flush=True)
 
 
 def tolerate_odd_characters() -> None:
@@ -56,9 +126,26 @@ def tolerate_odd_characters() -> None:
             text_file.reconfigure(errors="replace")
 
 
-def discard_stdout() -> None:
-    """Sends the rest to nowhere after the reader has left, so that Python does not fail again when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class Extras:
+    """Work that only shows something: the first failure of each kind is told, and none ends what else is going on."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Whatever the block raises costs a line that names ``what``, the first time."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._told:
+                self._told.add(what)
+                log(f"warning: {what} failed ({one_line(error)}); nothing else is affected")
+
+
+def one_line(error: BaseException) -> str:
+    """What ``error`` says, or else its name."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nanokimi.config import ModelConfig, TrainConfig
-from nanokimi.console import log, printable
+from nanokimi.console import log, show
 from nanokimi.data.batch import PackedSequences
 from nanokimi.data.prepare import prepare_stdlib
 from nanokimi.data.sources import open_corpus
@@ -75,8 +75,8 @@ def report(output: Path) -> None:
     for name, model in (("before training", untrained), ("after training", trained)):
         text = generate(model, tokenizer, PROMPT, max_tokens=80, temperature=0.8, seed=SEED)
         bits = evaluate(model, held_out, tokenizer).bits_per_byte
-        print(f"\n=== {name}: {bits:.3f} bits per byte on held-out files ===\n{printable(PROMPT + text)}")
-    print(
+        show(f"\n=== {name}: {bits:.3f} bits per byte on held-out files ===\n{PROMPT}{text}")
+    show(
         f"\nThe run in one picture: {output / 'logs' / 'training_metrics.png'}\n"
         "\nNext:\n"
         f'  .venv/bin/python inference.py {path} --prompt "class " --stream\n'

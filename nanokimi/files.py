@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import getpass
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -140,6 +143,42 @@ def is_full_disk(error: Exception) -> bool:
     """Whether the disk is full; safetensors and numpy say so in words and without an error number."""
     in_words = any(words in str(error) for words in ("No space left", "requested and"))
     return in_words or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cache_home() -> Path:
+    """The user's cache folder for what nanokimi makes: ``$XDG_CACHE_HOME/nanokimi``, else ``~/.cache/nanokimi``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "nanokimi"
+
+
+def home() -> Path:
+    """The user's home; for a user who has none, a folder among the temporary ones that nobody else can write."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and no entry in the password file, as for many users of containers
+        folder = Path(tempfile.gettempdir()) / f"nanokimi-home-{os.getuid()}"
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        about = folder.lstat()  # libraries are loaded from below it, so it must not be another user's
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o022:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="nanokimi-home-"))
+
+
+def expand_home(paths: str) -> str:
+    """``paths`` with the home for each ``~`` and ``~user`` that begins one; shells do that at the start of a word only.
+
+    Of ``a.txt,~/b.txt`` and ``a.txt=0.7,tokenbin:~/b=0.3`` too.
+    """
+    return re.sub(r"(?:^|(?<=[,:]))~[^/,=]*", lambda found: os.path.expanduser(found[0]), paths)
+
+
+def provide_home() -> None:
+    """Lets the libraries too that ask for a home or the user's name find one; theirs is the environment."""
+    os.environ.setdefault("HOME", str(home()))
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -164,6 +164,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in line
 
 
+def flags_with_values(command: tuple[str, ...]) -> list[str]:
+    """Every flag of ``command`` that takes a value."""
+    parser = build_parser()
+    for name in command:
+        (choices,) = (a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = choices[name]
+    return [action.option_strings[0] for action in parser._actions if action.option_strings and action.nargs != 0]
+
+
+@pytest.mark.fault("A12")
+@pytest.mark.parametrize("command", [c for c in COMMANDS if flags_with_values(c)], ids=" ".join)
+def test_a_flag_that_is_not_utf8_is_named_in_one_line(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    positional = {
+        "generate": ["m"],
+        "chat": ["m"],
+        "serve": ["m"],
+        "eval": ["m"],
+        "import": ["m"],
+        "export": ["m", "t"],
+    }
+    words = [*command, *(["t"] if command == ("tokenizer", "train") else positional.get(command[0], []))]
+    for flag in flags_with_values(command):
+        line = refused(capsys, [*words, flag, "\udcff"])
+        assert flag in line
+        assert "\\udcff" in line
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -22,12 +22,12 @@ from nanokimi.console import progress_bar
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.documents import Text, is_blank, short_hash, wrong_share
 from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions
-from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments, cache_home
+from nanokimi.data.local import CACHE_SUFFIX, LocalDocuments
 from nanokimi.data.stream import StreamLoader
 from nanokimi.data.token_files import TokenFileError, TokenSet, can_go_on, write_token_set
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.files import disk_errors_explained
+from nanokimi.files import cache_home, disk_errors_explained
 
 BPE_CHARACTERS = 32 << 20  # of a stream, or of each source of a mixture, for a tokenizer
 MOST_HELD_OUT_TOKENS = 1 << 20  # of a stream

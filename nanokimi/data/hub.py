@@ -22,10 +22,9 @@ from typing import IO, Any
 from nanokimi import console
 from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short_hash
 from nanokimi.data.formats import column_types, parquet_batches, pick_text_column, pieces_of_row
-from nanokimi.data.local import cache_home
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import disk_errors_explained
+from nanokimi.files import cache_home, disk_errors_explained
 
 FINEWEB = "HuggingFaceFW/fineweb"
 FINEWEB_CONFIG = "sample-10BT"

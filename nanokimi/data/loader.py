@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -241,16 +242,20 @@ def read_ahead(read: Callable[[Asked], Answer], wanted: Iterable[Asked], num_wor
         RunError: a worker died or hangs; UserError and RunError also as ``read`` raises them.
     """
     try:
-        for answer in DataLoader(
-            _Reader(read),
-            sampler=wanted,
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=num_workers,
-            timeout=TIMEOUT_SECONDS if num_workers else 0,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # or it would draw from the run's random numbers
-        ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of more workers than cores: a run says so itself
+            loader: DataLoader[Any] = DataLoader(
+                _Reader(read),
+                sampler=wanted,
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=num_workers,
+                timeout=TIMEOUT_SECONDS if num_workers else 0,
+                worker_init_fn=_begin_worker,
+                generator=torch.Generator(),  # or it would draw from the run's random numbers
+            )
+            answers = iter(loader)
+        for answer in answers:
             if isinstance(answer, (UserError, RunError)):
                 raise answer
             yield answer
@@ -277,7 +282,8 @@ def _unchanged(answer: Any) -> Any:  # a lambda could not be sent to a worker th
 
 
 def _begin_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: the parent ends its workers once the step is done.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a terminal that is closed reach the whole process group: the parent ends its workers after the step.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers themselves are what is parallel

@@ -94,11 +94,6 @@ class LocalDocuments:
         return parts
 
 
-def cache_home() -> Path:
-    """The user's cache folder for what nanokimi makes."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokimi"
-
-
 def find_files(path: str, flag: str) -> list[Path]:
     """The files that ``path`` means, each once, in the order of their names within each of its items."""
     return list(dict.fromkeys(file for item in split_path(path) for file in _files_of(item, flag)))

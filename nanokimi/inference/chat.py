@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from nanokimi.config import suggest
-from nanokimi.console import printable
+from nanokimi.console import has_reader, printable
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
@@ -86,7 +86,7 @@ def interactive(
         if opening:
             chat.reply(opening)
         talking = True
-        while talking:
+        while talking and has_reader():
             try:
                 talking = chat.take(read_input(read_line))
             except UserError as error:

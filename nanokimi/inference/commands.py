@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from nanokimi.console import discard_stdout, printable, tolerate_odd_characters
+from nanokimi.console import has_reader, show, tolerate_odd_characters
 from nanokimi.errors import UserError
 from nanokimi.inference.options import DECODERS, WEIGHT_FORMATS, SamplingOptions
 
@@ -67,39 +67,37 @@ def run_generate(args: argparse.Namespace) -> int:
     decoder = new_decoder(model, kind=args.decoder, weights=args.weights)
     limit_threads(model)
     tolerate_odd_characters()
-    try:
-        if args.interactive:
-            from nanokimi.inference.chat import interactive
-            from nanokimi.inference.chat_template import chat_template_of
+    if args.interactive:
+        from nanokimi.inference.chat import interactive
+        from nanokimi.inference.chat_template import chat_template_of
 
-            return interactive(
-                model,
-                tokenizer,
-                options,
-                opening=args.prompt,
-                system=args.system,
-                template=chat_template_of(tokenizer, args.chat_template),
-                keep_history=not args.no_history,
-                decoder=decoder,
-            )
-        return _write(args.prompt, stream(model, tokenizer, args.prompt, options, decoder=decoder), live=args.stream)
-    except BrokenPipeError:
-        discard_stdout()
-        return 0
+        return interactive(
+            model,
+            tokenizer,
+            options,
+            opening=args.prompt,
+            system=args.system,
+            template=chat_template_of(tokenizer, args.chat_template),
+            keep_history=not args.no_history,
+            decoder=decoder,
+        )
+    return _write(args.prompt, stream(model, tokenizer, args.prompt, options, decoder=decoder), live=args.stream)
 
 
 def _write(prompt: str, deltas: Generation[str], *, live: bool) -> int:
     """Prompt and continuation, as the text comes or when it is complete."""
     written = prompt
     if live:
-        print(printable(prompt), end="", flush=True)
+        show(prompt, end="")
     try:
         for delta in deltas:
             written += delta
             if live:
-                print(printable(delta), end="", flush=True)
+                show(delta, end="")
+            if not has_reader():
+                return 0
     except KeyboardInterrupt:
         deltas.close()
-    print("" if live else printable(written), flush=True)
+    show("" if live else written)
     print(f"[{deltas.result.summary()}]", file=sys.stderr)
     return 0 if deltas.result.finish_reason else INTERRUPTED

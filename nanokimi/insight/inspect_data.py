@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
-from nanokimi.console import aligned, counted, log
+from nanokimi.console import Extras, aligned, counted, log
 from nanokimi.console import show as show_text
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
@@ -25,6 +25,7 @@ from nanokimi.data.stream import StreamLoader
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write, disk_errors_explained, require_writable
+from nanokimi.pictures import matplotlib_without_screen
 
 BLOCK_TOKENS = 1 << 14
 LOOK_AROUND = 1 << 20  # tokens before and after a sequence among which the ends of its documents are looked for
@@ -64,7 +65,8 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     context, tokenizer = model_config.max_seq_length, corpus.tokenizer
     options = LoaderOptions(context, 1, config.seed, config.num_workers, shuffle_buffer=config.shuffle_buffer)
     found = look_at(corpus, options, sequences, keep=max(1, show))
-    plot_lengths(found.documents, context, output)
+    with Extras().attempt(f"drawing {output}"), matplotlib_without_screen():
+        plot_lengths(found.documents, context, output)
     lines = [*_about_sequences(found, corpus, context, sequences), *_about_lengths(found, context)]
     lines += _about_tokens(found, tokenizer)
     for number, sequence in enumerate(found.samples[:show], 1):

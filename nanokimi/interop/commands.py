@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from nanokimi import checkpoint
 from nanokimi.checkpoint.weights import build_model
-from nanokimi.console import log
+from nanokimi.console import log, show
 from nanokimi.data.tokenizer import Tokenizer, is_hub_name
 from nanokimi.device import out_of_memory_explained
 from nanokimi.errors import RunError, UserError
@@ -80,9 +80,9 @@ def export_hf(
         compared = _compared(options, compare_transformers, folder, stored)
         write_receipt(folder / RECEIPT, files, target="huggingface", dtype=stored.dtype, compared=compared)
         size = sum(file.stat().st_size for file in files)
-    print(f"{target}: {len(files)} files, {size / 1e6:,.1f} MB, {stored.dtype}\n{compared}")
+    show(f"{target}: {len(files)} files, {size / 1e6:,.1f} MB, {stored.dtype}\n{compared}")
     if push:
-        print(push_folder(target, push, private=not public, log=log))
+        show(push_folder(target, push, private=not public, log=log))
     return 0
 
 
@@ -105,7 +105,7 @@ def export_gguf(options: ExportOptions) -> int:
         compared = _compared(options, compare_llamacpp, file, stored, gguf_dtype=dtype)
         write_receipt(receipt, [file], target="gguf", dtype=dtype, compared=compared)
         move_into(target.parent, receipt, file)  # the receipt first: a file that is there always has one
-    print(f"{target}: {target.stat().st_size / 1e6:,.1f} MB, {dtype}\n{compared}")
+    show(f"{target}: {target.stat().st_size / 1e6:,.1f} MB, {dtype}\n{compared}")
     return 0
 
 
@@ -132,7 +132,7 @@ def import_hf(folder: Path, output: Path, *, tokenizer: str = "") -> int:
     }
     checkpoint.save(output, content)
     parameters = sum(w.numel() for name, w in stored.weights.items() if not name.endswith(".balance_bias"))
-    print(
+    show(
         f"{output}: {parameters:,} parameters, {stored.dtype}, a context of {stored.config.max_seq_length:,} tokens\n"
         f"Continue a prompt with `nanokimi generate {output}`, train it further with "
         f"`nanokimi train --init_from {output}`."

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanokimi.console import log
 from nanokimi.errors import RunError
-from nanokimi.files import atomic_path
+from nanokimi.files import atomic_path, cache_home
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -49,7 +49,7 @@ def cache_folder() -> Path:
     """``$NANOKIMI_CACHE``, else ``$XDG_CACHE_HOME/nanokimi``, else ``~/.cache/nanokimi``."""
     if own := os.environ.get("NANOKIMI_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanokimi"
+    return cache_home()
 
 
 @functools.cache

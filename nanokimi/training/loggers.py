@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanokimi.console import one_line
 from nanokimi.errors import UserError
 from nanokimi.files import put_aside
 
@@ -97,7 +98,7 @@ def wandb(run: Reported) -> Service:
         opened = wandb.init(config=dict(run.config), allow_val_change=True, resume="allow", **options)
     except wandb.errors.UsageError as error:
         wandb.teardown()
-        raise UserError(f"--log wandb: {_one_line(error)} Or set WANDB_MODE=offline") from error
+        raise UserError(f"--log wandb: {one_line(error)} Or set WANDB_MODE=offline") from error
 
     def log(step: int, values: Mapping[str, float]) -> None:
         opened.log(dict(values), step=step)  # it ignores steps that the service has already
@@ -188,7 +189,7 @@ class Loggers(AbstractContextManager["Loggers"]):
                 self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
-        self._tell(f"warning: --log {name} is switched off ({_one_line(error)}); the run itself is not affected")
+        self._tell(f"warning: --log {name} is switched off ({one_line(error)}); the run itself is not affected")
 
 
 def check_loggers(names: str) -> list[str]:
@@ -222,7 +223,3 @@ def scalars(values: Mapping[str, object]) -> dict[str, float]:
         for layer, shares in enumerate(load, start=len(logits) - len(load)):  # dense layers come first
             numbers[f"expert_imbalance/layer_{layer}"] = max(shares) * len(shares)
     return {name: x for name, x in numbers.items() if isinstance(x, (int, float)) and math.isfinite(x)}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

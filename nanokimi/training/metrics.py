@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,7 +23,8 @@ History = dict[str, list[Any]]
 
 LOSSES = ("train_loss", "train_ce_loss", "train_aux_loss")
 READINGS = ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "max_logit", "clipped_heads", "expert_load")
-STEP_COLUMNS = (*LOSSES, *READINGS)
+FLAGS = ("clipped_gradient", "spike", "non_finite", "skipped")
+STEP_COLUMNS = (*LOSSES, *READINGS, *FLAGS)
 VALIDATION_COLUMNS = ("val_loss", "val_bits_per_byte")
 
 
@@ -53,11 +54,8 @@ class MetricsLog:
         self.jsonl_path = folder / "logs" / "training_metrics.jsonl"
         self.json_path = self.jsonl_path.with_suffix(".json")
         with log_errors_explained(self.jsonl_path):
-            self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
             _keep_unrelated(self.jsonl_path, state)
-            with atomic_write(self.jsonl_path) as file:
-                file.write(state.encode())
-            self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
+            self._begin_file()
 
     def record(self, step: int, values: Mapping[str, object]) -> None:
         """Appends one optimizer step; NaN and infinity become null, as does what ``values`` leaves out.
@@ -66,11 +64,12 @@ class MetricsLog:
             step: optimizer steps done, this one included.
             values: ``train_ce_loss``, ``train_aux_loss`` (nats per token), ``learning_rate``, ``grad_norm``,
                 ``tokens`` (seen so far), ``tokens_per_second``, ``max_logit`` (one per layer, largest over heads),
-                ``clipped_heads``, ``expert_load`` (per MoE layer, E shares that sum to 1).
+                ``clipped_heads``, ``expert_load`` (per MoE layer, E shares that sum to 1); and as 0 or 1, whether it
+                had a ``clipped_gradient``, was a ``spike`` or ``non_finite``, and was ``skipped``.
 
         Raises:
             ValueError: ``values`` holds another name; ``train_loss`` is worked out here.
-            RunError: the log cannot be written.
+            RunError: the line cannot be written; it is in the history, and ``write_json`` writes it again.
         """
         if unknown := values.keys() - set(STEP_COLUMNS[1:]):
             raise ValueError(f"not columns of the history: {', '.join(sorted(unknown))}")
@@ -95,8 +94,15 @@ class MetricsLog:
             history |= {name: [row.get(name) for row in rows] for name in names}
         return history
 
+    def losses_and_norms(self) -> Iterator[tuple[float | None, float | None]]:
+        """Cross-entropy and gradient norm of every step; JSON gives a number back to the bit."""
+        history = self.history()
+        return zip(history["train_ce_loss"], history["grad_norm"], strict=True)
+
     def write_json(self) -> History:
         """Writes ``history()`` to ``logs/training_metrics.json``; the work grows with the run, so not every step.
+
+        If the ``.jsonl`` is incomplete, or gone, it is written anew.
 
         Returns:
             the history that was written.
@@ -105,6 +111,9 @@ class MetricsLog:
             RunError: the file cannot be written.
         """
         history = self.history()
+        if self._file is None or not self.jsonl_path.exists():
+            with log_errors_explained(self.jsonl_path):
+                self._begin_file()
         with log_errors_explained(self.json_path), atomic_write(self.json_path) as file:
             file.write(json.dumps(history, allow_nan=False).encode())
         return history
@@ -115,15 +124,29 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the ``.jsonl``; every line is already in it."""
-        if self._file is not None:
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # of a line that could not be written
+                file.close()
+
+    def _begin_file(self) -> None:
+        """Writes the lines so far to the ``.jsonl`` and leaves it open for more."""
+        self.close()
+        self.jsonl_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.jsonl_path) as file:
+            file.write(self.state().encode())
+        self._file = self.jsonl_path.open("a", encoding="utf-8", newline="\n", buffering=1)
 
     def _append(self, record: dict[str, Any]) -> None:
         line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        self._lines.append(line)
         if self._file is not None:
             with log_errors_explained(self.jsonl_path):
-                self._file.write(line)
-        self._lines.append(line)
+                try:
+                    self._file.write(line)
+                except OSError:
+                    self.close()  # until there is room again, it would hold half a line
+                    raise
 
 
 def _finite(value: Any) -> Any:
@@ -181,7 +204,7 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         self.max_steps, self.start_step, self.interval, self.max_seconds = max_steps, start_step, interval, max_seconds
         self._step = self._printed = start_step
         self._values: dict[str, object] = {}
-        self._clipped = 0
+        self._clipped = self._spikes = 0
         self._started = time.monotonic() - spent_seconds
         self._first_step_done: float | None = None
         self._silent = silent
@@ -198,13 +221,14 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         Args:
             step: optimizer steps done, this one included.
             values: as for ``MetricsLog.record``, plus ``val_bits_per_byte`` when there is a new one, which stays
-                on show until the next. Clipped heads are shown as the sum since this process began.
+                on show until the next. Clipped heads and spikes are shown as the sum since this process began.
         """
         self._first_step_done = self._first_step_done or time.monotonic()
         self._step = step
         self._values.update(values)
         clipped = values.get("clipped_heads")
         self._clipped += clipped if isinstance(clipped, int) else 0
+        self._spikes += bool(values.get("spike"))
         due = step == self.start_step + 1 or (self.interval > 0 and step % self.interval == 0)
         if self._live is None and due and step not in (self._printed, self.max_steps):
             self._print_line()
@@ -242,6 +266,7 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
             f"{_number(self._values.get('tokens_per_second'), ',.0f')} tok/s",
             f"max logit {_number(largest, '.1f')}",
             f"heads clipped {self._clipped:,}",
+            *[f"spikes {self._spikes:,}"] * bool(self._spikes),
         )
         return "  ".join(facts)
 

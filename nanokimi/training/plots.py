@@ -26,6 +26,7 @@ BALANCE = colormaps["PuOr_r"]  # purple: idle expert, white: even share, brown: 
 MAX_POINTS = 800  # a curve with more is finer than the pixels of its panel
 MAX_LAYER_POINTS = 150  # curves that cross each other stay legible only when they are coarser
 MAX_MEANS = 60
+MARKED = {"clipped_gradient": "clipped", "spike": "spikes"}  # columns of 0 and 1, drawn below the gradient norm
 
 Columns = dict[str, Floats]
 
@@ -114,7 +115,12 @@ def _draw_curves(ax: Axes, panel: Curves, columns: Columns) -> None:
         strong = (_means(steps), _means(train)) if panel.label else (_thin(steps, np.fmin), _thin(train, np.fmax))
         _draw_line(ax, *strong, color=BLUE, linewidth=2, label=panel.label)
     if panel.train == "train_loss":
-        _draw_marks(ax, steps[np.isnan(train)], "x", RED, f"skipped: {np.isnan(train).sum():,}")
+        skipped = np.isnan(train) | (columns["skipped"] > 0)  # an old history does not have that column
+        _draw_marks(ax, steps[skipped], "x", RED, f"skipped: {skipped.sum():,}")
+    if panel.train == "grad_norm":
+        for name, marker, color, y in (("clipped_gradient", "|", GREY, 0.025), ("spike", "^", ORANGE, 0.06)):
+            seen = steps[columns[name] > 0]
+            _draw_marks(ax, seen, marker, color, f"{MARKED[name]}: {len(seen):,}", y=y)
     if len(validation):
         marker = "o" if len(validation) <= 60 else ""
         _draw_line(ax, val_steps, validation, color=ORANGE, marker=marker, markersize=4, label="validation", zorder=3)
@@ -228,12 +234,12 @@ def _draw_color_key(ax: Axes, colors: Any, ends: tuple[str, str], *, x: float, y
     strip.text(1.06, 0.45, ends[1], ha="left", va="center", transform=strip.transAxes)
 
 
-def _draw_marks(ax: Axes, steps: Floats, marker: str, color: str, label: str) -> None:
+def _draw_marks(ax: Axes, steps: Floats, marker: str, color: str, label: str, *, y: float = 0.025) -> None:
     """Marks along the lower edge of a panel, wherever its y axis ends."""
     chosen = steps[:: max(1, len(steps) // 100)]
     style: dict[str, Any] = {"color": color, "markersize": 4, "label": label, "clip_on": False, "zorder": 4}
     if len(chosen):
-        ax.plot(chosen, np.full(len(chosen), 0.025), marker, transform=ax.get_xaxis_transform(), **style)
+        ax.plot(chosen, np.full(len(chosen), y), marker, transform=ax.get_xaxis_transform(), **style)
 
 
 def _use_log_scale(ax: Axes, values: Floats) -> None:

@@ -26,6 +26,7 @@ from nanokimi.model.transformer import weight_shapes
 from nanokimi.parallel.build import layout_of_run
 from nanokimi.parallel.process_group import process_group, rank_device
 from nanokimi.parallel.ranks import current_ranks, from_bytes, to_bytes
+from nanokimi.training.advice import doubts
 from nanokimi.training.batch_size import with_fitting_batch
 from nanokimi.training.loggers import Loggers, Reported, check_loggers
 from nanokimi.training.trainer import Trainer
@@ -175,6 +176,8 @@ def _train(trainer: Trainer, *, continues: bool) -> int:
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
     run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, log)
+    for doubt in doubts(config):
+        log(f"warning: {doubt}")
     with Loggers(config.log, run) as loggers:
         code = trainer.train(loggers)
     for warning, count in trainer.batches.warnings.items():

@@ -27,6 +27,7 @@ from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.parallel.layout import share_of_step
 from nanokimi.parallel.ranks import ParallelModel, Ranks, SingleDevice, current_ranks
+from nanokimi.training.spikes import SpikeWatch
 
 # On a CPU compiling takes a minute or more. A pass is then 1.07 times (nano-243m) or 1.4 times (tiny) as fast, which
 # has paid off after 1e14 or 2e13 floating-point operations. Runs that are a few times as long are compiled.
@@ -51,6 +52,8 @@ class StepReading(NamedTuple):
     tokens: int  # that were predicted
     max_logits: list[list[float]]  # [L][H]; -inf where nothing was predicted
     expert_counts: list[list[float]]  # [MoE layers][E]
+    spike: bool = False  # it stands out among the steps before
+    skipped: bool = False  # it did not touch the weights
 
     @property
     def finite(self) -> bool:
@@ -72,6 +75,7 @@ class TrainingStep:
     Attributes:
         parts: how a step is cut into passes.
         module: ``model`` as the objective calls it: compiled where the config says so, wrapped for its ranks.
+        spikes: what the steps before were like; a resume puts that of the run there.
     """
 
     def __init__(
@@ -89,18 +93,26 @@ class TrainingStep:
         self.parallel: ParallelModel = parallel or SingleDevice(model)
         self.parts = share_of_step(config.batch_size, config.gradient_accumulation, self.parallel.ranks.size)
         self.module: nn.Module = self.parallel.training_module(compiles(config, model, device))
+        self.spikes = SpikeWatch()
         self._proven = False  # a first pass went well
         model.checkpointing = config.activation_checkpointing
 
     def __call__(self, batches: Iterator[Batch]) -> StepReading:
-        """All of a step; the weights stay as they are unless all of it is finite. Returns what it showed."""
+        """All of a step, which leaves the weights as they are if it is to be skipped. Returns what it showed."""
         losses, labels = self.accumulate(batches)
         norm = self.clip_gradients()
-        seen = self.read(losses, labels, norm)
-        if seen.finite:
+        seen = self.judge(self.read(losses, labels, norm))
+        if not seen.skipped:
             self.optimizer.step()
         self.clear()
         return seen
+
+    def judge(self, seen: StepReading) -> StepReading:
+        """``seen`` with ``spike`` and ``skipped``; it enters the window of the steps to come."""
+        guarded, spike = self.config.spike_guard, seen.finite and self.spikes(seen.cross_entropy, seen.grad_norm)
+        if guarded:  # a last bit in which their gradient norms differ must not part the ranks
+            spike = bool(self.parallel.ranks.max([spike])[0])
+        return seen._replace(spike=spike, skipped=not seen.finite or (guarded and spike))
 
     def accumulate(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
         """Forward and backward over all micro-batches.

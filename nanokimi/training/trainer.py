@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from nanokimi.checkpoint.file import require
 from nanokimi.checkpoint.run import Checkpoints, SavedRun
 from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig, TrainConfig, field_names
-from nanokimi.console import printable
+from nanokimi.console import Extras, printable
 from nanokimi.data.batch import Batch, PackedSequences
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import LoaderOptions, merge_states
@@ -29,8 +27,11 @@ from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import ONE, Layout
 from nanokimi.parallel.ranks import HangWatch, current_ranks, from_bytes, to_bytes
+from nanokimi.pictures import matplotlib_without_screen
 from nanokimi.training.loggers import Loggers
 from nanokimi.training.metrics import MetricsLog, ProgressDisplay
+from nanokimi.training.signals import StopSignals
+from nanokimi.training.spikes import SpikeWatch
 from nanokimi.training.step import TrainingStep, evaluate
 
 SAMPLE_TOKENS = 60
@@ -49,49 +50,6 @@ class Counters:
     skipped: int = 0
     skipped_in_a_row: int = 0
     best_loss: float = math.inf
-
-
-class StopSignals:
-    """While active: SIGINT and SIGTERM ask the run to save and stop, SIGUSR1 asks it to save and go on.
-
-    Signals set a flag, which the loop looks at between two steps. A second SIGINT raises KeyboardInterrupt at once;
-    what was saved before stays intact.
-
-    Attributes:
-        stop: number of the signal that asked to stop, or None.
-        save: whether SIGUSR1 came since this was last cleared.
-    """
-
-    def __init__(self) -> None:
-        self.stop: int | None = None
-        self.save = False
-        self._ranks = current_ranks()
-        self._came = {"stop": 0, "save": 0}  # to this process, since the last look
-        self._earlier: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._earlier[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-
-    def look(self) -> None:
-        """Notes what has come to any rank; so all ranks stop at the same step."""
-        came, self._came = self._came, {"stop": 0, "save": 0}
-        stop, save = self._ranks.max([came["stop"], came["save"]])
-        self.stop = self.stop or int(stop) or None
-        self.save = self.save or bool(save)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            self._came["save"] = 1
-            return
-        self._came["stop"] = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Trainer:
@@ -140,9 +98,11 @@ class Trainer:
         self.held_out = self._held_out_sequences()
         self._check_sample_prompt()
         self.metrics = MetricsLog(output if self.ranks.is_main else None, state=history)
+        self.step.spikes = SpikeWatch(self.metrics.losses_and_norms())
         self.counters = Counters()
         self.checkpoints = checkpoints or Checkpoints(output / "checkpoints")
         self.hang_watch = HangWatch(output / "logs", config.timeout)
+        self.extras = Extras()
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -162,7 +122,8 @@ class Trainer:
             while not self.finished() and signals.stop is None:
                 sampled = int(self._progress() * config.samples)
                 values = self._train_step(batches)
-                self.metrics.record(counters.step, values)
+                with self.extras.attempt("writing the metrics"):
+                    self.metrics.record(counters.step, values)
                 counters.seconds = self.ranks.max([time.monotonic() - began])[0]
                 hang_watch.alive()
                 if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
@@ -173,8 +134,8 @@ class Trainer:
                 signals.look()
                 if self.finished() or signals.stop is not None:
                     continue
-                if int(self._progress() * config.samples) > sampled and (sample := self._sample()):
-                    display.log(sample)
+                if int(self._progress() * config.samples) > sampled:
+                    self._show_sample(display)
                 if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
                     signals.save = False
                     self.save()
@@ -186,7 +147,7 @@ class Trainer:
         return 0 if signals.stop is None else 128 + signals.stop
 
     def _train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimizer step, skipped when anything in it is not finite; returns its metrics."""
+        """One optimizer step, skipped when anything in it is not finite, or as a spike; returns its metrics."""
         config, counters, model = self.config, self.counters, self.model
         started = time.monotonic()
         warmup, decay, progress = config.warmup_steps, config.decay_fraction, self._progress()
@@ -198,7 +159,7 @@ class Trainer:
         model.exact_logits = config.qk_clip_meter == "exact" and 0 < tau / 2 < max(largest)
         counters.step += 1
         counters.tokens += seen.tokens
-        counters.skipped += not seen.finite
+        counters.skipped += seen.skipped
         counters.skipped_in_a_row = 0 if seen.finite else counters.skipped_in_a_row + 1
         return {
             "train_ce_loss": seen.cross_entropy if seen.finite else None,
@@ -208,7 +169,11 @@ class Trainer:
             "tokens": counters.tokens,
             "tokens_per_second": seen.tokens / (time.monotonic() - started),
             "max_logit": largest,
-            "clipped_heads": sum(x > tau > 0 for heads in seen.max_logits for x in heads) if seen.finite else 0,
+            "clipped_heads": 0 if seen.skipped else sum(x > tau > 0 for heads in seen.max_logits for x in heads),
+            "clipped_gradient": int(seen.finite and seen.grad_norm > config.max_grad_norm > 0),
+            "spike": int(seen.spike),
+            "non_finite": int(not seen.finite),
+            "skipped": int(seen.skipped),
             "expert_load": [[n / max(1.0, sum(layer)) for n in layer] for layer in seen.expert_counts],
         }
 
@@ -235,14 +200,16 @@ class Trainer:
             precision=self.step.autocast(),
             mask_documents=self.config.mask_documents,
         )
-        self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
+        with self.extras.attempt("writing the metrics"):
+            self.metrics.record_validation(self.counters.step, measured.loss, measured.bits_per_byte)
         if measured.loss < self.counters.best_loss:
             self.counters.best_loss = measured.loss
             self.save("best.pt")
         return {"val_loss": measured.loss, "val_bits_per_byte": measured.bits_per_byte}
 
     def _show(self, values: dict[str, Any], display: ProgressDisplay, loggers: Loggers | None) -> None:
-        display.step(self.counters.step, values)
+        with self.extras.attempt("showing the step"):
+            display.step(self.counters.step, values)
         if loggers is not None and loggers.open:
             loggers.log(self.counters.step, values)
 
@@ -272,14 +239,15 @@ class Trainer:
             silent=not self.ranks.is_main,
         )
 
-    def _sample(self) -> str:
-        """What the model writes, with its heading; empty on other ranks than the main one."""
+    def _show_sample(self, display: ProgressDisplay) -> None:
+        """Shows what the model writes, with a heading. All ranks call it, and the main one shows it."""
         config, model = self.config, self._whole_model()
         if model is None:
-            return ""
+            return
         tokenizer, prompt = self.corpus.tokenizer, config.sample_prompt
-        text = generate(model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
-        return printable(f"--- sample at step {self.counters.step} ---\n{prompt}{text}\n---")
+        with self.extras.attempt("writing a sample"):
+            text = generate(model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
+            display.log(printable(f"--- sample at step {self.counters.step} ---\n{prompt}{text}\n---"))
 
     def _whole_model(self) -> Transformer | None:
         """A model that generates, on the main rank; of a sharded model a copy. All ranks call it."""
@@ -315,11 +283,14 @@ class Trainer:
     def _write_history(self) -> None:
         if not self.ranks.is_main:
             return
-        from nanokimi.training.plots import plot_training
+        with self.extras.attempt("writing the metrics"):
+            history = self.metrics.write_json()
+            with self.extras.attempt("drawing the metrics"), matplotlib_without_screen():
+                from nanokimi.training.plots import plot_training
 
-        history = self.metrics.write_json()
-        path = Path(self.config.output_dir) / "logs" / "training_metrics.png"
-        plot_training(history, path, tau=self.config.qk_clip_tau, title=self.config.init_from or self.config.preset)
+                path = self.metrics.json_path.with_suffix(".png")
+                title = self.config.init_from or self.config.preset
+                plot_training(history, path, tau=self.config.qk_clip_tau, title=title)
 
     def state_dict(self) -> dict[str, Any]:
         """The run as plain data, but for weights and optimizer state; the same on all ranks."""

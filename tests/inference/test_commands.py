@@ -13,7 +13,7 @@ import pytest
 from scripted import InterruptedModel, ScriptedModel
 
 from nanokimi.cli_settings import Parser
-from nanokimi.console import printable
+from nanokimi.console import printable, protect_streams
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.inference.commands import add_generate_arguments, run_generate
@@ -77,7 +77,9 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch, flags
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stdout:
-        monkeypatch.setattr(sys, "stdout", stdout)
+        for name in ("stdout", "__stdout__"):
+            monkeypatch.setattr(sys, name, stdout)
+        protect_streams()
         monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
         assert run(monkeypatch, ScriptedModel(b"abc"), "--prompt", "x", *flags) == 0
 

@@ -32,6 +32,10 @@ def history_of(steps: int, *, layers: int = 3, moe_layers: int = 2, experts: int
         "tokens_per_second": (3000 + rng.random(steps)).tolist(),
         "max_logit": (5 + 100 * rng.random((steps, layers))).tolist(),
         "clipped_heads": [step % 2 for step in every],
+        "clipped_gradient": [int(step % 3 == 0) for step in every],
+        "spike": [int(step == 5) for step in every],
+        "non_finite": [0] * steps,
+        "skipped": [int(step == 5) for step in every],
         "expert_load": rng.dirichlet(np.ones(experts), (steps, moe_layers)).tolist(),
         "val_steps": val_steps,
         "val_loss": [3.5 for _ in val_steps],
@@ -100,10 +104,11 @@ def test_titles_and_legends_overlap_nothing(tmp_path: Path, monkeypatch: pytest.
         assert all(min(box.x0, box.y0) >= 0 and box.x1 <= 1600 and box.y1 <= 1000 for box in boxes)
 
 
-def test_tau_skipped_steps_and_clipped_heads_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("B3")
+def test_tau_and_all_that_was_clipped_or_skipped_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = drawn_figure(monkeypatch, tmp_path / "plot.png", with_nulls(history_of(10), 2), tau=80.0)
     labels = [label for ax in figure.axes for label in ax.get_legend_handles_labels()[1]]
-    assert {"τ = 80", "skipped: 1", "heads clipped: 4 steps"} <= set(labels)
+    assert {"τ = 80", "skipped: 2", "heads clipped: 4 steps", "clipped: 3", "spikes: 1"} <= set(labels)
 
 
 @pytest.mark.fault(50)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from nanokimi.data.batch import Batch
 from nanokimi.data.sources import open_corpus
 from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses
-from nanokimi.training.step import cross_entropy
+from nanokimi.training.metrics import MetricsLog
+from nanokimi.training.spikes import WINDOW, SpikeWatch
+from nanokimi.training.step import StepReading, cross_entropy
 from nanokimi.training.trainer import Trainer
 
 TrainerFactory = Callable[..., Trainer]
@@ -41,7 +44,7 @@ def make_trainer(tmp_path: Path) -> TrainerFactory:
 
 
 def spoil(trainer: Trainer, steps: set[int], value: float = float("nan")) -> None:
-    """Makes the loss of some steps (counted from 0) non-finite, gradients included."""
+    """Multiplies the loss of some steps (counted from 0), gradients included."""
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
         found = cross_entropy(model, batch)
@@ -56,6 +59,56 @@ def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
     for i, values in trainer.optimizer.state_dict()["state"].items():
         state |= {f"{i}.{name}": tensor.clone() for name, tensor in values.items()}
     return state
+
+
+@pytest.mark.fault("B3")
+def test_a_guarded_spike_touches_nothing_and_a_plain_one_is_only_told(make_trainer: TrainerFactory) -> None:
+    for guard in (True, False):
+        trainer = make_trainer(max_steps=WINDOW, spike_guard=guard, batch_size=1, gradient_accumulation=1)
+        spoil(trainer, {WINDOW // 2}, 50.0)
+        batches = iter(trainer.batches)
+        quiet = [trainer._train_step(batches)["spike"] for _ in range(WINDOW // 2)]
+        assert sum(quiet) == 0
+        before = snapshot(trainer)
+        values = trainer._train_step(batches)
+        assert (values["spike"], values["skipped"], values["non_finite"]) == (1, int(guard), 0)
+        assert values["train_ce_loss"] > 50
+        after = snapshot(trainer)
+        assert all(torch.equal(before[name], after[name]) for name in before) == guard
+        assert (trainer.counters.skipped, trainer.counters.skipped_in_a_row) == (int(guard), 0)
+        assert trainer._train_step(batches)["skipped"] == 0
+
+
+@pytest.mark.fault("B3")
+def test_the_window_of_the_guard_comes_back_to_the_bit(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(max_steps=6, spike_guard=True)
+    spoil(trainer, {3})
+    trainer.train()
+    again = SpikeWatch(MetricsLog(None, state=trainer.metrics.state()).losses_and_norms())
+    assert vars(again) == vars(trainer.step.spikes)
+    assert len(again._losses) == 5
+
+
+@pytest.mark.fault("B3")
+def test_six_deviations_of_the_last_steps_are_the_limit() -> None:
+    steps = [(1.0, 10.0), (3.0, 30.0)] * (WINDOW // 2)  # means 2 and 20, deviations 1.004 and 10.04
+    assert SpikeWatch(steps)(8.1, 20.0)
+    assert SpikeWatch(steps)(2.0, 81.0)
+    assert not SpikeWatch(steps)(7.9, 79.0)
+    assert not SpikeWatch(steps[: WINDOW // 2 - 1])(1e9, 1e9), "half a window is what a judgement needs"
+    assert SpikeWatch([(1e9, 1e9), (None, 1.0), (1.0, None), *steps])(8.1, 20.0), "only the last steps count"
+    watch = SpikeWatch(steps)
+    found = [watch(50.0, 20.0) for _ in range(WINDOW)]
+    assert found[0]
+    assert sum(found) < 10, "a level that stays is no spike"
+
+
+@pytest.mark.fault("B3")
+def test_a_spike_on_one_rank_is_one_on_all(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(spike_guard=True)
+    ranks = SimpleNamespace(max=lambda values: [1.0], size=2)  # the other one saw it
+    trainer.step.parallel = SimpleNamespace(ranks=ranks)  # type: ignore[assignment]
+    assert trainer.step.judge(StepReading(1.0, 0.0, 1.0, 1, [[0.0]], [])).skipped
 
 
 @pytest.mark.fault(48, 49)
