@@ -41,6 +41,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{name} {value!a}: not UTF-8: check the encoding of the terminal, or rename the file")
         return expand_home(value) if str(action.metavar).startswith(PATHS) else value
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Lets ``--`` be a value, as in ``--stop=--``: before Python 3.13 it becomes an empty list."""
+        if not action.option_strings or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        value = self._get_value(action, "--")  # type: ignore[attr-defined]
+        self._check_value(action, value)  # type: ignore[attr-defined]
+        return value
+
     def _with_underscores(self, word: str) -> str:
         name, equals, value = word.partition("=")
         flag = "--" + name[2:].replace("-", "_")

@@ -50,6 +50,7 @@ class Answer(NamedTuple):
 def answer(arguments: Sequence[str], folder: Path, stdin: str = "") -> Answer:
     """Runs ``nanokimi`` with ``arguments`` in ``folder``, outside of which it may write nothing but its cache."""
     out, err = _stream("strict"), _stream("backslashreplace")
+    globals()["LAST"] = arguments
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -116,7 +117,7 @@ def _watched(folder: Path) -> Iterator[None]:
         yield
     finally:
         _allowed = ()
-    assert not _elsewhere
+    assert not _elsewhere, _elsewhere
 
 
 # ---- what commands are given --------------------------------------------------------------------------------
