@@ -118,7 +118,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from error
     tables = [value for value in content.values() if isinstance(value, dict)]
     settings = {name: value for name, value in content.items() if not isinstance(value, dict)}

@@ -16,6 +16,8 @@ from seam import TRAIN, Bench, answer, tries
 from nanokimi.cli import build_parser
 from nanokimi.config import ModelConfig, TrainConfig
 
+pytestmark = pytest.mark.fault("B5")
+
 # Commands that do their work in a fraction of a second, in a folder that `Bench` made.
 MODEL = "run/checkpoints/final.pt"
 COMMANDS = {
@@ -59,7 +61,7 @@ COUNTS = ["0", "1", "2", "-1", "nan", "3.5", "x", ""]
 SLOW = {
     "num_workers": ["0", "-1", "x"],
     "gradient_accumulation": COUNTS,
-    "n_layers": COUNTS,
+    "n_layers": [*COUNTS, str(2**63)],
     "compile": ["off", "x"],
     "log": ["", ",", "x", "tensorboard,x"],
     "push": ["", "a/b", "x y"],
