@@ -106,7 +106,7 @@ def test_every_document_is_trained_on_or_held_out_and_nothing_of_it_is_lost(
         return
     found, others = texts_of(kept), texts_of(held_out)
     if len(texts) < 100:  # the end is held out, if need be from within a document on; a part that is blank is left out
-        assert b"".join(found + others).decode().split() == b"".join(wanted).decode().split()
+        assert "".join(b"".join(found + others).decode().split()) == "".join(b"".join(wanted).decode().split())
     else:
         assert Counter(found + others) == Counter(wanted)
         assert not set(found) & set(others)
