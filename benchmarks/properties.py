@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.bench.results import ROOT, about
 
-COUNTS = re.compile(r"(\d+) passing, (\d+) failing|(\d+) passing examples, (\d+) failing examples")
+COUNTS = re.compile(r"(\d+) passing, (\d+) failing")
 
 
 class Counts:
@@ -31,8 +31,8 @@ class Counts:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         outcome = yield
-        found = COUNTS.findall(getattr(item, "hypothesis_statistics", ""))
-        numbers = [[int(number) for number in groups if number] for groups in found]
+        found = COUNTS.findall(getattr(item, "hypothesis_statistics", ""))  # of each phase of the search
+        numbers = [(int(passing), int(failing)) for passing, failing in found]
         name = f"{Path(item.path).stem}: {item.name.removeprefix('test_').replace('_', ' ')}"
         failed = sum(failing for _, failing in numbers)
         self.properties[name] = {"examples": sum(map(sum, numbers)), "failed": max(failed, int(bool(outcome.excinfo)))}
