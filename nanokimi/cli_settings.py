@@ -44,9 +44,9 @@ class Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Lets ``--`` be a value, as in ``--stop=--``: before Python 3.13 it becomes an empty list."""
         if not action.option_strings or arg_strings != ["--"]:
-            return super()._get_values(action, arg_strings)  # type: ignore[misc]
-        value = self._get_value(action, "--")  # type: ignore[attr-defined]
-        self._check_value(action, value)  # type: ignore[attr-defined]
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")
+        self._check_value(action, value)
         return value
 
     def _with_underscores(self, word: str) -> str:
