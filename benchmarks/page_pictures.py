@@ -148,7 +148,7 @@ def picture_text(browser: Browser, address: str) -> None:
     write_text(page)
     page.check("#surprise")
     uncertain(page).click()
-    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.querySelector('main').scrollTo(0, 0)")
     page.screenshot(path=IMAGES / "page-text.png")
 
 

@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 Value = float | int | str | None
 Seen = dict[str, dict[str, Value]]  # what a case saw: by column, by place in it (a step, the name of a weight)
 
+FLAGS = ("clipped_gradient", "spike", "non_finite", "skipped")  # of a step, by numbers that are compared themselves
 CORES = 2  # for one process, or shared by two ranks; more would change the order of sums
 
 # What runs in a side's process begins with this; the first argument is the checkout.
@@ -189,12 +190,15 @@ def looked_at(run: Path) -> Seen:
 
 
 def history(path: Path) -> Seen:
-    """The columns of a run's history but the speed, by step, or by step and places in a list."""
+    """The columns of a run's history but the speed, by step, or by step and places in a list.
+
+    Those that only say something about others are left out: a side may be older than they are.
+    """
     seen: Seen = {}
     for line in path.read_text().splitlines():
         record = json.loads(line)
         step = record.get("step", record.get("val_step"))
-        for column in [name for name in record if name not in ("step", "val_step", "tokens_per_second")]:
+        for column in [name for name in record if name not in ("step", "val_step", "tokens_per_second", *FLAGS)]:
             seen.setdefault(column, {}).update(flat(str(step), record[column]))
     return seen
 

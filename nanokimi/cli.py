@@ -93,6 +93,10 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--checkpoint_path", default="", metavar="FILE", help="with --resume: go on from this one")
     about = "with --resume: settings that may differ from the checkpoint's"
     parser.add_argument("--override", default="", metavar="FIELD,...", help=about)
+    about = "save and end after this step, with the schedule of the whole run; --resume goes on"
+    parser.add_argument("--stop_after", type=int, default=0, metavar="N", help=about)
+    about = "only see whether N steps, and N more after a resume, equal 2 N steps to the bit; writes nothing elsewhere"
+    parser.add_argument("--verify_resume", type=int, metavar="N", help=about)
     add_settings(parser, field_names(TrainConfig))
 
 
@@ -102,7 +106,15 @@ def train(args: argparse.Namespace) -> int:
     from nanokimi.training.run import TrainArguments, run_training
 
     override = frozenset(name.strip().replace("-", "_") for name in args.override.split(",") if name.strip())
-    return run_training(TrainArguments(train_values, model_values, args.resume, args.checkpoint_path, override))
+    arguments = TrainArguments(
+        train_values, model_values, args.resume, args.checkpoint_path, override, stop_after=args.stop_after
+    )
+    if args.verify_resume is None:
+        return run_training(arguments)
+
+    from nanokimi.training.verify_resume import verify_resume
+
+    return verify_resume(arguments, args.verify_resume)
 
 
 # ---- generate, chat, serve ----------------------------------------------------------------------

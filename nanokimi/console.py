@@ -37,8 +37,17 @@ class _Stream(io.FileIO):
             return written
         except OSError as error:
             self.failure = error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            _lead_nowhere(self.fileno())
             return memoryview(data).nbytes
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    """Makes ``descriptor``, open or not, one of the null device."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor)
+    os.set_inheritable(descriptor, True)  # the programs that this one starts have the same streams
+    if null != descriptor:
+        os.close(null)
 
 
 def protect_streams() -> None:
@@ -47,11 +56,8 @@ def protect_streams() -> None:
         try:
             os.fstat(number)
         except OSError:  # then the next file that is opened, perhaps a checkpoint, would become the stream
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, number)
-            if null != number:
-                os.close(null)
-            opened = io.TextIOWrapper(io.FileIO(number, "w" if number else "r", closefd=False), write_through=True)
+            _lead_nowhere(number)
+            opened = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
             setattr(sys, name, opened)
             setattr(sys, f"__{name}__", opened)
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):

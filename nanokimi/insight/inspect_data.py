@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
-from nanokimi.console import Extras, aligned, counted, log
+from nanokimi.console import aligned, counted, log, one_line
 from nanokimi.console import show as show_text
 from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus
@@ -23,7 +23,7 @@ from nanokimi.data.loader import BatchLoader, Loader, LoaderOptions, MixLoader, 
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.stream import StreamLoader
 from nanokimi.data.tokenizer import Tokenizer
-from nanokimi.errors import UserError
+from nanokimi.errors import RunError, UserError
 from nanokimi.files import atomic_write, disk_errors_explained, require_writable
 from nanokimi.pictures import matplotlib_without_screen
 
@@ -65,13 +65,12 @@ def run_inspect(train: Mapping[str, Any], model: Mapping[str, Any], *, sequences
     context, tokenizer = model_config.max_seq_length, corpus.tokenizer
     options = LoaderOptions(context, 1, config.seed, config.num_workers, shuffle_buffer=config.shuffle_buffer)
     found = look_at(corpus, options, sequences, keep=max(1, show))
-    with Extras().attempt(f"drawing {output}"), matplotlib_without_screen():
-        plot_lengths(found.documents, context, output)
+    picture = _picture(found.documents, context, output)
     lines = [*_about_sequences(found, corpus, context, sequences), *_about_lengths(found, context)]
     lines += _about_tokens(found, tokenizer)
     for number, sequence in enumerate(found.samples[:show], 1):
         lines += _sample(number, sequence[:-1], tokenizer)
-    show_text("\n".join([*lines, *_labels(found.samples[0], tokenizer), "", f"Picture: {output}"]))
+    show_text("\n".join([*lines, *_labels(found.samples[0], tokenizer), "", picture]))
     return 0
 
 
@@ -303,6 +302,18 @@ def _percent(part: int, whole: int) -> str:
 
 
 # ---- the picture --------------------------------------------------------------------------------
+
+
+def _picture(documents: Sequence[Document], context: int, path: Path) -> str:
+    """Draws the lengths to ``path`` if matplotlib can; the line that says so."""
+    try:
+        with matplotlib_without_screen():
+            plot_lengths(documents, context, path)
+    except RunError:
+        raise
+    except Exception as error:  # whatever fonts and settings of its own make it raise
+        return f"No picture: matplotlib failed: {one_line(error)}"
+    return f"Picture: {path}"
 
 
 def plot_lengths(documents: Sequence[Document], context: int, path: Path) -> None:

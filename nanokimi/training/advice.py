@@ -25,4 +25,4 @@ def doubts(config: TrainConfig) -> Iterator[str]:
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.num_workers > cores:
-        yield f"--num_workers {config.num_workers}: there are {cores} cores here, so more than that only wait"
+        yield f"--num_workers {config.num_workers}: there is work for {cores}, as many as this process has cores"

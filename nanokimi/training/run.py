@@ -46,6 +46,7 @@ class TrainArguments:
         train, model: values by field name; ``batch_size`` may be ``auto``.
         resume: go on from a checkpoint: the newest, or ``checkpoint_path``.
         override: fields that may differ from the checkpoint's.
+        stop_after: step after which to save and end, with the schedule of the whole run; 0 = the last.
     """
 
     train: Mapping[str, Any]
@@ -53,6 +54,7 @@ class TrainArguments:
     resume: bool = False
     checkpoint_path: str = ""
     override: frozenset[str] = frozenset()
+    stop_after: int = 0
 
     @property
     def auto_batch(self) -> bool:
@@ -83,6 +85,8 @@ def run_training(arguments: TrainArguments) -> int:
     """
     if arguments.checkpoint_path and not arguments.resume:
         raise UserError("--checkpoint_path names where to go on from: add --resume")
+    if arguments.stop_after < 0:
+        raise UserError(f"--stop_after must be 0 or more, got {arguments.stop_after}")
     local = from_dict(TrainConfig, {k: v for k, v in arguments.settings.items() if k in (*LOCAL_FIELDS, "device")})
     folder = Path(local.output_dir) / "checkpoints"
     with process_group(local.device, local.timeout), out_of_memory_explained():
@@ -103,7 +107,7 @@ def _train_fresh(arguments: TrainArguments, checkpoints: Checkpoints) -> int:
         trainer = _fresh_trainer(config, origin, arguments, checkpoints)
         del origin  # not two copies of the weights while it trains
         checkpoints.put_aside()
-        return _train(trainer, continues=False)
+        return _train(trainer, continues=False, stop_after=arguments.stop_after)
 
 
 def _fresh_trainer(config: TrainConfig, origin: Origin, arguments: TrainArguments, checkpoints: Checkpoints) -> Trainer:
@@ -145,7 +149,7 @@ def _train_resumed(arguments: TrainArguments, checkpoints: Checkpoints) -> int:
         # Another run's checkpoints, or later ones of this run, are not overwritten.
         elsewhere = bool(arguments.checkpoint_path) and checkpoints.put_aside(unless_newest=saved.path)
         log(f"resuming {saved.path} at step {trainer.counters.step} of {config.max_steps}")
-        return _train(trainer, continues=not elsewhere)
+        return _train(trainer, continues=not elsewhere, stop_after=arguments.stop_after)
 
 
 def _open_corpus(
@@ -165,21 +169,21 @@ def _open_corpus(
     return corpus
 
 
-def _train(trainer: Trainer, *, continues: bool) -> int:
+def _train(trainer: Trainer, *, continues: bool, stop_after: int) -> int:
     """Trains, unless the run is over: then it is left as it is."""
     if trainer.finished():
         return 0
     if trainer.device.type == "cpu":
         keep_freed_memory()
     if not current_ranks().is_main:
-        return trainer.train()
+        return trainer.train(stop_after=stop_after)
     config = trainer.config
     fields_of_both = {**asdict(config), **asdict(trainer.model.config)}
     run = Reported(Path(config.output_dir), fields_of_both, trainer.counters.step, continues, log)
     for doubt in doubts(config):
         log(f"warning: {doubt}")
     with Loggers(config.log, run) as loggers:
-        code = trainer.train(loggers)
+        code = trainer.train(loggers, stop_after=stop_after)
     for warning, count in trainer.batches.warnings.items():
         log(f"note: {count:,} {warning}")
     return code

@@ -106,20 +106,21 @@ class Trainer:
 
     # ---- the loop -------------------------------------------------------------------------------
 
-    def train(self, loggers: Loggers | None = None) -> int:
-        """Trains to the end of the schedule or until a signal; returns the exit code (0, 130 or 143).
+    def train(self, loggers: Loggers | None = None, *, stop_after: int = 0) -> int:
+        """Trains to the end of the schedule or until a signal; returns the exit code (0, 129, 130 or 143).
 
         Args:
             loggers: hear of every step too.
+            stop_after: the step after which to save and end; 0 = the last one.
 
         Raises:
             RunError: the loss stayed non-finite, or the disk is full.
         """
-        config, counters = self.config, self.counters
+        config, counters, last = self.config, self.counters, stop_after or math.inf
         began = time.monotonic() - counters.seconds
         batches = iter(self.batches)
         with StopSignals() as signals, self._display() as display, self.hang_watch as hang_watch:
-            while not self.finished() and signals.stop is None:
+            while not self.finished() and signals.stop is None and counters.step < last:
                 sampled = int(self._progress() * config.samples)
                 values = self._train_step(batches)
                 with self.extras.attempt("writing the metrics"):
@@ -139,7 +140,7 @@ class Trainer:
                 if signals.save or (config.save_interval and counters.step % config.save_interval == 0):
                     signals.save = False
                     self.save()
-            if self._validates() and signals.stop is None:
+            if self._validates() and self.finished() and signals.stop is None:
                 self._show(self._validate(), display, loggers)
             self.save(final=self.finished())
             self.checkpoints.finish()

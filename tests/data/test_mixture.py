@@ -360,11 +360,11 @@ def left_by(output: Path) -> Any:
     return plain([parts, content["counters"] | {"seconds": 0}, history | {"tokens_per_second": 0}])
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("mix", ["a.txt=0.7,b.jsonl=0.3", MIX])
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     folder: Path, mix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 68."""
     flags = ["train", "--preset", "debug", "--mix", mix, "--max_steps", "7", "--eval_interval", "3"]
     flags += ["--save_interval", "0", "--warmup_steps", "2", "--set", "max_seq_length=24", "--shuffle_buffer", "8"]
     assert main([*flags, "--output_dir", "whole"]) == 0
@@ -385,10 +385,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert left_by(folder / "stopped") == left_by(folder / "whole")
 
 
+@pytest.mark.fault(57)
 def test_a_resume_with_another_mixture_is_refused_and_can_be_overridden(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 57."""
     flags = ["train", "--preset", "debug", "--eval_interval", "0", "--set", "max_seq_length=24", "--output_dir", "run"]
     assert main([*flags, "--mix", "a.txt=0.7,b.jsonl=0.3", "--max_steps", "2"]) == 0
     resume = [*flags, "--resume", "--max_steps", "3", "--mix", "a.txt=0.5,b.jsonl=0.5"]

@@ -259,10 +259,10 @@ def test_a_second_process_is_refused_and_ctrl_c_leaves_what_is_done(
     assert_it_goes_on(output, text, capsys)
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_ends_it_in_one_line_and_it_goes_on(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 63."""
     add, output = TokenWriter.add, tmp_path / "tokens"
 
     def full(self: TokenWriter, tokens: list[int], n_bytes: int) -> None:

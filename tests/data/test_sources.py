@@ -247,9 +247,8 @@ def test_nowhere_to_write_is_an_error_that_names_the_folders(path: Path, cache_h
         open_corpus(path, "byte")
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_is_a_run_error_and_leaves_nothing_half_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 63."""
-
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 

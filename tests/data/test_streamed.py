@@ -89,11 +89,12 @@ def final(output: Path) -> dict[str, Any]:
 # ---- whole runs ---------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(("before", "after"), [("0", "2"), ("2", "0")])
 def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
-    """Fault 68: weights, optimizer, losses, and the position with the contents of the shuffle buffer."""
+    """Weights, optimizer, losses, and the position with the contents of the shuffle buffer."""
     for module, name, value in ((local, "PART_BYTES", 600), (documents, "PIECE_BYTES", 300)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(stream, "CHUNK_CHARACTERS", 400)

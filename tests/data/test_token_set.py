@@ -257,11 +257,11 @@ def test_a_second_kill_is_survived_too(path: Path, tmp_path: Path, byte: Tokeniz
     assert bin_files(folder) == bin_files(tmp_path / "whole")
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("number", [1, 20, 110, 180])
 def test_a_full_disk_leaves_the_earlier_shards_and_a_second_try_completes(
     path: Path, tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Fault 63."""
     whole = prepare(path, tmp_path / "whole", byte)
     add, calls = TokenWriter.add, 0
 
@@ -367,8 +367,8 @@ def test_a_damaged_set_is_named(
         TokenSet.open(folder)
 
 
+@pytest.mark.fault(56)
 def test_no_flipped_byte_of_a_header_is_a_traceback(tmp_path: Path, byte: Tokenizer) -> None:
-    """Fault 56."""
     path = write(tmp_path / "text.txt", 5)
     prepare(path, tmp_path / "set", byte, fraction=0.0)
     file = tmp_path / "set" / "train-00000.bin"

@@ -452,8 +452,8 @@ def test_an_unfinished_set_is_refused_whatever_is_held_out(tmp_path: Path, byte:
             opened(tmp_path / "set", byte, val)
 
 
+@pytest.mark.fault(56)
 def test_a_flipped_byte_is_found(tmp_path: Path, path: Path, byte: Tokenizer) -> None:
-    """Fault 56."""
     write_ours(path, byte, draw_documents(200))
     data = bytearray(path.read_bytes())
     for at in (16_384, len(data) - 8):

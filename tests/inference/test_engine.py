@@ -130,8 +130,8 @@ def test_sequences_wait_for_a_slot_in_the_order_in_which_they_came(debug_model: 
     assert engine.idle
 
 
+@pytest.mark.fault(93)
 def test_a_cancelled_sequence_frees_its_slot_at_once_and_keeps_what_it_wrote(debug_model: Transformer) -> None:
-    """Fault 93."""
     engine = Engine(debug_model, None)
     first, second = engine.submit(job([1], max_tokens=50)), engine.submit(job([2], max_tokens=3))
     engine.step()
@@ -152,9 +152,8 @@ def test_a_sequence_that_waits_can_be_cancelled(debug_model: Transformer) -> Non
     assert (running.result.tokens, waiting.result.tokens, engine.idle) == (2, 0, True)
 
 
+@pytest.mark.fault(100)
 def test_one_sequence_with_bad_logits_does_not_disturb_the_others(debug_model: Transformer) -> None:
-    """Fault 100."""
-
     class Spoiled(EagerDecoder):
         def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
             logits = super().step(slots, tokens)
@@ -286,8 +285,8 @@ def test_tokens_of_text_that_may_become_a_stop_string_are_held_back_with_it(toke
     assert [ids(chunk) for chunk in found] == [[120], [], [], [69, 78, 121], []]
 
 
+@pytest.mark.fault(102)
 def test_tokens_of_a_stop_string_are_dropped_with_it(tokenizer: Tokenizer) -> None:
-    """Fault 102."""
     found = chunks(tokenizer, b"xEND", "END")
     assert [chunk.text if chunk else None for chunk in found] == ["x", None, None, None, None]
     assert [ids(chunk) for chunk in found] == [[120], [], [], [], []]

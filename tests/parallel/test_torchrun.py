@@ -205,8 +205,9 @@ def wait_for_folders(place: Path, job: Job, count: int) -> list[Path]:
 # ---- saving beside the training -----------------------------------------------------------------
 
 
+@pytest.mark.fault(62)
 def test_saving_beside_the_training_survives_the_end_of_the_whole_job(place: Path, undisturbed: Any) -> None:
-    """Fault 62: killed in the save of step 8, it goes on from step 4, to the same end."""
+    """Killed in the save of step 8, it goes on from step 4, to the same end."""
     beside = (*FSDP, "--async_checkpoints")
     assert run(Launch(arguments(place, "async", *beside), end_in_save=8), place)[0] == -signal.SIGKILL
     assert [path.name for path in shards.step_folders(checkpoints(place, "async"))] == ["step_00000004"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -296,8 +297,8 @@ def test_the_whole_page_works_with_the_keyboard_alone(visit: Visit) -> None:
 # ---- settings -----------------------------------------------------------------------------------
 
 
-def test_settings_are_sent_bounded_and_remembered_until_they_are_reset(visit: Visit) -> None:
-    visit.choose(temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, max_tokens=999, seed=5, stop="a\nb")
+def test_settings_are_sent_and_remembered_until_they_are_reset(visit: Visit) -> None:
+    visit.choose(temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, max_tokens=128, seed=5, stop="a\nb")
     visit.page.reload()
     visit.page.fill("#prompt", "x")
     with visit.page.expect_request("**/v1/completions") as sent:
@@ -310,6 +311,98 @@ def test_settings_are_sent_bounded_and_remembered_until_they_are_reset(visit: Vi
     visit.page.reload()
     expect(visit.page.locator("#temperature")).to_have_value("1")
     expect(visit.page.locator("#temperature-slider")).to_have_value("1")
+
+
+WRONG = {
+    "seed": ("abc", "-5", "1.5", str(2**53)),
+    "temperature": ("hot", "2.1", "-1", ""),
+    "top_p": ("1.1",),
+    "top_k": ("2.5", "-1"),
+    "min_p": ("x",),
+    "max_tokens": ("0", "129"),
+    "stop": ("s" * 201, "\n".join("abcdefghijklmnopq")),
+}
+
+
+@pytest.mark.fault("A20")
+def test_a_setting_that_is_wrong_is_said_and_not_sent(visit: Visit) -> None:
+    sent: list[str] = []
+    visit.page.on("request", lambda request: sent.append(request.url))
+    for name, values in WRONG.items():
+        field, fault = visit.page.locator(f"#{name}"), visit.page.locator(f"#{name}-fault")
+        right = field.input_value()
+        for value in values:
+            field.fill(value)
+            visit.page.click("#generate")
+            expect(field).to_be_focused()
+            expect(field).to_have_value(value)
+            expect(fault).to_have_text(re.compile("whole number from|number from|At most 16"))
+        field.fill(right)
+        expect(fault).to_be_hidden()
+    assert sent == []
+
+
+@pytest.mark.fault("A20")
+def test_a_reload_keeps_the_text_its_tokens_and_what_is_being_written(visit: Visit) -> None:
+    visit.server.stage(script=b"xyz")
+    visit.write("ab", max_tokens=3)
+    visit.page.fill("#prompt", "the next")
+    visit.page.reload()
+    expect(visit.page.locator("#prompt")).to_have_value("the next")
+    expect(visit.page.locator("#figures")).to_contain_text("5 of 128")
+    assert visit.text == "abxyz"
+    visit.page.locator("#text .token >> nth=3").click()
+    expect(visit.page.locator("#panel .experts li").first).to_be_visible()
+    visit.server.stage(script=b"!!!")
+    visit.page.click("#text-continue")
+    visit.wait()
+    assert visit.text == "abxyz!!!"
+    visit.page.click("#text-clear")
+    visit.page.reload()
+    expect(visit.page.locator("#text-clear")).to_be_disabled()
+    assert visit.text == ""
+
+
+@pytest.mark.fault("A20")
+@pytest.mark.parametrize(
+    "trouble", ["throw new DOMException('', 'QuotaExceededError')", "if (value.length > 600) throw 0"]
+)
+def test_storage_that_is_refused_or_full_does_not_break_the_page(visit: Visit, trouble: str) -> None:
+    visit.context.add_init_script(
+        f"Storage.prototype.put = Storage.prototype.setItem; "
+        f"Storage.prototype.setItem = function (name, value) {{ {trouble}; this.put(name, value); }}"
+    )
+    visit.page.reload()
+    visit.server.stage(script=b"xyz")
+    visit.write("ab", max_tokens=3)
+    assert visit.text == "abxyz"
+    visit.page.reload()
+    expect(visit.page.locator("#prompt")).to_be_visible()
+    assert visit.text == ("" if "Quota" in trouble else "abxyz")
+
+
+@pytest.mark.fault("A20")
+def test_the_line_of_figures_does_not_move_and_the_first_text_has_a_speed(visit: Visit) -> None:
+    places = (
+        "[...document.querySelectorAll('.status dl, .status dt')].map((e) => JSON.stringify(e.getBoundingClientRect()))"
+    )
+    before = visit.page.evaluate(places)
+    visit.server.stage(script=b"x")
+    visit.write("ab", max_tokens=1, seed=2**53 - 1)
+    expect(visit.page.locator(".figure-seed dd")).to_have_text(str(2**53 - 1))
+    expect(visit.page.locator(".figure-speed dd")).to_have_text(re.compile(r"^[\d.]+ tokens/s$"))
+    assert visit.page.evaluate(places) == before
+
+
+@pytest.mark.fault("A20")
+def test_a_page_that_was_opened_before_its_server_waits_for_it(browser: Browser, base: PageServer) -> None:
+    page = browser.new_page()
+    page.route("**/v1/models", lambda route: route.abort(), times=1)
+    page.goto(base.address)
+    expect(page.locator("#error")).to_contain_text("out of reach")
+    expect(page.locator("#prompt")).to_be_visible()
+    expect(page.locator("#error")).to_be_hidden()
+    page.close()
 
 
 # ---- looks --------------------------------------------------------------------------------------
@@ -329,6 +422,37 @@ def test_nothing_is_wider_than_a_narrow_phone(browser: Browser, talking: PageSer
     expect(page.locator("#panel")).to_be_in_viewport()
     page.evaluate("document.getElementById('sampling').open = true")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    visit.context.close()
+    assert visit.complaints == []
+
+
+@pytest.mark.fault("A20")
+def test_a_window_of_1280_by_800_does_not_scroll_and_keeps_the_composer_in_sight(talk: Visit) -> None:
+    talk.page.set_viewport_size({"width": 1280, "height": 800})
+    heights = "[document.documentElement.scrollHeight, document.querySelector('main').scrollHeight <= "
+    heights += "document.querySelector('main').clientHeight]"
+    assert talk.page.evaluate(heights) == [800, True]
+    talk.server.stage(script=b"\n" * 60)
+    talk.choose(max_tokens=60)
+    talk.page.fill("#message", "Hi")
+    talk.page.press("#message", "Enter")
+    talk.wait()
+    assert talk.page.evaluate(heights) == [800, False]
+    expect(talk.page.locator("#send")).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.fault("A20")
+def test_the_panel_of_a_phone_is_a_drawer_that_opens_when_asked(browser: Browser, talking: PageServer) -> None:
+    visit = Visit(browser, talking, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    talking.stage(script=b"some words")
+    visit.page.fill("#message", "Hi")
+    visit.page.tap("#send")
+    visit.wait()
+    visit.page.locator(".message.assistant .token >> nth=3").tap()
+    expect(visit.page.locator("#panel h2")).to_be_in_viewport()
+    assert visit.page.locator("#panel").bounding_box()["height"] < 844 / 5
+    visit.page.locator("#panel-more summary").tap()
+    expect(visit.page.locator("#panel .alternative").first).to_be_in_viewport()
     visit.context.close()
     assert visit.complaints == []
 
@@ -540,7 +664,48 @@ def test_a_reply_that_was_stopped_before_its_first_word_leaves_nothing(talk: Vis
     talk.page.press("#message", "Enter")
     talk.page.keyboard.press("Escape")
     expect(talk.page.locator("#said")).to_have_text("stopped")
-    expect(talk.page.locator(".message")).to_have_count(1)
+    expect(talk.page.locator(".message")).to_have_count(0)
+    expect(talk.page.locator("#message")).to_have_value("Hi")
+
+
+@pytest.mark.fault("A20")
+def test_a_message_over_the_context_goes_back_and_the_talk_goes_on(talk: Visit) -> None:
+    page = talk.page
+    talk.choose(max_tokens=3)
+    for message in ("Hi", "x" * 200):
+        talk.server.stage(script=b"Yes")
+        page.fill("#message", message)
+        page.press("#message", "Enter")
+        talk.wait()
+    expect(page.locator("#error")).to_contain_text("context holds 128")
+    expect(page.locator("#message")).to_have_value("x" * 200)
+    page.fill("#message", "Go on")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.press("#message", "Enter")
+    talk.wait()
+    said = [(m["role"], m["content"]) for m in json.loads(sent.value.post_data)["messages"]]
+    assert said == [("user", "Hi"), ("assistant", "Yes"), ("user", "Go on")]
+    expect(page.locator("#error")).to_be_hidden()
+    page.fill("#message", "a draft")
+    page.reload()
+    expect(page.locator("#message")).to_have_value("a draft")
+    assert page.locator(".message .said").all_text_contents() == ["Hi", "Yes", "Go on", "Yes"]
+    page.click("#chat-clear")
+    page.reload()
+    expect(page.locator("#chat-clear")).to_be_disabled()
+
+
+@pytest.mark.fault("A20")
+def test_a_reply_stands_again_when_another_one_is_refused(talk: Visit) -> None:
+    talk.server.stage(script=b"Yes")
+    talk.choose(max_tokens=3)
+    talk.page.fill("#message", "Hi")
+    talk.page.press("#message", "Enter")
+    talk.wait()
+    talk.page.route("**/v1/chat/completions", answering(status=429, json={"error": {"message": "full"}}), times=1)
+    talk.page.click("#chat-regenerate")
+    expect(talk.page.locator("#error")).to_contain_text("busy")
+    assert talk.page.locator(".message .said").all_text_contents() == ["Hi", "Yes"]
 
 
 def test_a_refused_message_can_be_sent_again(talk: Visit) -> None:
@@ -550,7 +715,7 @@ def test_a_refused_message_can_be_sent_again(talk: Visit) -> None:
     talk.page.fill("#message", "Hi")
     talk.page.press("#message", "Enter")
     expect(talk.page.locator("#error")).to_contain_text("busy")
-    expect(talk.page.locator(".message")).to_have_count(1)
-    talk.page.click("#chat-regenerate")
+    expect(talk.page.locator(".message")).to_have_count(0)
+    talk.page.press("#message", "Enter")
     talk.wait()
     expect(talk.page.locator(".message.assistant")).to_have_count(1)

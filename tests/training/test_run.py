@@ -21,6 +21,7 @@ from nanokimi import checkpoint
 from nanokimi.checkpoint import file
 from nanokimi.cli import main
 from nanokimi.interop.loading import load
+from nanokimi.training.verify_resume import contents, differences
 
 TIMES = {"tokens_per_second"}
 # A run that is stopped on its way: evaluations, clipped heads and two saves before its end.
@@ -78,29 +79,10 @@ def history(output: Path) -> dict[str, Any]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimizer, data position and every metric but the clock's, to the bit."""
-    one, two = (checkpoint.read(folder / "checkpoints" / "final.pt") for folder in (a, b))
-    for part in ("model", "optimizer", "data", "random", "tokenizer"):
-        assert_same(one[part], two[part], part)
-    assert one["counters"] | {"seconds": 0} == two["counters"] | {"seconds": 0}
+    assert not [*differences(contents(a), contents(b), "run")]
     assert {k: v for k, v in history(a).items() if k not in TIMES} == {
         k: v for k, v in history(b).items() if k not in TIMES
     }
-
-
-def assert_same(a: Any, b: Any, where: str) -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 # ---- what a run leaves ----------------------------------------------------------------------------
@@ -167,9 +149,10 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.fault(68)
 @pytest.mark.slow
 def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(text: Path, whole: Path, tmp_path: Path) -> None:
-    """Fault 68: in fresh processes, evaluations and balance biases included."""
+    """In fresh processes, evaluations and balance biases included."""
     killed = start(text, tmp_path, *STOPPED)
     wait_for_steps(killed, tmp_path, 25)  # lines: 22 steps and two evaluations, of which the first 20 are saved
     killed.kill()
@@ -299,11 +282,11 @@ def test_a_mistyped_checkpoint_is_an_error(capsys: pytest.CaptureFixture[str], t
     assert f"{wrong}: no such checkpoint" in refused(capsys, flags)
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
 def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, damage: bytes | None
 ) -> None:
-    """Fault 55."""
     assert main(arguments(text, tmp_path, "--max_steps", "9")) == 0
     folder = tmp_path / "checkpoints"
     (folder / "final.pt").unlink()
@@ -316,10 +299,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
     assert history(tmp_path)["steps"] == list(range(1, 10))
 
 
+@pytest.mark.fault(57)
 def test_a_checkpoint_of_another_config_lists_what_differs(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
-    """Fault 57."""
     assert main(arguments(text, tmp_path, "--max_steps", "2")) == 0
     changed = ("--resume", "--set", "dim=48", "--learning_rate", "0.5", "--seed", "1337")
     line = refused(capsys, arguments(text, tmp_path, *changed))
@@ -372,10 +355,10 @@ def test_foreign_contents_are_an_error(
     assert message in refused(capsys, arguments(text, tmp_path, *named, "--max_steps", "3"))
 
 
+@pytest.mark.fault(64)
 def test_an_output_folder_that_cannot_be_written_fails_at_the_start(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
-    """Fault 64."""
     (tmp_path / "file").write_text("in the way")
     assert "--output_dir" in refused(capsys, arguments(text, tmp_path / "file"))
 
@@ -472,10 +455,10 @@ def test_a_text_that_cannot_be_used_is_one_line(
     assert str(path) in line
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_ends_the_run_in_one_line_and_the_last_save_is_resumed(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 63."""
     healthy, saves = file._write, []
 
     def write(*args: Any) -> str:

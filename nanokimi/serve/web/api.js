@@ -72,6 +72,6 @@ export function explain(error) {
   }
   if (error.status === 401) return "The server wants its key: reload the page and give it as the password.";
   if (error.status === 429) return `The server is busy: try again in ${error.retryAfter ?? "a few"} seconds.`;
-  if (error.status >= 500) return `It did not work: ${message}. Press Regenerate to try again.`;
+  if (error.status >= 500) return `It did not work: ${message}. Try again.`;
   return `The server refused this: ${message}.`;
 }

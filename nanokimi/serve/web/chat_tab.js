@@ -1,12 +1,13 @@
 import { chatReader, newToken } from "./continuation.js";
 import { byId, make } from "./dom.js";
+import { session } from "./store.js";
 import { TokenText } from "./token_text.js";
 import { insight } from "./writer.js";
 
 /** The tab that talks in turns. */
 export class ChatTab {
   #page;
-  #messages = []; // {role, content} as the server wants them, each with its element
+  #messages = []; // {role, content} as the server wants them, each with its element and, of a reply, its tokens
 
   /** @param {object} page what the tabs share: writer, settings, panel, problems, follow */
   constructor(page) {
@@ -19,7 +20,30 @@ export class ChatTab {
     byId("message").addEventListener("keydown", (event) => this.#key(event));
     byId("chat-regenerate").addEventListener("click", () => this.#regenerate());
     byId("chat-clear").addEventListener("click", () => this.#clear());
+    this.#restore();
     this.#buttons();
+  }
+
+  /** Keeps the talk and what is being written for a reload: without its tokens if they are too many. */
+  keep() {
+    const draft = byId("message").value;
+    const talk = this.#messages.map(({ role, content, tokens }) => ({ role, content, tokens }));
+    const bare = talk.map(({ role, content }) => ({ role, content, tokens: [] }));
+    session.remember("chat", { draft, talk }, { draft, talk: bare });
+  }
+
+  #restore() {
+    const { draft, talk } = session.recall("chat") ?? { draft: "", talk: [] };
+    byId("message").value = draft;
+    for (const { role, content, tokens } of talk) {
+      if (role === "user") {
+        this.#ask(content);
+        continue;
+      }
+      const { message, view } = this.#answer();
+      Object.assign(message, { content, tokens });
+      view.draw(tokens, { loose: tokens.length ? "" : content });
+    }
   }
 
   #key(event) {
@@ -30,60 +54,92 @@ export class ChatTab {
 
   #send() {
     const content = byId("message").value.trim();
-    if (!content) return undefined;
+    if (!content || !this.#page.settings.ready()) return undefined;
     byId("message").value = "";
-    const body = make("div", { className: "said", textContent: content });
-    this.#add("user", "You", body).content = content;
+    this.#ask(content);
     return this.#reply();
   }
 
   #regenerate() {
-    if (this.#messages.at(-1).role === "assistant") this.#drop();
-    return this.#reply();
+    if (!this.#page.settings.ready()) return undefined;
+    const before = this.#messages.at(-1).role === "assistant" ? this.#drop() : null;
+    return this.#reply(before);
+  }
+
+  /** Undoes what brought no answer: the reply that was there `before` stands again, or the message is to be sent anew. */
+  #takeBack(before) {
+    if (before) {
+      this.#put(before);
+      return;
+    }
+    const box = byId("message"); // in which the next message may have been begun
+    box.value = [this.#drop().content, box.value].filter(Boolean).join("\n");
+    box.focus();
   }
 
   #clear() {
     while (this.#messages.length) this.#drop();
     this.#page.panel.release();
     this.#page.meter.clear();
+    this.#page.problems.clear();
     this.#buttons();
+    this.keep();
     byId("message").focus();
   }
 
   #drop() {
-    this.#messages.pop().element.remove();
+    const message = this.#messages.pop();
+    message.element.remove();
     this.#page.panel.release();
-  }
-
-  #add(role, name, ...body) {
-    const element = make("article", { className: `message ${role}` }, make("h2", {}, name), ...body);
-    const message = { role, content: "", element };
-    this.#messages.push(message);
-    this.#page.follow(() => byId("messages").append(element));
     return message;
   }
 
-  async #reply() {
-    const { writer, settings, problems, panel } = this.#page;
-    const request = { messages: this.#history(), logprobs: true, top_logprobs: 5, ...settings.request() };
-    const body = make("div", { className: "tokens said", tabIndex: 0 });
+  #put(message) {
+    this.#messages.push(message);
+    this.#page.follow(() => byId("messages").append(message.element));
+    return message;
+  }
+
+  #add(role, name, body) {
+    const element = make("article", { className: `message ${role}` }, make("h2", {}, name), body);
+    return this.#put({ role, content: "", tokens: [], element });
+  }
+
+  #ask(content) {
+    const body = make("div", { className: "said", dir: "auto", textContent: content });
+    this.#add("user", "You", body).content = content;
+  }
+
+  /** Room for a reply. */
+  #answer() {
+    const body = make("div", { className: "tokens said", dir: "auto", tabIndex: 0 });
     body.setAttribute("role", "group");
     body.setAttribute("aria-label", "Reply, token by token");
     body.setAttribute("aria-describedby", "walk-hint");
-    const view = new TokenText(body, panel);
-    const message = this.#add("assistant", "Model", body);
+    const view = new TokenText(body, this.#page.panel);
+    return { message: this.#add("assistant", "Model", body), view };
+  }
+
+  async #reply(before = null) {
+    const { writer, settings, problems, panel } = this.#page;
+    const request = { messages: this.#history(), logprobs: true, top_logprobs: 5, ...settings.request() };
+    const { message, view } = this.#answer();
     problems.clear();
     const writing = writer.write("/v1/chat/completions", request, chatReader(), ({ tokens, text }, from) => {
-      message.content = text;
+      Object.assign(message, { content: text, tokens });
       this.#page.follow(() => view.draw(tokens, { from }));
       panel.refresh(view, from);
     });
     this.#buttons();
     const { continuation, failure } = await writing;
     const begun = continuation.text || continuation.finish; // a model may well end without a word
-    if (!begun) this.#drop();
+    if (!begun) {
+      this.#drop();
+      this.#takeBack(before);
+    }
     this.#buttons();
-    if (failure) problems.show(failure, failure.status === 400 ? "Clear begins a new talk." : "");
+    this.keep();
+    if (failure) problems.show(failure, failure.status === 400 ? "Change your message, or Clear for a new talk." : "");
     if (begun) await this.#inspect(continuation, view, message);
   }
 
@@ -108,7 +164,7 @@ export class ChatTab {
 
   /** The prompt as the chat template put it, folded under a line that opens it. */
   #readBefore(tokens) {
-    const body = make("div", { className: "tokens", tabIndex: 0 });
+    const body = make("div", { className: "tokens", dir: "auto", tabIndex: 0 });
     body.setAttribute("role", "group");
     body.setAttribute("aria-label", "What the model read, token by token");
     new TokenText(body, this.#page.panel).draw(tokens);

@@ -8,7 +8,8 @@ const ENDS = {
   refused: "nothing came",
 };
 
-const MEASURABLE = 0.05; // seconds: a text that comes in one burst has no speed
+const MEASURABLE = 0.05; // seconds: what comes in one burst is timed with its request
+const UNKNOWN = "–";
 
 /** The figures below the text: speed, time to the first token, context used, how it ended. */
 export class Meter {
@@ -24,6 +25,16 @@ export class Meter {
   /** @param {number} context most tokens of a text */
   constructor(context) {
     this.#context = context;
+    this.draw();
+  }
+
+  /** How much of the context the text takes, as of a text that was kept. */
+  get used() {
+    return this.#used;
+  }
+
+  set used(used) {
+    this.#used = used;
     this.draw();
   }
 
@@ -58,18 +69,24 @@ export class Meter {
   }
 
   draw() {
-    const seconds = (this.#last - this.#first) / 1000;
-    const figures = [["context", `${this.#used} of ${this.#context}`, "context"]];
-    if (this.#first) {
-      figures.push(["first token", duration((this.#first - this.#started) / 1000), "first"]);
-      const speed = (this.#tokens - this.#atFirst) / seconds;
-      if (seconds > MEASURABLE) figures.push(["speed", `${speed.toFixed(1)} tokens/s`, "speed"]);
-      figures.push(["seed", String(this.#seed), "seed"]);
-    }
-    const pairs = figures.map(([name, value, key]) =>
-      make("div", { className: `figure-${key}` }, make("dt", {}, name), make("dd", {}, value)),
+    const first = this.#first ? duration((this.#first - this.#started) / 1000) : UNKNOWN;
+    const figures = {
+      context: ["context", `${this.#used} of ${this.#context}`],
+      first: ["first token", first],
+      speed: ["speed", this.#first ? `${this.#speed().toFixed(1)} tokens/s` : UNKNOWN],
+      seed: ["seed", this.#started ? String(this.#seed) : UNKNOWN],
+    };
+    const pairs = Object.entries(figures).map(([key, [name, value]]) =>
+      make("div", { className: `figure-${key}` }, make("dt", {}, name), make("dd", { title: value }, value)),
     );
     byId("figures").replaceChildren(...pairs);
+  }
+
+  /** Tokens a second after the first one; of all and with the request where that is too short to be timed. */
+  #speed() {
+    const seconds = (this.#last - this.#first) / 1000;
+    if (seconds > MEASURABLE) return (this.#tokens - this.#atFirst) / seconds;
+    return this.#tokens / ((this.#last - this.#started) / 1000);
   }
 }
 

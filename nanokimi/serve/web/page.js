@@ -4,12 +4,13 @@ import { byId, make } from "./dom.js";
 import { Meter } from "./meter.js";
 import { Panel } from "./panel.js";
 import { Settings } from "./settings.js";
-import { recall, remember } from "./store.js";
+import { session, settings as memory } from "./store.js";
 import { TextTab } from "./text_tab.js";
 import { Writer } from "./writer.js";
 
 const SURPRISES = ["50 % or more", "20 % or more", "5 % or more", "1 % or more", "0.1 % or more", "less than 0.1 %"];
 
+const RETRY = 2000; // milliseconds between two attempts to reach the server
 const narrow = matchMedia("(max-width: 56rem)");
 
 /** The one line that says what went wrong. */
@@ -23,23 +24,30 @@ const problems = {
   },
 };
 
-/** Does `change`; a reader who is at the end of the page stays there. */
+/** Does `change`; a reader who is at the end of what scrolls stays there. */
 function follow(change) {
-  const root = document.documentElement;
-  const atEnd = root.scrollHeight - root.scrollTop - root.clientHeight < 80;
+  const scroller = narrow.matches ? document.documentElement : document.querySelector("main");
+  const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
   change();
-  if (atEnd) root.scrollTop = root.scrollHeight;
+  if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+}
+
+/** The model, once the server can be reached; until then the page says why it is not. */
+async function awaitModel() {
+  for (;;) {
+    try {
+      const model = await servedModel();
+      problems.clear();
+      return model;
+    } catch (error) {
+      problems.show(error);
+      await new Promise((done) => setTimeout(done, RETRY));
+    }
+  }
 }
 
 async function start() {
-  let model;
-  try {
-    model = await servedModel();
-  } catch (error) {
-    problems.show(error);
-    return;
-  }
-  problems.clear();
+  const model = await awaitModel();
   introduce(model);
   const meter = new Meter(model.max_model_len);
   const writer = new Writer(model.id, meter);
@@ -47,11 +55,16 @@ async function start() {
   const settings = new Settings(model.max_model_len);
   const page = { writer, meter, panel, problems, follow, settings, look: (ids) => look(writer, ids) };
   const text = new TextTab(page);
-  if (model.chat) new ChatTab(page);
+  const tabs = model.chat ? [text, new ChatTab(page)] : [text];
   panel.branches = (view) => text.owns(view);
   panel.branch = (view, index, other) => text.branch(index, other);
   listen(writer, panel);
   openTabs(model.chat, () => writer.stop());
+  meter.used = session.recall("used") ?? 0;
+  addEventListener("pagehide", () => {
+    for (const tab of tabs) tab.keep();
+    session.remember("used", meter.used);
+  });
 }
 
 /** Inspects a text. Null if that failed, which is then told, or is not wanted any more. */
@@ -86,10 +99,11 @@ function introduce({ id, max_model_len: context, chat }) {
 function openTabs(chat, left) {
   byId("modes").hidden = !chat;
   byId("system-setting").hidden = !chat;
-  const first = chat ? "chat" : "text";
+  const first = chat ? (session.recall("mode") ?? "chat") : "text";
   const open = (mode) => {
     byId("text-tab").hidden = mode !== "text";
     byId("chat-tab").hidden = mode !== "chat";
+    session.remember("mode", mode);
   };
   for (const radio of document.getElementsByName("mode")) {
     radio.checked = radio.value === first;
@@ -99,7 +113,7 @@ function openTabs(chat, left) {
     });
   }
   open(first);
-  const writes = byId(chat ? "message" : "prompt");
+  const writes = byId(first === "chat" ? "message" : "prompt");
   if (matchMedia("(hover: hover)").matches) writes.focus(); // else a phone's keyboard would cover half the page
 }
 
@@ -110,13 +124,19 @@ function colourBySurprise() {
   const show = () => {
     document.body.classList.toggle("surprised", box.checked);
     byId("legend").hidden = !box.checked;
-    remember("surprise", box.checked ? "on" : "");
+    memory.remember("surprise", box.checked);
   };
-  box.checked = recall("surprise") === "on";
+  box.checked = memory.recall("surprise") === true;
   box.addEventListener("change", show);
   show();
 }
 
-if (narrow.matches) byId("sampling").open = false;
+/** What a narrow window folds away; a wide one shows it. */
+function fold() {
+  for (const id of ["sampling", "panel-more"]) byId(id).open = !narrow.matches;
+}
+
+narrow.addEventListener("change", fold);
+fold();
 colourBySurprise();
 start();

@@ -73,8 +73,8 @@ export class Panel {
     if (!token) return;
     const [text, index] = [this.#text, this.#index];
     const choose = this.branches(text) ? (other) => this.branch(text, index, other) : null;
-    byId("panel-token").replaceChildren(
-      heading(token, index, text.tokens.length),
+    byId("panel-token").replaceChildren(heading(token, index, text.tokens.length));
+    byId("panel-insight").replaceChildren(
       ...alternatives(token, choose),
       ...expertGrid(token, this.#experts),
     );

@@ -1,17 +1,30 @@
-/** Browser storage that may be forbidden: then nothing is kept, and nothing fails. */
+/**
+ * What the browser keeps. Storage may be forbidden or full: then nothing is kept, and nothing fails.
+ * `settings` outlive the window; `session` holds what was written in one window and outlives a reload.
+ */
+export const settings = memory(() => localStorage);
+export const session = memory(() => sessionStorage);
 
-export function recall(name) {
-  try {
-    return localStorage.getItem(`nanokimi.${name}`);
-  } catch {
-    return null;
-  }
-}
-
-export function remember(name, value) {
-  try {
-    localStorage.setItem(`nanokimi.${name}`, value);
-  } catch {
-    // a full or forbidden storage only costs the memory of it
-  }
+function memory(storage) {
+  return {
+    /** What was kept under `name`; null if there is nothing that can be read. */
+    recall(name) {
+      try {
+        return JSON.parse(storage().getItem(`nanokimi.${name}`));
+      } catch {
+        return null;
+      }
+    },
+    /** Keeps the first of `values` for which there is room. */
+    remember(name, ...values) {
+      for (const value of values) {
+        try {
+          storage().setItem(`nanokimi.${name}`, JSON.stringify(value));
+          return;
+        } catch {
+          // the next one is smaller
+        }
+      }
+    },
+  };
 }

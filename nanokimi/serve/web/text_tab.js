@@ -1,5 +1,6 @@
 import { align, completionNews, newToken } from "./continuation.js";
 import { byId } from "./dom.js";
+import { session } from "./store.js";
 import { TokenText } from "./token_text.js";
 import { insight } from "./writer.js";
 
@@ -27,7 +28,25 @@ export class TextTab {
     byId("text-regenerate").addEventListener("click", () => this.#regenerate());
     byId("text-continue").addEventListener("click", () => this.#continue());
     byId("text-clear").addEventListener("click", () => this.#clear());
+    this.#restore();
     this.#buttons();
+  }
+
+  /** Keeps the text and what is being written for a reload: without its tokens if they are too many. */
+  keep() {
+    const draft = byId("prompt").value;
+    const whole = { draft, prompt: this.#prompt, written: this.#written, begin: this.#begin };
+    const text = this.#prompt.text + this.#written.map((token) => token.text).join("");
+    session.remember("text", whole, { draft, prompt: { text, ids: null, tokens: null }, written: [], begin: 0 });
+  }
+
+  #restore() {
+    const kept = session.recall("text");
+    if (!kept) return;
+    byId("prompt").value = kept.draft;
+    [this.#prompt, this.#written, this.#begin] = [kept.prompt, kept.written, kept.begin];
+    this.#draw();
+    if (this.#prompt.ids && !this.#prompt.tokens) this.#inspection = this.#inspect(); // the reload came first
   }
 
   owns(view) {
@@ -39,6 +58,7 @@ export class TextTab {
    * @param {{id?: number, text: string}} other
    */
   async branch(index, other) {
+    if (!this.#page.settings.ready()) return;
     const token = this.#view.tokens[index];
     this.#page.writer.stop();
     await this.#inspection; // only it tells the ids of alternatives
@@ -58,6 +78,7 @@ export class TextTab {
   }
 
   #generate() {
+    if (!this.#page.settings.ready()) return undefined;
     this.#prompt = { text: byId("prompt").value, ids: null, tokens: null };
     this.#written = [];
     this.#begin = 0;
@@ -65,11 +86,13 @@ export class TextTab {
   }
 
   #regenerate() {
+    if (!this.#page.settings.ready()) return undefined;
     this.#written.length = this.#begin;
     return this.#run();
   }
 
   #continue() {
+    if (!this.#page.settings.ready()) return undefined;
     while (this.#written.at(-1)?.text === "") this.#written.pop(); // a character cut off: written anew as a whole
     return this.#goOn();
   }
@@ -84,8 +107,10 @@ export class TextTab {
     this.#written = [];
     this.#page.panel.release();
     this.#page.meter.clear();
+    this.#page.problems.clear();
     this.#draw();
     this.#buttons();
+    this.keep();
     byId("prompt").focus();
   }
 
@@ -105,6 +130,7 @@ export class TextTab {
     this.#buttons();
     const { failure } = await writing;
     this.#buttons();
+    this.keep();
     if (failure) problems.show(failure);
   }
 

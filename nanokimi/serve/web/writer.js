@@ -38,7 +38,10 @@ export class Writer {
     tell("writing");
     this.#stopping = new AbortController();
     const continuation = new Continuation();
-    const frames = new Frames((from) => draw(continuation, from));
+    const frames = new Frames((from) => {
+      draw(continuation, from);
+      this.#meter.draw();
+    });
     let [ended, failure] = [null, null];
     this.#meter.start(request.seed);
     try {
