@@ -151,6 +151,11 @@ def test_dashes_in_a_value_stay_dashes() -> None:
         (["chat", "missing.pt", "--temperature", "nan"], "--temperature must be"),  # fault 71
         (["prepare"], "required: SOURCE"),
         (["tokenizer", "train"], "required: FILE"),
+        (["generate", "a\nb.pt"], r"a\nb.pt: no such checkpoint"),
+        (["generate", "\x1b[31m.pt"], r"\x1b[31m.pt: no such checkpoint"),
+        (["generate", "x" * 300], "File name too long: choose a shorter name"),
+        (["plan", "--set", "n_layers=99999999"], "n_layers must be 1 or more and 1000 or less"),
+        (["train", "--max_steps=--"], "max_steps takes a whole number, got '--'"),
         (["demo", "--sec", "5"], "unrecognized arguments: --sec"),
         (["demo", "--seconds", "0"], "--seconds must be more than 0"),
     ],

@@ -282,3 +282,8 @@ def test_bytes_are_encoded_as_the_library_would() -> None:
     for text in ("", "plain", "é😀\r\n\0", "see <|endoftext|> here", "  spaces  and 123's"):
         library = byte._inner.encode(text, add_special_tokens=False).ids
         assert byte.encode(text) == byte.encode_batch([text])[0] == library == list(text.encode())
+
+
+def test_a_vocabulary_that_could_never_be_filled_is_refused() -> None:
+    with pytest.raises(UserError, match="bpe:1099511627776: at most 16,777,216 entries can be learned"):
+        train_bpe(["text"], 1 << 40)
