@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from nanokimi.cli_settings import Parser, add_settings, gather_settings
 from nanokimi.config import TrainConfig, field_names
-from nanokimi.console import complain, log, protect_streams, show, why_result_is_lost
+from nanokimi.console import complain, escaped, log, protect_streams, show, why_result_is_lost
 from nanokimi.errors import RunError, UserError
 from nanokimi.files import expand_home, provide_home
 from nanokimi.inference.commands import add_generate_arguments
@@ -38,8 +39,13 @@ def main(arguments: Sequence[str]) -> int:
         complain(f"nanokimi: {error}")
         return 2
     except RunError as error:
-        print(f"nanokimi: {error}", file=sys.stderr)
+        print(escaped(f"nanokimi: {error}"), file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        complain(f"nanokimi: {error.filename}: {error.strerror}: choose a shorter name")
+        return 2
     except KeyboardInterrupt:
         print("nanokimi: interrupted", file=sys.stderr)
         return 130

@@ -41,6 +41,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{name} {value!a}: not UTF-8: check the encoding of the terminal, or rename the file")
         return expand_home(value) if str(action.metavar).startswith(PATHS) else value
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Lets ``--`` be a value, as in ``--stop=--``: before Python 3.13 it becomes an empty list."""
+        if not action.option_strings or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")
+        self._check_value(action, value)
+        return value
+
     def _with_underscores(self, word: str) -> str:
         name, equals, value = word.partition("=")
         flag = "--" + name[2:].replace("-", "_")
@@ -110,7 +118,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from error
     tables = [value for value in content.values() if isinstance(value, dict)]
     settings = {name: value for name, value in content.items() if not isinstance(value, dict)}

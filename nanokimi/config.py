@@ -54,7 +54,7 @@ class ModelConfig:
     vocab_size: int = _shape(49152, "rows of embedding and head; in training it follows the tokenizer unless set")
     dim: int = _shape(896, "width of the model")
     n_heads: int = _shape(8, "attention heads")
-    n_layers: int = _shape(6, "layers")
+    n_layers: int = _shape(6, "layers", high=1000)
     max_seq_length: int = _count(1024, "context in tokens", decides_text=True)
     n_dense_layers: int = _part(1, "leading layers with a plain SwiGLU MLP instead of experts")
     inter_dim: int = _shape(3968, "width of the plain MLPs")

@@ -113,7 +113,12 @@ def complain(line: str) -> None:
     """Prints a mistake. Of several processes that ``torchrun`` started, all find it, and the first should print it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         let_others_speak()
-    print(line, file=sys.stderr, flush=True)
+    print(escaped(line), file=sys.stderr, flush=True)
+
+
+def escaped(line: str) -> str:
+    """``line`` with what would end it, or act on a terminal, as Python writes it: names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def let_others_speak() -> None:

@@ -134,6 +134,7 @@ def test_dashes_in_a_value_stay_dashes() -> None:
     assert (args.checkpoint, args.stop, args.prompt) == ("m-1.pt", ["--max-tokens"], "--top-k is a flag")
 
 
+@pytest.mark.fault(71, 82)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +151,11 @@ def test_dashes_in_a_value_stay_dashes() -> None:
         (["chat", "missing.pt", "--temperature", "nan"], "--temperature must be"),  # fault 71
         (["prepare"], "required: SOURCE"),
         (["tokenizer", "train"], "required: FILE"),
+        (["generate", "a\nb.pt"], r"a\nb.pt: no such checkpoint"),
+        (["generate", "\x1b[31m.pt"], r"\x1b[31m.pt: no such checkpoint"),
+        (["generate", "x" * 300], "File name too long: choose a shorter name"),
+        (["plan", "--set", "n_layers=99999999"], "n_layers must be 1 or more and 1000 or less"),
+        (["train", "--max_steps=--"], "max_steps takes a whole number, got '--'"),
         (["demo", "--sec", "5"], "unrecognized arguments: --sec"),
         (["demo", "--seconds", "0"], "--seconds must be more than 0"),
     ],

@@ -11,6 +11,7 @@ from nanokimi.config import ModelConfig, TrainConfig, field_names, from_dict, pa
 from nanokimi.errors import ConfigError
 
 
+@pytest.mark.fault(42, 43)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -21,7 +22,7 @@ from nanokimi.errors import ConfigError
         ({"n_expert_groups": 2, "n_limited_groups": 4}, "n_limited_groups"),
         ({"n_expert_groups": 4, "n_limited_groups": 1, "n_activated_experts": 3}, "exceeds the 2 experts"),
         ({"score_func": "relu"}, "score_func is 'relu': choose one of sigmoid, softmax"),  # fault 43
-        ({"n_layers": -2}, "n_layers must be 1 or more, got -2"),
+        ({"n_layers": -2}, "n_layers must be 1 or more and 1000 or less, got -2"),
         ({"n_dense_layers": 7}, r"n_dense_layers \(7\) exceeds n_layers \(6\)"),
         ({"dim": 12.5}, "dim takes a whole number"),
         ({"norm_topk_prob": 1}, "norm_topk_prob takes true or false"),
@@ -35,6 +36,7 @@ def test_impossible_models_are_refused_in_one_line(values: dict[str, Any], messa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault(32, 34, 35, 38, 40)
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -21,7 +21,7 @@ from nanokimi.data.local import LocalDocuments
 from nanokimi.data.tokenbin import TokenBin
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from nanokimi.errors import UserError
-from nanokimi.files import disk_errors_explained
+from nanokimi.files import disk_errors_explained, require_writable
 
 DATASETS = ("local", "localstreaming", "hfstreaming", "fineweb", "tokenbin")
 
@@ -185,12 +185,12 @@ def train_tokenizer_on(path: str | Path, vocab_size: int, output: str | Path, *,
     """Trains a byte-level BPE on local text and writes its ``tokenizer.json``; returns a line that says what.
 
     The share of the text that training holds out by default is not looked at here either. UserError if the text or the
-    size cannot be used, RunError if ``output`` cannot be written.
+    size cannot be used or ``output`` cannot be written, RunError if the disk is full.
     """
     output = Path(output)
+    require_writable(output, example="tokenizer.json")
     text = Text(_local_documents(path, console.log, "FILE"), None, val_fraction, "FILE")
     tokenizer = train_bpe(text.training_text(TRAINING), vocab_size)
     with disk_errors_explained("tokenizer", output):
-        output.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output)
     return f"{output}: {tokenizer.vocab_size:,} entries; use it with --set tokenizer_name={output}"

@@ -23,6 +23,7 @@ from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_VOCABULARY = 1 << 24  # of a BPE that is trained: room for all of them is taken at once
 # What other families call it, tried in this order when there is no <|endoftext|>.
 _OTHER_ENDS = ("<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "<eos>", "</s>", "<|eot_id|>", "<|im_end|>")
 # Bytes between two splits, of which training a BPE looks at once: its time grows with their square.
@@ -200,10 +201,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, name: str = "") -> Token
     """A byte-level BPE with GPT-2's splitting rule; the same texts give the same tokenizer.
 
     It has ``vocab_size`` entries, ``<|endoftext|>`` the last of them; fewer where the texts repeat too little.
-    UserError if that has no room for the 256 bytes and the end of text.
+    UserError if that has no room for the 256 bytes and the end of text, or could never be filled.
     """
     if vocab_size < 257:
         raise UserError(f"tokenizer_name bpe:{vocab_size}: needs at least 257 entries: 256 bytes and {END_OF_TEXT}")
+    if vocab_size > MAX_VOCABULARY:
+        raise UserError(f"tokenizer_name bpe:{vocab_size}: at most {MAX_VOCABULARY:,} entries can be learned: lower it")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,

@@ -48,8 +48,9 @@ def test_any_torch_reads_it_with_weights_only(saved: Path) -> None:
     assert torch.load(saved, weights_only=True)["step"] == 7
 
 
+@pytest.mark.fault(56)
 def test_every_single_flipped_byte_is_noticed(saved: Path) -> None:
-    """Fault 56: wherever it is, padding and checksum included."""
+    """Wherever it is, padding and checksum included."""
     good = saved.read_bytes()
     for position in [*random.Random(0).sample(range(len(good)), 300), 0, 1, *range(len(good) - 100, len(good))]:
         bad = bytearray(good)
@@ -59,6 +60,7 @@ def test_every_single_flipped_byte_is_noticed(saved: Path) -> None:
             checkpoint.read(saved)
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
@@ -68,15 +70,14 @@ def test_every_single_flipped_byte_is_noticed(saved: Path) -> None:
     ],
 )
 def test_empty_and_foreign_files_are_named_for_what_they_are(tmp_path: Path, contents: bytes, message: str) -> None:
-    """Fault 55."""
     path = tmp_path / "latest.pt"
     path.write_bytes(contents)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(path)
 
 
+@pytest.mark.fault(55)
 def test_a_truncated_file_is_noticed(saved: Path) -> None:
-    """Fault 55."""
     good = saved.read_bytes()
     for length in (3, len(good) // 2, len(good) - 1):
         saved.write_bytes(good[:length])
@@ -101,9 +102,10 @@ class Payload:
         return os.mkdir, (str(self.marker),)
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("through_our_format", [False, True])
 def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path: Path, through_our_format: bool) -> None:
-    """Fault 61: also with a checksum that is right."""
+    """Also with a checksum that is right."""
     path, marker = tmp_path / "evil.pt", tmp_path / "ran"
     if through_our_format:
         checkpoint.save(path, {"payload": Payload(marker)})
@@ -122,8 +124,8 @@ def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "new.pt")
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_is_noticed_before_anything_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 63."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
     with pytest.raises(RunError, match="needs 16 MiB, the disk has 0 MiB left"):
@@ -131,8 +133,8 @@ def test_a_full_disk_is_noticed_before_anything_is_written(saved: Path, monkeypa
     assert checkpoint.read(saved)["step"] == 7
 
 
+@pytest.mark.fault(63)
 def test_a_disk_that_fills_up_in_mid_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 63."""
     written = 0
     original = file.HashingFile.write
 
@@ -180,8 +182,8 @@ for step in range(1, 10**6):
 """
 
 
+@pytest.mark.fault(62)
 def test_kill_9_during_saves_always_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    """Fault 62."""
     path = tmp_path / "latest.pt"
     for attempt in range(3):
         process = subprocess.Popen([sys.executable, "-c", ENDLESS_SAVES, str(path)], stdout=subprocess.PIPE, text=True)

@@ -63,8 +63,8 @@ def test_weights_alone_are_no_run(tmp_path: Path) -> None:
         Checkpoints(tmp_path).find()
 
 
+@pytest.mark.fault(55)
 def test_the_one_before_is_kept_and_a_damaged_file_never_takes_its_place(tmp_path: Path) -> None:
-    """Fault 55."""
     model = SingleDevice(Transformer(ModelConfig.preset("debug")))
     optimizer = MuonClip(model.model)
     checkpoints = Checkpoints(tmp_path)

@@ -1,20 +1,7 @@
-"""What goes wrong with data, met through ``nanokimi train``: one line that names the remedy, exit code 2.
-
-Where each number of the list of data faults is tested besides, by modules of this folder:
-
-1 empty or blank text: sources, local, token_set · 2 shorter than the context: packing, stream_loader · 3 fewer
-sequences than a batch: loader, stream_loader · 4 missing file, 5 directory: local, documents, tokenbin · 6 not
-UTF-8: documents, formats, sources · 8 byte order mark, 9 CRLF: documents, formats · 10 NUL bytes: sources, token_set,
-prepare · 11 a long line: documents, formats, local, streamed (memory) · 12 edited text: sources, local, stream_loader,
-streamed, prepare · 13 another tokenizer: sources, mixture, prepare · 14 damaged cache: sources, token_set · 15
-read-only folder: sources, hub_sample · 17 odd length, 18 empty, 19 uint32, 20 text, 21 unknown id, 23 truncated:
-tokenbin, token_file, packing · 24 another context: stream_loader, streamed · 25 to 29 the hub: hub, hub_sample,
-tokenizer, formats · 30 documents without text: split, formats, token_set, prepare · 31 padding: here.
-"""
+"""What goes wrong with data, met through ``nanokimi train``: one line that names the remedy, exit code 2."""
 
 from __future__ import annotations
 
-import ast
 import gzip
 import json
 import os
@@ -41,7 +28,6 @@ from nanokimi.data.token_files import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 
-TESTS = Path(__file__).parent.parent
 PROGRESS = ("reading ", "tokenising ", "checking ", "training on ")  # the last tells what an open source holds
 MORE = b" and more words" * 3
 TEXT_SOURCES = ("local", "localstreaming")
@@ -186,6 +172,7 @@ CASES = [
 ]
 
 
+@pytest.mark.fault(1, 2, 3, 4, 5, 6, 13, 14, 17, 18, 19, 20, 21, 28, 41)
 @pytest.mark.parametrize(
     ("dataset", "number", "name", "write", "more", "message"),
     CASES,
@@ -200,8 +187,11 @@ def test_a_mistake_in_the_data_is_one_line(
     write: Write | None,
     more: tuple[str, ...],
     message: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """Faults 1, 2, 3, 4, 5, 6, 13, 14, 17, 18, 19, 20, 21, 28 and 41."""
+    marker = request.node.get_closest_marker("fault")
+    assert marker is not None
+    assert number in (0, *marker.args)
     if "tokenizer_name=other.json" in more:
         (folder / "corpus.txt").write_text("some words and some more words\n" * 9)
         assert main(["tokenizer", "train", "corpus.txt", "--vocab_size", "270", "--output", "other.json"]) == 0
@@ -214,10 +204,11 @@ def test_a_mistake_in_the_data_is_one_line(
     assert not list(folder.glob("**/*.nanokimi/*/*.bin")) or number in (2, 3), "nothing of it is kept"
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("dataset", TEXT_SOURCES)
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.parquet"])
 def test_bytes_that_are_not_utf8_can_be_replaced(folder: Path, dataset: str, name: str) -> None:
-    """Fault 6: with --encoding_errors replace."""
+    """With --encoding_errors replace."""
     bad_utf8(folder / name)
     more = ("--encoding_errors", "replace", "--val_fraction", "0", "--batch_size", "1")
     assert main(flags(dataset, name, *more)) == 0
@@ -227,11 +218,12 @@ def test_bytes_that_are_not_utf8_can_be_replaced(folder: Path, dataset: str, nam
     assert any("caf\ufffd and".encode() in sequence for sequence in seen)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("name", ["plain.bin", "ours.bin"])
 def test_token_files_that_shrink_during_a_run_end_it_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Fault 23: exit code 1, and no bus error."""
+    """Exit code 1, and no bus error."""
     (ids(*[*range(200)] * 5) if name == "plain.bin" else ours)(folder / name)
     step = Trainer._train_step
 
@@ -248,10 +240,10 @@ def test_token_files_that_shrink_during_a_run_end_it_in_one_line(
     assert sum(line.startswith("nanokimi: ") for line in said) == 1
 
 
+@pytest.mark.fault(12)
 def test_a_stream_that_changes_during_a_run_ends_it_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 12."""
     write_text(folder / "t.txt", ["a line of text\n" * 20] * 3)
     step = Trainer._train_step
 
@@ -266,11 +258,12 @@ def test_a_stream_that_changes_during_a_run_ends_it_in_one_line(
     assert said[-1].startswith("nanokimi: t.txt: the text was changed while it was read: start again; the run is saved")
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("dataset", ["local", "localstreaming", "tokenbin"])
 def test_a_position_in_another_context_or_split_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], dataset: str
 ) -> None:
-    """Fault 24: the line says what was saved and what is asked for now."""
+    """The line says what was saved and what is asked for now."""
     name = "t.bin" if dataset == "tokenbin" else "t.txt"
     ids(*[*range(200)] * 5)(folder / "t.bin")
     (folder / "t.txt").write_text("a line of text\n" * 60)
@@ -299,10 +292,11 @@ def tokens_of(dataset: str, path: Path) -> list[int]:
     raise AssertionError
 
 
+@pytest.mark.fault(8, 9)
 @pytest.mark.parametrize("dataset", TEXT_SOURCES)
 @pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\r\n"])
 def test_a_byte_order_mark_and_line_ends_change_no_token(folder: Path, dataset: str, before: bytes) -> None:
-    """Faults 8 and 9: the mark is left out, CRLF is read as LF, also around separators."""
+    """The mark is left out, CRLF is read as LF, also around separators."""
     plain = b"".join(f"{i} one\n{i} two\n<|endoftext|>\n".encode() for i in range(40))
     odd = plain.replace(b"\n", b"\r\n") if before == b"\r\n" else before + plain
     (folder / "plain.txt").write_bytes(plain)
@@ -313,12 +307,13 @@ def test_a_byte_order_mark_and_line_ends_change_no_token(folder: Path, dataset: 
     assert main(flags(dataset, "odd.txt")) == 0
 
 
+@pytest.mark.fault(10, 30)
 @pytest.mark.parametrize("dataset", TEXT_SOURCES)
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.parquet"])
 def test_nul_bytes_and_documents_without_text_are_told_and_trained_around(
     folder: Path, capsys: pytest.CaptureFixture[str], dataset: str, name: str
 ) -> None:
-    """Faults 10 and 30: with their counts."""
+    """With their counts."""
     texts = [f"document {i} of many\n" for i in range(50)]
     odd = [*texts[:20], " \n", "", "\0\0\0 three\n", *texts[20:], "\n"]
     {"t.txt": write_text, "t.jsonl": write_json_lines, "t.parquet": write_parquet}[name](folder / name, odd)  # type: ignore[operator]
@@ -331,8 +326,9 @@ def test_nul_bytes_and_documents_without_text_are_told_and_trained_around(
     assert tokens_of(dataset, folder / name) == tokens_of(dataset, folder / "plain.jsonl")
 
 
+@pytest.mark.fault(12, 13, 14, 15)
 def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Faults 12, 13, 14 and 15: edited text, another tokenizer, damaged tokens, nowhere to put them beside the text."""
+    """Edited text, another tokenizer, damaged tokens, nowhere to put them beside the text."""
     path = folder / "t.txt"
     path.write_text("a line of text\n" * 200)
 
@@ -363,11 +359,12 @@ def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(folder: Path, capsys
 # ---- labels -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("dataset", ["local", "localstreaming", "tokenbin"])
 def test_every_label_is_a_token_of_the_text_and_none_stands_for_padding(
     folder: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
 ) -> None:
-    """Fault 31: sequences are full; in an epoch every token is the label of its forerunner once, to the last rest."""
+    """Sequences are full; in an epoch every token is the label of its forerunner once, to the last rest."""
     monkeypatch.setattr(stream, "LANES", 1)
     texts = [f"document {i} " + "words " * (i % 11) + "\n" for i in range(60)]
     expected = [token for text in texts for token in (*text.encode(), END)]
@@ -388,9 +385,10 @@ def test_every_label_is_a_token_of_the_text_and_none_stands_for_padding(
     assert labels.count(END) == sum(token == END for token in expected[1 : n * LENGTH + 1]) > 50
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("dataset", ["local", "localstreaming"])
 def test_a_run_counts_as_many_labels_as_its_sequences_have(folder: Path, dataset: str) -> None:
-    """Fault 31: so none of them was left out as padding."""
+    """None of them was left out as padding."""
     (folder / "t.txt").write_text("a line of text\n" * 60)
     assert main(flags(dataset, "t.txt", "--batch_size", "3", "--gradient_accumulation", "2")) == 0
     assert checkpoint.read(folder / "run" / "checkpoints" / "final.pt")["counters"]["tokens"] == 2 * 3 * 2 * 24
@@ -419,8 +417,9 @@ def hub_runs(url: str, folder: Path, *runs: list[str], **environment: str) -> li
     return [(code, lines) for code, lines in json.loads(done.stdout)]
 
 
+@pytest.mark.fault(25, 28, 29)
 def test_what_is_wrong_with_a_hub_data_set_is_one_line(folder: Path) -> None:
-    """Faults 25, 28 and 29: missing, gated, without a column of text, of several configurations."""
+    """Missing, gated, without a column of text, of several configurations."""
     texts = jsonl_file({"text": f"row {i} " + "of words " * 9} for i in range(20))
     two = {"README.md": readme({"en": "en.jsonl", "de": "de.jsonl"}), "en.jsonl": texts, "de.jsonl": texts}
     with LoopbackHub(
@@ -443,31 +442,10 @@ def test_what_is_wrong_with_a_hub_data_set_is_one_line(folder: Path) -> None:
     assert "de, en" in refusals[3][1][0] or "en, de" in refusals[3][1][0]
 
 
+@pytest.mark.fault(27)
 def test_without_a_network_the_alternatives_are_named(folder: Path) -> None:
-    """Fault 27."""
     runs = [flags(dataset, "unused", "--hf_repo_name", "org/good") for dataset in ("hfstreaming", "fineweb")]
     for code, lines in hub_runs("http://127.0.0.1:9", folder, *runs, HF_HUB_OFFLINE="1"):
         assert code == 2
         assert len(lines) == 1
         assert "work offline with --dataset local, localstreaming or tokenbin" in lines[0]
-
-
-# ---- the list ---------------------------------------------------------------------------------------------
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    """Those of functions; a module's may list what others test."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            yield ast.get_docstring(node) or ""
-
-
-def test_every_data_fault_has_a_test_that_names_it() -> None:
-    found = {
-        int(number)
-        for path in TESTS.rglob("test_*.py")
-        for text in docstrings(path)
-        for listed in re.findall(r"\bFaults? (\d+(?:(?:, | and )\d+)*)", text)
-        for number in re.findall(r"\d+", listed)
-    }
-    assert sorted({*range(1, 32)} - {7, 16, 22} - found) == []

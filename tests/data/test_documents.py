@@ -58,28 +58,28 @@ def test_only_lines_that_are_exactly_end_of_text_separate_documents(
     assert read(path) == expected
 
 
+@pytest.mark.fault(8)
 def test_bom_is_stripped_at_the_start_only(path: Path, block: int) -> None:
-    """Fault 8."""
     path.write_bytes("\ufeffa\ufeff\n".encode())
     assert read(path) == ["a\ufeff\n"]
 
 
+@pytest.mark.fault(9)
 def test_crlf_becomes_lf_and_a_lone_cr_stays(path: Path, block: int) -> None:
-    """Fault 9."""
     path.write_bytes(b"a\r\nb\rc\r\r\n\r")
     assert read(path) == ["a\nb\rc\r\n\r"]
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize(("data", "offset"), [(b"ab\xe9cd", 2), ("é😀".encode() + b"\xff", 6), (b"abc\xf0\x9f", 3)])
 def test_bytes_that_are_not_utf8_give_their_offset(path: Path, block: int, data: bytes, offset: int) -> None:
-    """Fault 6."""
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"not UTF-8 at byte {offset}: .*--encoding_errors replace"):
         read(path)
 
 
+@pytest.mark.fault(6)
 def test_bytes_that_are_not_utf8_can_be_replaced(path: Path, block: int) -> None:
-    """Fault 6."""
     path.write_bytes(b"ab\xe9cd")
     assert read(path, "replace") == ["ab\ufffdcd"]
 
@@ -93,8 +93,8 @@ def test_pieces_end_at_line_ends_where_there_are_any(path: Path, monkeypatch: py
     assert all(text.endswith("\n") for text in pieces if text)
 
 
+@pytest.mark.fault(11)
 def test_one_long_line_is_read_in_bounded_memory(path: Path) -> None:
-    """Fault 11."""
     path.write_bytes(b"word " * (32 << 20 >> 2))  # 40 MB
     tracemalloc.start()
     total = sum(len(piece.text) for piece in Format().read(Span(path)))
@@ -126,8 +126,8 @@ def test_a_document_that_fits_is_one_piece_wherever_it_stands(path: Path, monkey
     assert [piece.text for piece in Format().read(Span(path))] == texts
 
 
+@pytest.mark.fault(1, 4, 5)
 def test_a_missing_file_a_folder_and_an_empty_file_are_named_with_the_flag(path: Path) -> None:
-    """Faults 1, 4 and 5."""
     with pytest.raises(UserError, match=r"--data_path .*text\.txt: no such file.*nanokimi prepare stdlib"):
         find_files(str(path), "--data_path", Search())
     with pytest.raises(UserError, match=r"--val_path .* is a directory"):

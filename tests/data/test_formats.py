@@ -115,8 +115,8 @@ def assert_read_from_everywhere(span: Span, form: Format | None = None) -> list[
 # ---- the same in every format ------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(9)
 def test_the_same_documents_make_the_same_pieces_in_every_format(every_format: Path) -> None:
-    """Fault 9."""
     pieces = read(every_format)
     assert [(piece.text, piece.ends_document) for piece in pieces] == cut(DOCUMENTS)
     assert documents_of(pieces) == [document.replace("\r\n", "\n") for document in DOCUMENTS]
@@ -196,9 +196,9 @@ def test_a_separator_at_the_end_of_the_file_needs_no_line_end(tmp_path: Path, le
     assert [(piece.text, piece.ends_document) for piece in read(path)] == cut(["x" * length + "\n"])
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("length", range(30, 50))
 def test_a_cut_makes_no_separator_and_parts_no_line_end(tmp_path: Path, length: int) -> None:
-    """Fault 9."""
     path = tmp_path / "a.txt"
     for line in ("x" * length + "<|endoftext|>\nrest\n", "x" * length + "\r\nrest" + "y" * 40 + "\r\n"):
         path.write_bytes(line.encode())
@@ -232,8 +232,8 @@ def test_a_slice_of_json_lines_is_read_from_any_piece_on(tmp_path: Path) -> None
     assert [(piece.text, piece.ends_document) for piece in pieces] == cut(DOCUMENTS[3:10])
 
 
+@pytest.mark.fault(8)
 def test_a_byte_order_mark_is_stripped_from_the_file_and_not_from_its_documents(tmp_path: Path) -> None:
-    """Fault 8."""
     mark = "\ufeff".encode()
     (tmp_path / "a.txt").write_bytes(mark + b"<|endoftext|>\n" + mark + b"a\n")
     assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.txt"))) == ["", "\ufeffa\n"]
@@ -245,9 +245,9 @@ def test_a_byte_order_mark_is_stripped_from_the_file_and_not_from_its_documents(
     assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a", "\ufeffb"]
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_bytes_that_are_not_utf8_give_their_offset_in_the_text(tmp_path: Path, ending: str) -> None:
-    """Fault 6."""
     data = "é".encode() * 100 + b"\n<|endoftext|>\nabc \xe9\nxyz"
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(COMPRESS[ending](data))
@@ -271,11 +271,11 @@ def test_broken_characters_are_replaced_alike_wherever_the_text_is_cut(tmp_path:
         assert documents_of(pieces)[0].replace("\ufffd", "") == "x" * before + "y" * 50
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 def test_a_line_of_64_megabytes_is_read_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    """Fault 11."""
     monkeypatch.undo()
     path = tmp_path / f"a.txt{ending}"
     with path.open("wb") as raw:
@@ -297,8 +297,8 @@ def test_a_line_of_64_megabytes_is_read_in_bounded_memory(
 # ---- JSON lines and columns ----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(30)
 def test_rows_without_text_are_empty_documents(tmp_path: Path) -> None:
-    """Fault 30."""
     rows = '{"text": "a"}\n\n{"text": null}\n  \r\n{"text": ""}\n{"id": 1}\n{"text": "b"}'
     (tmp_path / "a.jsonl").write_text(rows)
     assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a", "", "", "", "b"]
@@ -306,8 +306,8 @@ def test_rows_without_text_are_empty_documents(tmp_path: Path) -> None:
     assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.parquet"))) == ["a", "", "", "b"]
 
 
+@pytest.mark.fault(9)
 def test_json_lines_may_end_with_crlf(tmp_path: Path) -> None:
-    """Fault 9."""
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n')
     assert documents_of(assert_read_from_everywhere(Span(tmp_path / "a.jsonl"))) == ["a\nb", "c"]
 
@@ -333,9 +333,9 @@ def test_a_line_that_is_no_object_with_a_text_is_named(tmp_path: Path, line: str
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("mark", [b"", "\ufeff".encode()])
 def test_bytes_in_json_that_are_not_utf8_give_their_offset(tmp_path: Path, mark: bytes) -> None:
-    """Fault 6."""
     path = tmp_path / "a.jsonl"
     for before in (b"", b'{"text": "first"}\n'):
         data = mark + before + b'{"text": "a\xffb"}\n'
@@ -345,8 +345,8 @@ def test_bytes_in_json_that_are_not_utf8_give_their_offset(tmp_path: Path, mark:
         assert documents_of(read(path, errors="replace"))[-1] == "a\ufffdb"
 
 
+@pytest.mark.fault(6)
 def test_a_parquet_text_that_is_not_utf8_gives_its_row_and_offset(tmp_path: Path) -> None:
-    """Fault 6."""
     path = tmp_path / "a.parquet"
     broken = pa.array([b"fine", b"\xc3\xa9 \xff.", b"good"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": broken}), path)
@@ -362,11 +362,11 @@ def test_lone_surrogates_become_replacement_characters_and_pairs_stay(tmp_path: 
     assert documents_of(read(path)) == ["a\ufffd b\ufffd 😀"]
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_a_json_line_that_is_too_long_is_an_error_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    """Fault 11."""
     monkeypatch.undo()
     monkeypatch.setattr(formats, "MAX_RECORD_BYTES", 2 << 20)
     path = tmp_path / f"a.jsonl{ending}"
@@ -398,12 +398,12 @@ COLUMNS = [
 ]
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(("row", "wanted", "expected"), COLUMNS)
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_the_text_column_is_found_or_the_columns_are_listed(
     tmp_path: Path, suffix: str, row: dict[str, object], wanted: str, expected: str | None
 ) -> None:
-    """Fault 28."""
     path = tmp_path / f"a{suffix}"
     if suffix == ".jsonl":
         path.write_text(json.dumps(row) + "\n")

@@ -266,6 +266,7 @@ result = [opened(hub.FINEWEB).config, opened("org/splits", text_column="body").c
     assert child.ask(helper + code) == ["default", "only", "default", "lang-07", ["of 7"]]
 
 
+@pytest.mark.fault(29)
 def test_configurations_are_listed_where_one_has_to_be_named(child: Child) -> None:
     nameless, unknown = child.ask('result = [refusal("org/many"), refusal("org/many", config="lang-99")]')
     for message in (nameless, unknown):
@@ -294,6 +295,7 @@ result = [opened("org/many", config="lang-00").text_column, opened(hub.FINEWEB).
     assert child.ask(code) == ["body", "text", "title"]
 
 
+@pytest.mark.fault(28)
 def test_columns_are_listed_where_one_has_to_be_named(child: Child) -> None:
     code = 'result = [refusal("org/splits"), refusal("org/splits", text_column="content")]'
     for message in child.ask(code):
@@ -305,6 +307,7 @@ def test_columns_are_listed_where_one_has_to_be_named(child: Child) -> None:
     assert "title, body" in number
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("repo", "message"),
     [
@@ -343,6 +346,7 @@ def test_bad_names_are_refused_before_anything_is_asked(name: str) -> None:
     assert "HuggingFaceFW/fineweb" in str(caught.value)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("source", [FINEWEB, LINES])
 @pytest.mark.parametrize(
     ("after", "cut_after", "limit"), [(0, 1, 0), (20_000, 700, 0), (90_000, 5000, 0), (90_000, 1, 90)]
@@ -360,6 +364,7 @@ def test_a_cut_connection_goes_on_at_the_same_row(
     assert all("connection broke at row" in line and "\n" not in line for line in said)
 
 
+@pytest.mark.fault(26)
 def test_a_cut_in_the_middle_of_json_lines_goes_on_at_the_same_row(child: Child, server: LoopbackHub) -> None:
     rows = [f"{number} " + "long " * 600 for number in range(6000)]  # more than the 15 MiB that are fetched at first
     server.repositories["org/long"] = {"train.jsonl": jsonl_file({"text": text} for text in rows)}
@@ -399,6 +404,7 @@ def test_short_breaks_are_healed_by_the_library_itself(child: Child, server: Loo
     assert said == []
 
 
+@pytest.mark.fault(26)
 def test_a_hub_that_is_gone_for_good_ends_the_run_with_the_remedy(child: Child, server: LoopbackHub) -> None:
     child.ask('kept = opened("org/lines"); result = 0')
     asked, server.down = len(server.requests), FOREVER
@@ -478,6 +484,7 @@ print(time.monotonic() - start < 15)
 """
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(("url", "offline"), [("http://127.0.0.1:9", "0"), ("", "1")])
 def test_no_network_is_told_in_seconds(tmp_path: Path, server: LoopbackHub, url: str, offline: str) -> None:
     done = run_with_hub(url or server.url, OPEN, tmp_path=tmp_path, HF_HUB_OFFLINE=offline)

@@ -101,8 +101,9 @@ def unfinished(cache: Path) -> Path:
 # ---- once and for all ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault(27)
 def test_rows_are_fetched_once_and_need_no_network_again(cache: Path) -> None:
-    """Fault 27: with the sample in the cache, nothing is opened."""
+    """With the sample in the cache, nothing is opened."""
     rows = Rows()
     path = fetch(rows)
     assert texts_in(path) == WANTED
@@ -125,10 +126,11 @@ def test_all_of_a_data_set_is_no_sample() -> None:
 # ---- cut off and gone on ------------------------------------------------------------------------
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("half", [b"", b'{"te', b'{"text": "half a li', b'{"text": "all but its end"}'])
 @pytest.mark.parametrize("breaks_at", range(1, sum(len(list(cut_text(text))) for text in TEXTS)))
 def test_an_interrupted_fetch_goes_on_after_the_last_whole_row(cache: Path, breaks_at: int, half: bytes) -> None:
-    """Fault 26: wherever it broke, also inside a row, and whatever a kill left of a line."""
+    """Wherever it broke, also inside a row, and whatever a kill left of a line."""
     with pytest.raises(RunError, match="connection broke"):
         fetch(Rows(breaks_at=breaks_at))
     left = unfinished(cache)
@@ -221,8 +223,8 @@ def test_a_second_process_takes_over_from_one_that_fails(cache: Path, tmp_path: 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
+@pytest.mark.fault(15)
 def test_nowhere_to_write_is_one_line(cache: Path) -> None:
-    """Fault 15."""
     cache.parent.write_text("in the way")
     with pytest.raises(RunError, match=r"^the sample .*hub.*\.jsonl cannot be written: ") as raised:
         fetch(Rows())

@@ -95,6 +95,7 @@ def test_a_tokenizer_is_fetched_once_and_then_taken_from_the_cache(hub: tuple[st
     assert [path for path in paths if "tokenizer" in path] == asked
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(("name", "message"), [("gated/model", "hf auth login"), ("no/model", "no such repository")])
 def test_what_the_hub_refuses_is_one_line_with_the_remedy(
     hub: tuple[str, list[str]], tmp_path: Path, name: str, message: str
@@ -105,6 +106,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(
     assert "\n" not in said
 
 
+@pytest.mark.fault(27)
 def test_no_network_is_one_line_that_names_the_alternatives(tmp_path: Path) -> None:
     said = load("some/model", "http://127.0.0.1:9", tmp_path)
     assert "cannot be reached" in said

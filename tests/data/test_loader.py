@@ -85,8 +85,8 @@ def test_a_position_of_another_order_is_refused(other: dict[str, int]) -> None:
         loader(**other).load_state_dict(loader().state_dict())
 
 
+@pytest.mark.fault(3)
 def test_fewer_sequences_than_a_batch_says_the_counts() -> None:
-    """Fault 3."""
     with pytest.raises(UserError, match="--batch_size is 3 but the text makes only 2 sequences"):
         loader(n=2)
 
@@ -103,9 +103,9 @@ def truncated(sequences: PackedSequences, indices: Sequence[int]) -> NDArray[np.
     raise RunError("tokens.bin: truncated")
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_what_a_worker_has_to_say_is_one_line(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 23."""
     monkeypatch.setattr(PackedSequences, "batch", truncated)
     with pytest.raises(RunError) as error:
         next(iter(loader(num_workers=num_workers)))

@@ -103,9 +103,9 @@ def test_empty_files_among_others_are_left_out(folder: Path) -> None:
     assert names(folder, folder) == ["b.txt"]
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("path", ["{}/gone.txt", "{}/gone*.txt", "{}/gone/", "{}/a.txt,{}/gone.txt", "{}/dangling.txt"])
 def test_a_missing_file_is_named(folder: Path, path: str) -> None:
-    """Fault 4."""
     write(folder, a="a")
     (folder / "dangling.txt").symlink_to(folder / "nowhere")
     missing = path.split(",")[-1].replace("{}", str(folder))
@@ -114,8 +114,8 @@ def test_a_missing_file_is_named(folder: Path, path: str) -> None:
     assert str(raised.value).startswith(f"--val_path {missing}: no such file: ")
 
 
+@pytest.mark.fault(5)
 def test_a_folder_without_text_says_what_it_needs(folder: Path) -> None:
-    """Fault 5."""
     (folder / "notes.md").write_text("x")
     with pytest.raises(
         UserError, match=rf"--data_path {folder} is a directory without text: it needs .txt, .*\.parquet"
@@ -123,9 +123,9 @@ def test_a_folder_without_text_says_what_it_needs(folder: Path) -> None:
         LocalDocuments(folder)
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("path", ["a.txt", "", "*.txt"])
 def test_empty_files_are_an_error(folder: Path, path: str) -> None:
-    """Fault 1."""
     write(folder, a="")
     with pytest.raises(UserError, match=r"--data_path .*: the file is empty"):
         LocalDocuments(folder / path)
@@ -191,12 +191,12 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("taken", [0, 2])
 def test_a_file_that_is_changed_before_or_while_it_is_read_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], taken: int
 ) -> None:
-    """Fault 12."""
     monkeypatch.setattr(documents, "PIECE_BYTES", 30)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 10)
     write(folder, a="line\n" * 100)
@@ -297,8 +297,8 @@ def test_a_long_document_is_cut_between_lines(folder: Path, monkeypatch: pytest.
     assert [line for part in parts for line in text_of(part).splitlines(keepends=True)] == lines
 
 
+@pytest.mark.fault(11)
 def test_a_line_longer_than_a_part_is_never_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 11."""
     monkeypatch.setattr(local, "PART_BYTES", 100)
     monkeypatch.setattr(local, "SEARCHED_BYTES", 50)
     write(folder, a="x" * 1234 + "\n" + "y" * 567 + "\n" + "z\n" * 100)

@@ -196,12 +196,13 @@ def from_ranks(source: Corpus, before: int, after: int, stop: int, rest: int) ->
     return {letter: Counter(row for row in found if letter_of(row) == letter) for letter in KINDS}
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
 @pytest.mark.parametrize("stop", [0, 7, 60])
 def test_on_another_number_of_ranks_nothing_is_lost_or_repeated(
     source: Corpus, monkeypatch: pytest.MonkeyPatch, before: int, after: int, stop: int
 ) -> None:
-    """Fault 69: each source goes on behind what all ranks have had of it."""
+    """Each source goes on behind what all ranks have had of it."""
     monkeypatch.setattr(stream, "LANES", 1)  # then a stream has one order as well, of which ranks take turns
     for letter, found in from_ranks(source, before, after, stop, 60).items():
         alone = corpus(mix=f"{KINDS[letter]}=1")
@@ -317,8 +318,8 @@ def test_token_files_bring_their_tokenizer_into_the_mixture(folder: Path) -> Non
         opened("a.txt=0.5,tokenbin:d=0.5", "byte", named=True)
 
 
+@pytest.mark.fault(13)
 def test_token_files_of_two_tokenizers_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 13."""
     prepare("d", "bpe:300")
     line = refused(capsys, ["train", "--preset", "debug", "--mix", "tokenbin:c=1,tokenbin:d=1", "--output_dir", "run"])
     assert "d/train-00000.bin: made by another tokenizer" in line
@@ -330,8 +331,8 @@ def test_no_tokenizer_can_be_trained_where_a_part_is_only_tokens(folder: Path) -
         opened("a.txt=1,tokenbin:plain.bin=1", "bpe:300")
 
 
+@pytest.mark.fault(41)
 def test_the_held_out_parts_of_all_sources_are_used(source: Corpus, folder: Path) -> None:
-    """Fault 41."""
     parts = [corpus(dataset=d, data_path=p) for d, p in (("local", "a.txt"), ("localstreaming", "b.jsonl"))]
     parts.append(corpus(dataset="tokenbin", data_path="c"))
     rows = [part.val for part in parts]
@@ -359,11 +360,11 @@ def left_by(output: Path) -> Any:
     return plain([parts, content["counters"] | {"seconds": 0}, history | {"tokens_per_second": 0}])
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("mix", ["a.txt=0.7,b.jsonl=0.3", MIX])
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     folder: Path, mix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 68."""
     flags = ["train", "--preset", "debug", "--mix", mix, "--max_steps", "7", "--eval_interval", "3"]
     flags += ["--save_interval", "0", "--warmup_steps", "2", "--set", "max_seq_length=24", "--shuffle_buffer", "8"]
     assert main([*flags, "--output_dir", "whole"]) == 0
@@ -384,10 +385,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert left_by(folder / "stopped") == left_by(folder / "whole")
 
 
+@pytest.mark.fault(57)
 def test_a_resume_with_another_mixture_is_refused_and_can_be_overridden(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 57."""
     flags = ["train", "--preset", "debug", "--eval_interval", "0", "--set", "max_seq_length=24", "--output_dir", "run"]
     assert main([*flags, "--mix", "a.txt=0.7,b.jsonl=0.3", "--max_steps", "2"]) == 0
     resume = [*flags, "--resume", "--max_steps", "3", "--mix", "a.txt=0.5,b.jsonl=0.5"]
@@ -397,8 +398,8 @@ def test_a_resume_with_another_mixture_is_refused_and_can_be_overridden(
     assert {name: part["samples"] for name, part in state.items()} == {"a.txt": 6 + 2, "b.jsonl": 2 + 2}
 
 
+@pytest.mark.fault(12)
 def test_an_edited_part_is_another_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 12."""
     flags = ["train", "--preset", "debug", "--eval_interval", "0", "--set", "max_seq_length=24", "--output_dir", "run"]
     assert main([*flags, "--mix", "a.txt=0.7,b.jsonl=0.3", "--max_steps", "1"]) == 0
     write_json_lines(folder / "b.jsonl", [*documents("B")[1:]])

@@ -23,8 +23,8 @@ def test_only_the_last_remainder_is_dropped(n_tokens: int, count: int) -> None:
     assert len(PackedSequences(np.zeros(n_tokens, np.uint16), 8)) == count
 
 
+@pytest.mark.fault(2)
 def test_a_text_shorter_than_the_context_says_need_and_have() -> None:
-    """Fault 2."""
     with pytest.raises(UserError, match=r"needs 9 tokens.* has 8"):
         PackedSequences(np.zeros(8, np.uint16), 8)
 
@@ -124,8 +124,8 @@ def test_a_row_of_several_mapped_files_is_pickled_without_their_contents(tmp_pat
         assert pickle.dumps(again) == data
 
 
+@pytest.mark.fault(23)
 def test_a_mapped_file_that_became_too_short_is_an_error_also_behind_parts_and_pickles(tmp_path: Path) -> None:
-    """Fault 23."""
     for name in "ab":
         np.arange(50_000, dtype=np.uint16).tofile(tmp_path / name)
     whole = TokenArray([np.memmap(tmp_path / name, np.uint16, "r") for name in "ab"])

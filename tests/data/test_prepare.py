@@ -148,10 +148,10 @@ def test_training_on_the_files_gives_the_losses_of_a_local_run_to_the_bit(tmp_pa
     assert all(bool((one[name] == two[name]).all()) for name in one)
 
 
+@pytest.mark.fault(10, 30)
 def test_the_summary_is_on_stdout_and_the_progress_on_stderr(
     tmp_path: Path, text: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Faults 10 and 30."""
     write_text(text, [*texts, " \n", "\n", "a\0b\0\0\n"])
     output = tmp_path / "tokens"
     assert main(flags(text, output, "--val_fraction", "0")) == 0
@@ -259,10 +259,10 @@ def test_a_second_process_is_refused_and_ctrl_c_leaves_what_is_done(
     assert_it_goes_on(output, text, capsys)
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_ends_it_in_one_line_and_it_goes_on(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 63."""
     add, output = TokenWriter.add, tmp_path / "tokens"
 
     def full(self: TokenWriter, tokens: list[int], n_bytes: int) -> None:
@@ -303,10 +303,10 @@ def test_mistakes_are_one_line(
     assert not list(tmp_path.glob("tokens/*"))
 
 
+@pytest.mark.fault(12, 13)
 def test_a_folder_with_the_tokens_of_something_else_is_left_as_it_is(
     tmp_path: Path, text: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Faults 12 and 13."""
     output = tmp_path / "tokens"
     assert main(flags(text, output)) == 0
     before = contents(output)
@@ -374,6 +374,7 @@ def test_an_output_inside_the_text_does_not_become_part_of_it(
     assert main(flags(folder / "a.txt", folder / "tokens")) == 0
 
 
+@pytest.mark.fault(1, 6)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -385,7 +386,6 @@ def test_an_output_inside_the_text_does_not_become_part_of_it(
 def test_a_text_that_cannot_be_used_leaves_no_tokens(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], data: bytes, message: str
 ) -> None:
-    """Faults 1 and 6."""
     text.write_bytes(data)
     assert message in refused(capsys, flags(text, tmp_path / "tokens"))
     assert not list(tmp_path.glob("tokens/*"))

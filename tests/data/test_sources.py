@@ -162,8 +162,8 @@ def test_an_unchanged_text_is_read_once(path: Path, built: list[Path], name: str
     assert (again.summary, again.tokenizer.name) == (first.summary, name)
 
 
+@pytest.mark.fault(12)
 def test_an_edited_text_is_read_again_and_its_old_tokens_go(path: Path, built: list[Path]) -> None:
-    """Fault 12."""
     open_corpus(path, "bpe:280")
     stat = path.stat()
     path.write_text(LINES.replace("small", "large"))  # the same size
@@ -176,6 +176,7 @@ def test_an_edited_text_is_read_again_and_its_old_tokens_go(path: Path, built: l
     assert not built[0].exists()
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     "change",
     [
@@ -189,7 +190,6 @@ def test_an_edited_text_is_read_again_and_its_old_tokens_go(path: Path, built: l
 def test_another_tokenizer_or_split_is_read_again_and_the_first_is_kept(
     path: Path, built: list[Path], change: dict[str, Any]
 ) -> None:
-    """Fault 13."""
     usual: dict[str, Any] = {"tokenizer_name": "byte", "val_fraction": 0.1}
     open_corpus(path, **usual)
     open_corpus(path, **{**usual, **change})
@@ -208,10 +208,10 @@ def test_another_held_out_text_is_read_again(path: Path, tmp_path: Path, built: 
     assert texts(corpus, corpus.val) == ["other\n"]
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("part", ["train", "val"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
 def test_damaged_tokens_are_made_again(path: Path, built: list[Path], part: str, damage: str) -> None:
-    """Fault 14."""
     first = open_corpus(path, "byte")
     wanted = texts(first, train_row(first)), texts(first, first.val)
     file = built[0] / f"{part}-00000.bin"
@@ -231,8 +231,8 @@ def test_a_damaged_tokenizer_is_trained_again(path: Path, built: list[Path]) -> 
     assert len(built) == 1
 
 
+@pytest.mark.fault(15)
 def test_beside_a_read_only_text_the_users_cache_is_used(path: Path, cache_home: Path, built: list[Path]) -> None:
-    """Fault 15."""
     path.with_name("train.txt.nanokimi").touch()  # a folder cannot be made there
     open_corpus(path, "bpe:280")
     open_corpus(path, "bpe:280")
@@ -247,9 +247,8 @@ def test_nowhere_to_write_is_an_error_that_names_the_folders(path: Path, cache_h
         open_corpus(path, "byte")
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_is_a_run_error_and_leaves_nothing_half_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 63."""
-
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -327,31 +326,31 @@ def test_a_run_that_starts_while_another_tokenises_the_text_waits_for_its_tokens
 # ---- faults -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("text", ["\n", " \t\r\n", "<|endoftext|>\n", "\n<|endoftext|>\n \n<|endoftext|>"])
 def test_a_blank_text_is_an_error(path: Path, text: str) -> None:
-    """Fault 1."""
     path.write_text(text)
     with pytest.raises(UserError, match=r"--data_path .*the text is blank"):
         open_corpus(path, "byte")
 
 
+@pytest.mark.fault(41)
 def test_a_blank_held_out_text_is_an_error(path: Path, tmp_path: Path) -> None:
-    """Fault 41."""
     (tmp_path / "val.txt").write_text("\n")
     with pytest.raises(UserError, match=r"--val_path .*the text is blank"):
         open_corpus(path, "byte", val_path=tmp_path / "val.txt")
 
 
+@pytest.mark.fault(6)
 def test_a_text_that_is_not_utf8_leaves_no_cache(path: Path) -> None:
-    """Fault 6."""
     path.write_bytes(b"abc\xff")
     with pytest.raises(UserError, match=r"train\.txt: not UTF-8 at byte 3"):
         open_corpus(path, "byte")
     assert not path.with_name("train.txt.nanokimi").exists()
 
 
+@pytest.mark.fault(10)
 def test_nul_bytes_are_counted_in_a_warning_each_time(path: Path) -> None:
-    """Fault 10."""
     path.write_text("a\0b\0" + LINES)
     for _ in range(2):
         said: list[str] = []

@@ -135,8 +135,8 @@ def test_no_share_holds_out_nothing() -> None:
     assert divided(documents(3), 0.0)[1] == ""
 
 
+@pytest.mark.fault(30)
 def test_blank_documents_are_skipped_and_counted() -> None:
-    """Fault 30."""
     texts = [(" \n", False), ("\t", True), ("", True), ("\n", False), ("a\n", True)]
     assert sum(map(is_blank, settled(placed(texts)))) == 2
     assert divided(texts, 0.0) == ("\na\n", "")
@@ -147,8 +147,8 @@ def test_no_more_white_space_is_held_than_memory_allows() -> None:
     assert "".join(piece.text for piece in settled(placed(texts))) == " " * (MOST_BLANK_PIECES + 1)
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_an_empty_part_is_an_error(fraction: float) -> None:
-    """Fault 41."""
     with pytest.raises(UserError, match=r"--val_fraction .* holds out \d+ of 120 documents"):
         divided(documents(120), fraction)

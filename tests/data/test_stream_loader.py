@@ -175,16 +175,16 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(source: Corpus) -> None:
 # ---- mistakes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(2)
 def test_a_stream_shorter_than_the_context_says_need_and_have(tmp_path: Path) -> None:
-    """Fault 2."""
     write_text(tmp_path / "t.txt", ["abc\n"])
     source = corpus(dataset="localstreaming", data_path=tmp_path / "t.txt", val_fraction=0.0)
     with pytest.raises(UserError, match=rf"needs {LENGTH + 1} tokens.* has 5"):
         next(iter(loader(source)))
 
 
+@pytest.mark.fault(3)
 def test_a_stream_with_fewer_sequences_than_a_batch_says_the_counts(tmp_path: Path) -> None:
-    """Fault 3."""
     write_text(tmp_path / "t.txt", ["abc\n" * 20])
     source = corpus(dataset="localstreaming", data_path=tmp_path / "t.txt", val_fraction=0.0)
     with pytest.raises(UserError, match="--batch_size is 4 but the text makes only 3 sequences"):
@@ -202,8 +202,8 @@ def test_a_row_that_cannot_be_read_is_one_line_from_any_process(tmp_path: Path, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault(12)
 def test_an_edited_file_stops_the_stream(path: Path, source: Corpus) -> None:
-    """Fault 12."""
     batches = iter(loader(source))
     next(batches)
     path.write_text(path.read_text() + "more\n")
@@ -211,9 +211,9 @@ def test_an_edited_file_stops_the_stream(path: Path, source: Corpus) -> None:
         list(islice(batches, 500))
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(("name", "value"), [("length", 7), ("seed", 6), ("parts", 1)])
 def test_a_position_of_another_order_is_refused(source: Corpus, name: str, value: int) -> None:
-    """Fault 24."""
     state = loader(source).state_dict() | {name: value}
     with pytest.raises(UserError, match=f"{name} was {value} and is"):
         loader(source).load_state_dict(state)

@@ -89,11 +89,12 @@ def final(output: Path) -> dict[str, Any]:
 # ---- whole runs ---------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(("before", "after"), [("0", "2"), ("2", "0")])
 def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
-    """Fault 68: weights, optimizer, losses, and the position with the contents of the shuffle buffer."""
+    """Weights, optimizer, losses, and the position with the contents of the shuffle buffer."""
     for module, name, value in ((local, "PART_BYTES", 600), (documents, "PIECE_BYTES", 300)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(stream, "CHUNK_CHARACTERS", 400)
@@ -124,10 +125,10 @@ def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(
     assert history(whole)["val_steps"] == [8, 16, 24]
 
 
+@pytest.mark.fault(12)
 def test_the_resume_of_an_edited_text_is_refused(
     tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 12."""
     output, before = tmp_path / "run", path.read_text()
     assert main(flags(path, output, "--max_steps", "1")) == 0
     resume = ["train", "--resume", "--output_dir", str(output), "--max_steps", "2"]
@@ -138,10 +139,10 @@ def test_the_resume_of_an_edited_text_is_refused(
     assert final(output)["counters"]["step"] == 2
 
 
+@pytest.mark.fault(24)
 def test_a_resume_under_another_context_or_kind_of_source_is_refused(
     tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 24."""
     output = tmp_path / "run"
     assert main(flags(path, output, "--max_steps", "1")) == 0
     resume = ["train", "--resume", "--output_dir", str(output), "--max_steps", "2"]
@@ -246,10 +247,10 @@ def test_held_out_documents_of_their_own_are_evaluated(tmp_path: Path, path: Pat
     assert f"held out (in {val})" in source.summary
 
 
+@pytest.mark.fault(41)
 def test_the_training_text_may_not_be_its_own_held_out_text(
     tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 41."""
     line = refused(capsys, flags(path, tmp_path / "run", "--val_path", str(path)))
     assert f"--val_path {path} is the training text itself" in line
 
@@ -267,10 +268,10 @@ def test_with_no_share_nothing_is_held_out_or_evaluated(
     assert sorted(an_epoch(source).split(b"\xff")[:150]) == sorted(text.encode() for text in texts(150))
 
 
+@pytest.mark.fault(41)
 def test_a_share_that_holds_out_nothing_is_one_line(
     tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault 41."""
     line = refused(capsys, flags(path, tmp_path / "run", "--val_fraction", "1e-9"))
     assert f"--val_fraction 1e-09 holds out no document of {path}: choose another share" in line
 
@@ -298,9 +299,10 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.fault(11)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """Fault 11: 64 MB in many documents, in one document, in one line, and compressed, against 4 MB; in MB.
+    """64 MB in many documents, in one document, in one line, and compressed, against 4 MB; in MB.
 
     The small ones are plain and compressed: what reads compressed files takes tens of MB to import.
     """

@@ -70,8 +70,8 @@ def test_a_truncated_file_is_named(path: Path, size: int) -> None:
         TokenFile.open(path)
 
 
+@pytest.mark.fault(18, 20)
 def test_an_empty_a_missing_and_a_foreign_file_are_named(tmp_path: Path) -> None:
-    """Faults 18 and 20."""
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("Once upon a time " * 2000)
     for name, problem in (("empty", "is empty"), ("missing", "No such file"), ("text", "not a nanokimi token file")):

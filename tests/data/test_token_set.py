@@ -148,8 +148,8 @@ def test_a_folder_carries_its_tokenizer(path: Path, tmp_path: Path, byte: Tokeni
     assert load_tokenizer(str(tmp_path / "set" / "tokenizer.json")).fingerprint == byte.fingerprint
 
 
+@pytest.mark.fault(10, 30)
 def test_blank_documents_and_nul_bytes_are_counted(path: Path, tmp_path: Path, byte: Tokenizer) -> None:
-    """Faults 10 and 30."""
     for shard_tokens in (1, 300, 10**9):
         manifest = prepare(path, tmp_path / str(shard_tokens), byte, shard_tokens).manifest
         assert (manifest.n_blank, manifest.nuls) == (2, 2)
@@ -257,11 +257,11 @@ def test_a_second_kill_is_survived_too(path: Path, tmp_path: Path, byte: Tokeniz
     assert bin_files(folder) == bin_files(tmp_path / "whole")
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("number", [1, 20, 110, 180])
 def test_a_full_disk_leaves_the_earlier_shards_and_a_second_try_completes(
     path: Path, tmp_path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Fault 63."""
     whole = prepare(path, tmp_path / "whole", byte)
     add, calls = TokenWriter.add, 0
 
@@ -354,11 +354,11 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.fault(14, 18, 56)
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_set_is_named(
     path: Path, tmp_path: Path, byte: Tokenizer, damage: Callable[[Path], object], message: str
 ) -> None:
-    """Faults 14, 18 and 56."""
     folder = tmp_path / "set"
     prepare(path, folder, byte)
     TokenSet.open(folder)
@@ -367,8 +367,8 @@ def test_a_damaged_set_is_named(
         TokenSet.open(folder)
 
 
+@pytest.mark.fault(56)
 def test_no_flipped_byte_of_a_header_is_a_traceback(tmp_path: Path, byte: Tokenizer) -> None:
-    """Fault 56."""
     path = write(tmp_path / "text.txt", 5)
     prepare(path, tmp_path / "set", byte, fraction=0.0)
     file = tmp_path / "set" / "train-00000.bin"
@@ -383,8 +383,8 @@ def test_no_flipped_byte_of_a_header_is_a_traceback(tmp_path: Path, byte: Tokeni
     assert named > 150
 
 
+@pytest.mark.fault(1)
 def test_a_set_with_nothing_to_train_on_is_refused_each_time(tmp_path: Path, byte: Tokenizer) -> None:
-    """Fault 1."""
     path = tmp_path / "text.txt"
     path.write_text("\n" * 5 + "x" * 95)
     for _ in range(2):
@@ -392,8 +392,8 @@ def test_a_set_with_nothing_to_train_on_is_refused_each_time(tmp_path: Path, byt
             prepare(path, tmp_path / "set", byte, fraction=0.9)
 
 
+@pytest.mark.fault(12)
 def test_a_text_edited_after_its_set_was_begun_is_refused(path: Path, tmp_path: Path, byte: Tokenizer) -> None:
-    """Fault 12."""
     text = text_of(path)
     assert text.about_split
     path.write_text("another text")

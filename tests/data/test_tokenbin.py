@@ -241,8 +241,8 @@ def test_a_large_vocabulary_is_read_as_uint32(path: Path, large: Tokenizer) -> N
     assert rows(opened(path, large, fraction=0.0))[0] == flat(documents)
 
 
+@pytest.mark.fault(19)
 def test_a_sidecar_says_what_the_width_is(path: Path, byte: Tokenizer, large: Tokenizer) -> None:
-    """Fault 19."""
     write_plain(path, draw_documents(50), "<u2")
     Path(f"{path}.json").write_text('{"dtype": "uint16"}')
     assert rows(opened(path, large, fraction=0.0))[0] == flat(draw_documents(50))
@@ -260,8 +260,8 @@ def test_a_sidecar_that_says_nothing_useful_is_named(path: Path, byte: Tokenizer
         opened(path, byte)
 
 
+@pytest.mark.fault(19)
 def test_uint32_read_as_uint16_is_an_error(path: Path, byte: Tokenizer) -> None:
-    """Fault 19."""
     byte.vocab_size = 65_536
     for vocab_size in (256, 50_000, 65_536):
         write_plain(path, draw_documents(50, vocab_size=vocab_size), "<u4")
@@ -269,8 +269,8 @@ def test_uint32_read_as_uint16_is_an_error(path: Path, byte: Tokenizer) -> None:
             opened(path, byte)
 
 
+@pytest.mark.fault(19)
 def test_uint16_read_as_uint32_is_an_error(path: Path, large: Tokenizer) -> None:
-    """Fault 19."""
     for count in (50, 51, 52):
         tokens = np.array(flat(draw_documents(count))[: 100 + count], "<u2")
         tokens.tofile(path)
@@ -281,8 +281,8 @@ def test_uint16_read_as_uint32_is_an_error(path: Path, large: Tokenizer) -> None
 # ---- what is refused -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(17)
 def test_a_file_of_odd_length_is_named(path: Path, byte: Tokenizer) -> None:
-    """Fault 17."""
     write_plain(path, draw_documents(50))
     size = path.stat().st_size - 1
     os.truncate(path, size)
@@ -290,8 +290,8 @@ def test_a_file_of_odd_length_is_named(path: Path, byte: Tokenizer) -> None:
         opened(path, byte)
 
 
+@pytest.mark.fault(18)
 def test_an_empty_file_is_named(path: Path, byte: Tokenizer) -> None:
-    """Fault 18."""
     path.touch()
     for act in (lambda: opened(path, byte), lambda: TokenBin(str(path)).find_tokenizer()):
         with pytest.raises(UserError, match=r"tokens\.bin: the file is empty"):
@@ -310,12 +310,12 @@ TEXTS = {
 }
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("looked_at", [1 << 20, 100, 101, 102, 103])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_text_given_as_tokens_is_named(
     path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: bytes, looked_at: int
 ) -> None:
-    """Fault 20."""
     monkeypatch.setattr(tokenbin, "LOOKED_AT_BYTES", looked_at)
     byte.vocab_size = 50_257  # the ids of ASCII read as uint16 are all below
     path.write_bytes(text)
@@ -335,11 +335,11 @@ def test_tokens_are_not_taken_for_text_or_for_another_width(
     assert rows(opened(path, byte, fraction=0.0))[0] == tokens.tolist()
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("at", [0, 6, 7, 99])
 def test_an_id_beyond_the_vocabulary_is_named_with_its_position(
     path: Path, byte: Tokenizer, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Fault 21."""
     monkeypatch.setattr(tokenbin, "BLOCK_TOKENS", 7)
     tokens: NDArray[np.uint16] = np.arange(100, dtype="<u2")
     tokens[at] = 257
@@ -356,8 +356,8 @@ def test_blocks_change_nothing(path: Path, byte: Tokenizer, monkeypatch: pytest.
     assert opened(path, byte).train.identity == whole.train.identity
 
 
+@pytest.mark.fault(13)
 def test_files_of_another_tokenizer_are_refused(tmp_path: Path, path: Path, byte: Tokenizer) -> None:
-    """Fault 22."""
     other = train_bpe(["some words and some more words"] * 20, 270)
     write_ours(path, other, draw_documents(5))
     write_plain(tmp_path / "plain.bin", draw_documents(5))
@@ -370,11 +370,11 @@ def test_files_of_another_tokenizer_are_refused(tmp_path: Path, path: Path, byte
         opened(tmp_path / "set", byte)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", ["plain", "ours", "set"])
 def test_a_file_that_is_truncated_during_the_run_ends_it_at_the_next_read(
     tmp_path: Path, path: Path, byte: Tokenizer, kind: str
 ) -> None:
-    """Fault 23."""
     documents = draw_documents(1000)
     if kind == "set":
         path = prepared(tmp_path / "set", byte, 1000, 10**9).train[0].path
@@ -399,9 +399,9 @@ def test_a_file_that_is_truncated_during_the_run_ends_it_at_the_next_read(
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.fault(4, 5)
 @pytest.mark.parametrize("val", [False, True])
 def test_what_is_missing_or_no_file_is_named_with_its_flag(tmp_path: Path, byte: Tokenizer, val: bool) -> None:
-    """Faults 4 and 5."""
     write_plain(tmp_path / "a.bin", draw_documents(5))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("text")
@@ -453,8 +453,8 @@ def test_an_unfinished_set_is_refused_whatever_is_held_out(tmp_path: Path, byte:
             opened(tmp_path / "set", byte, val)
 
 
+@pytest.mark.fault(56)
 def test_a_flipped_byte_is_found(tmp_path: Path, path: Path, byte: Tokenizer) -> None:
-    """Fault 56."""
     write_ours(path, byte, draw_documents(200))
     data = bytearray(path.read_bytes())
     for at in (16_384, len(data) - 8):

@@ -245,8 +245,8 @@ def test_an_impossible_name_is_one_line_with_the_alternatives(name: str) -> None
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault(27)
 def test_offline_the_alternatives_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fault 27."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"some/model.*cannot be reached.*tokenizer_name=byte") as error:
@@ -282,3 +282,8 @@ def test_bytes_are_encoded_as_the_library_would() -> None:
     for text in ("", "plain", "é😀\r\n\0", "see <|endoftext|> here", "  spaces  and 123's"):
         library = byte._inner.encode(text, add_special_tokens=False).ids
         assert byte.encode(text) == byte.encode_batch([text])[0] == library == list(text.encode())
+
+
+def test_a_vocabulary_that_could_never_be_filled_is_refused() -> None:
+    with pytest.raises(UserError, match="bpe:1099511627776: at most 16,777,216 entries can be learned"):
+        train_bpe(["text"], 1 << 40)

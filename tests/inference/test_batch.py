@@ -35,6 +35,7 @@ def alone(model: Transformer, prompt: list[int], **choices: Any) -> list[int]:
     return generate_tokens(model, prompt, **choices)
 
 
+@pytest.mark.fault(85)
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])
 @pytest.mark.parametrize("choices", [{"temperature": 0.0}, {"temperature": 1.2, "top_k": 40, "top_p": 0.95}])
 def test_every_prompt_is_continued_as_it_is_alone(

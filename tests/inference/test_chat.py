@@ -165,8 +165,8 @@ def test_a_text_over_the_context_is_refused_and_the_history_stays() -> None:
     assert prompts(model) == ["one", "oneabc\nthree"]
 
 
+@pytest.mark.fault(81)
 def test_ctrl_c_stops_the_reply_and_keeps_what_was_written() -> None:
-    """Fault 81."""
     model = InterruptedModel(b"abc").train()
     shown = talk(model, "x", "y", max_tokens=9)
     assert "abc\n[3 tokens, " in shown
@@ -238,8 +238,8 @@ raise SystemExit(interactive(model, load_tokenizer("byte"), SamplingOptions(temp
 """
 
 
+@pytest.mark.fault(81)
 def test_on_a_terminal_ctrl_c_stops_the_reply_and_ctrl_d_leaves() -> None:
-    """Fault 81."""
     terminal = Terminal(ON_A_TERMINAL)
     terminal.wait_for("> ")
     terminal.press("go on\n")

@@ -166,8 +166,8 @@ def test_an_empty_line_is_no_message() -> None:
     assert model.prompts == []
 
 
+@pytest.mark.fault(81)
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_written() -> None:
-    """Fault 81."""
     model = InterruptedModel(b"abc")
     shown = talk(model, "x", "y", source=PLAIN)
     assert "abc\n[3 tokens, " in shown

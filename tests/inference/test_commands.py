@@ -48,8 +48,8 @@ def test_prompt_and_continuation_go_to_stdout_and_the_speed_to_stderr(
     assert captured.err.endswith("finish_reason length]\n")
 
 
+@pytest.mark.fault(83)
 def test_stream_writes_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 83."""
     model = ScriptedModel("é日本 END\x1b[31m".encode())
     for flags in ([], ["--stop", "END"], ["--max_tokens", "4"]):
         run(monkeypatch, model, "--prompt", "x", *flags)
@@ -167,9 +167,9 @@ def test_flags_of_a_talk_are_refused_for_one_prompt(monkeypatch: pytest.MonkeyPa
         run(monkeypatch, ScriptedModel(b"abc"), flag, "x")
 
 
+@pytest.mark.fault(71, 72, 76)
 @pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--top_p", "2"], ["--max-tokens", "-1"], ["--stop", ""]])
 def test_a_bad_flag_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
-    """Faults 71, 72 and 76."""
     monkeypatch.setattr("nanokimi.interop.loading.load", lambda path, device: pytest.fail("loaded"))
     with pytest.raises(UserError, match=flags[0].replace("-", "[-_]")):
         run_generate(parsed("model.pt", *flags))
@@ -206,8 +206,8 @@ def test_the_choices_named_in_the_help_are_those_that_exist() -> None:
             parsed("m.pt", flag, "other")
 
 
+@pytest.mark.fault(82)
 def test_a_missing_model_file_is_a_mistake_of_the_user() -> None:
-    """Fault 82."""
     with pytest.raises(UserError, match=r"missing\.pt"):
         run_generate(parsed("missing.pt", "--device", "cpu"))
 

@@ -132,7 +132,6 @@ def test_sequences_wait_for_a_slot_in_the_order_in_which_they_came(debug_model: 
 
 @pytest.mark.fault(93)
 def test_a_cancelled_sequence_frees_its_slot_at_once_and_keeps_what_it_wrote(debug_model: Transformer) -> None:
-    """Fault 93."""
     engine = Engine(debug_model, None)
     first, second = engine.submit(job([1], max_tokens=50)), engine.submit(job([2], max_tokens=3))
     engine.step()
@@ -155,8 +154,6 @@ def test_a_sequence_that_waits_can_be_cancelled(debug_model: Transformer) -> Non
 
 @pytest.mark.fault(100)
 def test_one_sequence_with_bad_logits_does_not_disturb_the_others(debug_model: Transformer) -> None:
-    """Fault 100."""
-
     class Spoiled(EagerDecoder):
         def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
             logits = super().step(slots, tokens)
@@ -217,6 +214,7 @@ def test_the_memory_of_a_sequence_is_known_before_it_is_admitted() -> None:
         assert Engine(model, None, decoder=decoder).slot_bytes == expected
 
 
+@pytest.mark.fault(73)
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -228,7 +226,6 @@ def test_the_memory_of_a_sequence_is_known_before_it_is_admitted() -> None:
 def test_a_prompt_that_cannot_be_is_refused_before_it_waits(
     debug_model: Transformer, prompt: list[int], message: str
 ) -> None:
-    """Fault 73."""
     engine = Engine(debug_model, load_tokenizer("byte"))
     with pytest.raises(UserError, match=message):
         engine.submit(job(prompt))
@@ -267,8 +264,8 @@ def ids(chunk: TextChunk | None) -> list[int]:
     return [] if chunk is None else [token.id for token in chunk.tokens]
 
 
+@pytest.mark.fault(80)
 def test_tokens_are_settled_with_the_character_that_they_complete(tokenizer: Tokenizer) -> None:
-    """Fault 80."""
     text = "aé!"
     found = chunks(tokenizer, text.encode())
     assert [chunk.text if chunk else None for chunk in found] == ["a", None, "é", "!", None]
@@ -290,7 +287,6 @@ def test_tokens_of_text_that_may_become_a_stop_string_are_held_back_with_it(toke
 
 @pytest.mark.fault(102)
 def test_tokens_of_a_stop_string_are_dropped_with_it(tokenizer: Tokenizer) -> None:
-    """Fault 102."""
     found = chunks(tokenizer, b"xEND", "END")
     assert [chunk.text if chunk else None for chunk in found] == ["x", None, None, None, None]
     assert [ids(chunk) for chunk in found] == [[120], [], [], [], []]

@@ -40,8 +40,8 @@ def chunks_of(model: ScriptedModel, tokenizer: Tokenizer, *stop: str) -> list[st
     )
 
 
+@pytest.mark.fault(70)
 def test_greedy_equals_the_uncached_forward_pass(debug_model: Transformer) -> None:
-    """Fault 70."""
     ids = [5, 6, 7]
     with torch.inference_mode():
         for _ in range(12):
@@ -63,32 +63,32 @@ def test_a_generation_does_not_touch_the_global_random_state(debug_model: Transf
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.fault(83)
 @pytest.mark.parametrize("seed", range(3))
 def test_streamed_chunks_make_the_unstreamed_text(debug_model: Transformer, tokenizer: Tokenizer, seed: int) -> None:
-    """Fault 83."""
     settings = SamplingOptions(max_tokens=24, seed=seed, stop=("e", "\n"))
     whole = generate(debug_model, tokenizer, "ab", max_tokens=24, seed=seed, stop=["e", "\n"])
     assert "".join(stream(debug_model, tokenizer, "ab", settings)) == whole
 
 
+@pytest.mark.fault(73)
 def test_a_prompt_over_the_context_names_both_counts(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    """Fault 73."""
     with pytest.raises(UserError, match=r"129 tokens.*128.*--prompt"):
         generate(debug_model, tokenizer, "a" * (CONTEXT + 1))
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize(("prompt_length", "written"), [(120, 8), (127, 1), (128, 0)])
 def test_a_full_context_ends_with_reason_length_and_keeps_the_output(
     debug_model: Transformer, prompt_length: int, written: int
 ) -> None:
-    """Fault 74."""
     deltas = stream_tokens(debug_model, [1] * prompt_length, SamplingOptions(max_tokens=50, temperature=0.0))
     assert len(list(deltas)) == deltas.result.tokens == written
     assert deltas.result.finish_reason == "length"
 
 
+@pytest.mark.fault(75)
 def test_an_empty_prompt_starts_after_an_end_of_text(tokenizer: Tokenizer) -> None:
-    """Fault 75."""
     scripted = ScriptedModel(b"hello")
     assert generate(scripted, tokenizer, "", max_tokens=5, temperature=0.0) == "hello"
     assert scripted.prompts == [[EOT]]
@@ -110,8 +110,8 @@ def test_a_prompt_that_is_not_utf8_is_an_error(debug_model: Transformer, tokeniz
         generate(debug_model, tokenizer, b"caf\xe9".decode("utf-8", "surrogateescape"))
 
 
+@pytest.mark.fault(76)
 def test_negative_max_tokens_is_an_error_before_anything_runs(debug_model: Transformer, tokenizer: Tokenizer) -> None:
-    """Fault 76."""
     with pytest.raises(UserError, match=r"^--max_tokens must be 0 or more, got -1$"):
         generate(debug_model, tokenizer, "a", max_tokens=-1)
 
@@ -121,8 +121,8 @@ def test_zero_max_tokens_writes_nothing(debug_model: Transformer, tokenizer: Tok
     assert generate_tokens(debug_model, [1], max_tokens=0) == []
 
 
+@pytest.mark.fault(79)
 def test_end_of_text_stops_and_is_not_part_of_the_text(tokenizer: Tokenizer) -> None:
-    """Fault 79."""
     scripted = ScriptedModel([*b"done", EOT, *b"more"])
     deltas = stream(scripted, tokenizer, "x", SamplingOptions(temperature=0.0))
     assert "".join(deltas) == "done"
@@ -134,9 +134,9 @@ def test_a_stop_token_ends_the_ids_and_is_left_out() -> None:
     assert generate_tokens(scripted, [9], temperature=0.0, max_tokens=4, stop_tokens=(3,)) == [1, 2]
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("text", ["é", "日本語", "a😀b", "👩‍👩‍👧"])
 def test_a_character_split_over_tokens_is_never_broken(tokenizer: Tokenizer, text: str) -> None:
-    """Fault 80."""
     deltas = chunks_of(ScriptedModel(text.encode()), tokenizer)
     assert deltas == list(text)
     cut = chunks_of(ScriptedModel(text.encode()[:-1]), tokenizer)

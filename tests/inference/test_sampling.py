@@ -108,13 +108,13 @@ def test_log_probabilities_are_the_models_own_and_the_likeliest_come_first() -> 
     assert [value for _, value in first[1]] == pytest.approx(expected[0, [2, 4, 7]].tolist())
 
 
+@pytest.mark.fault(70)
 def test_temperature_zero_is_greedy() -> None:
-    """Fault 70."""
     assert draw(LOGITS[None], [SamplingOptions(temperature=0.0)], [0.99]) == [2]
 
 
+@pytest.mark.fault(72)
 def test_top_p_zero_is_greedy_and_one_is_off() -> None:
-    """Fault 72."""
     assert draw(LOGITS[None], [SamplingOptions(top_p=0.0)], [0.99]) == [2]
     torch.testing.assert_close(probabilities(LOGITS, SamplingOptions(top_p=1.0)), LOGITS.softmax(-1))
 
@@ -136,6 +136,7 @@ def test_half_precision_logits_are_sampled_in_fp32() -> None:
     assert probabilities(LOGITS.bfloat16(), SamplingOptions()).dtype == torch.float32
 
 
+@pytest.mark.fault(71, 72, 76)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -156,7 +157,6 @@ def test_half_precision_logits_are_sampled_in_fp32() -> None:
     ],
 )
 def test_a_value_out_of_range_names_its_flag_in_one_line(name: str, value: object) -> None:
-    """Faults 71, 72 and 76."""
     with pytest.raises(UserError, match=rf"^--{name} must [^\n]*$"):
         SamplingOptions(**{name: value})  # type: ignore[arg-type]
 

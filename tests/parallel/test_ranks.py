@@ -164,10 +164,10 @@ def test_another_error_is_left_as_it_is(error: Exception) -> None:
     assert told.value is error
 
 
+@pytest.mark.fault(51)
 def test_a_hang_leaves_the_stack_of_every_thread_and_no_hang_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 51."""
     with HangWatch(tmp_path / "one", timeout=600):
         assert not (tmp_path / "one").exists()
     monkeypatch.setattr(ranks, "current_ranks", lambda: Ranks(1, 2))

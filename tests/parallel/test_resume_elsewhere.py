@@ -47,9 +47,10 @@ def sequences(folder: Path, name: str) -> Counter[tuple[int, ...]]:
     return Counter(map(tuple, rows.reshape(-1, LENGTH + 1).tolist()))
 
 
+@pytest.mark.fault(69)
 @pytest.mark.slow
 def test_a_run_goes_on_as_replicas_shards_alone_and_with_experts_dealt_out(tmp_path: Path) -> None:
-    """Fault 69: the losses and weights of one process, and every sequence of an epoch once."""
+    """The losses and weights of one process, and every sequence of an epoch once."""
     (tmp_path / "text").write_text(real_text(EPOCH * LENGTH))
     train(tmp_path, "whole", STEPS, *ONE)
     train(tmp_path, "moved", 3, *DDP)
@@ -71,9 +72,10 @@ def test_a_run_goes_on_as_replicas_shards_alone_and_with_experts_dealt_out(tmp_p
     assert set(seen.values()) == {1}
 
 
+@pytest.mark.fault(69)
 @pytest.mark.slow
 def test_a_stream_gives_every_sequence_once_whoever_reads_it(tmp_path: Path) -> None:
-    """Fault 69: with what waits in the shuffle buffers."""
+    """With what waits in the shuffle buffers."""
     (tmp_path / "text").mkdir()
     texts = [real_text(8 * FILE)[i * FILE : (i + 1) * FILE] for i in range(8)]
     for i, text in enumerate(texts):

@@ -83,8 +83,9 @@ def test_names_of_version_1_are_read_as_the_present_ones(tmp_path: Path) -> None
     assert [found[name].mean().item() for name in present] == [0.0, 1.0, 2.0]
 
 
+@pytest.mark.fault(69)
 def test_four_ranks_on_another_mesh_read_what_two_wrote_and_write_it_anew(written: Path) -> None:
-    """Fault 69. Each holds but its rows, some none; each verifies its share of the files."""
+    """Each holds but its rows, some none; each verifies its share of the files."""
     assert run("go_on", 4, written) == [0] * 4
     anew = written / "step_00000050"
     sharded.verify(anew)
@@ -107,22 +108,23 @@ def test_what_training_changes_while_it_is_saved_is_saved_as_it_was(written: Pat
     assert sharded.read_about(written / "step_00000020")["position"]["order"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_earlier_ones(written: Path) -> None:
-    """Fault 63."""
     for rank in (0, 1):
         assert "step_00000030 cannot be written: the disk is full" in (written / f"full_{rank}").read_text()
     assert [path.name for path in sharded.step_folders(written)] == ["step_00000010", "step_00000020"]
 
 
+@pytest.mark.fault(62)
 def test_a_rank_that_is_killed_in_mid_save_is_missed_by_the_other_and_leaves_nothing_half_done(written: Path) -> None:
-    """Fault 62."""
     assert "lost contact with another rank" in (written / "lost_0").read_text()
     assert not list(written.glob("*step_00000040*"))
     assert not list(written.glob(".*"))
 
 
+@pytest.mark.fault(62)
 def test_kill_9_of_all_ranks_during_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Fault 62: they replace the one of the same name again and again."""
+    """They replace the one of the same name again and again."""
     ranks = start("endlessly", 2, tmp_path)
     assert ranks.stdout is not None
     reported = [int(ranks.stdout.readline()) for _ in range(3)]
@@ -138,10 +140,10 @@ def test_kill_9_of_all_ranks_during_saves_leaves_a_whole_checkpoint(tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, "meet_endlessly"}
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("position", [0, 0.3, 0.99])
 @pytest.mark.parametrize("name", ["run.pt", "shard-00001*", "shard-00002*"])
 def test_a_flipped_byte_in_any_file_is_noticed(step: Path, name: str, position: float) -> None:
-    """Fault 56."""
     (path,) = step.glob(name)
     contents = bytearray(path.read_bytes())
     contents[int(position * len(contents))] ^= 0x10
@@ -150,8 +152,8 @@ def test_a_flipped_byte_in_any_file_is_noticed(step: Path, name: str, position: 
         sharded.verify(step)
 
 
+@pytest.mark.fault(55)
 def test_missing_truncated_and_foreign_files_are_named(step: Path) -> None:
-    """Fault 55."""
     shard = next(step.glob("shard-00002*"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"shard-00002.*: truncated"):
@@ -178,14 +180,14 @@ def test_a_newer_folder_asks_for_an_update_and_another_file_of_ours_is_refused(s
         sharded.read_about(step)
 
 
+@pytest.mark.fault(61)
 def test_there_is_no_pickle_beside_the_plain_values(step: Path) -> None:
-    """Fault 61."""
     assert {path.suffix for path in step.iterdir()} == {".safetensors", ".pt"}
     assert torch.load(step / "run.pt", weights_only=True)["about"]["step"] == 10
 
 
+@pytest.mark.fault(58, 59)
 def test_tensors_that_do_not_fit_are_named(written: Path) -> None:
-    """Faults 58 and 59."""
     step = written / "step_00000010"
     with pytest.raises(CheckpointError, match=r"fp64 is \[5, 3\], the model's is \[3, 5\]"):
         sharded.load_into(step, {"fp64": torch.zeros(3, 5)})
@@ -195,8 +197,8 @@ def test_tensors_that_do_not_fit_are_named(written: Path) -> None:
         sharded.read_tensors(step, ["unknown"])
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 63."""
     save(tmp_path / "step_00000001")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))

@@ -151,9 +151,9 @@ def test_replicas_are_started_again_as_well(place: Path) -> None:
     assert losses(place, "again") == pytest.approx(losses(place, "replicas"), abs=1e-4)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.slow
 def test_a_hang_ends_the_job_and_leaves_the_stacks_of_those_that_waited(place: Path) -> None:
-    """Fault 51."""
     hangs = Launch(arguments(place, "hangs", *FSDP, "--timeout", "6"), stumble=(1, 6, signal.SIGSTOP))
     with launched(hangs, place) as job:
         wait_until(job.lines, job, MINUTE)
@@ -172,8 +172,9 @@ def steps_of(place: Path, name: str) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.fault(67)
 def test_signals_save_on_all_ranks_at_one_step(place: Path) -> None:
-    """Fault 67: SIGUSR1 to one rank saves and goes on; SIGTERM to torchrun saves and ends; then --resume."""
+    """SIGUSR1 to one rank saves and goes on; SIGTERM to torchrun saves and ends; then --resume."""
     quiet = (*FSDP, "--save_interval", "0", "--eval_interval", "0")
     with launched(Launch(arguments(place, "signals", *quiet, "--max_steps", "100000")), place) as job:
         wait_until(lambda: steps_of(place, "signals") >= 3, job)
@@ -205,8 +206,9 @@ def wait_for_folders(place: Path, job: Job, count: int) -> list[Path]:
 # ---- saving beside the training -----------------------------------------------------------------
 
 
+@pytest.mark.fault(62)
 def test_saving_beside_the_training_survives_the_end_of_the_whole_job(place: Path, undisturbed: Any) -> None:
-    """Fault 62: killed in the save of step 8, it goes on from step 4, to the same end."""
+    """Killed in the save of step 8, it goes on from step 4, to the same end."""
     beside = (*FSDP, "--async_checkpoints")
     assert run(Launch(arguments(place, "async", *beside), end_in_save=8), place)[0] == -signal.SIGKILL
     assert [path.name for path in shards.step_folders(checkpoints(place, "async"))] == ["step_00000004"]

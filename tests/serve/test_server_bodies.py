@@ -86,10 +86,9 @@ def test_an_unknown_model_is_named(http: httpx.Client, path: str) -> None:
     assert "'debug'" in error["message"]
 
 
-@pytest.mark.fault(89)
+@pytest.mark.fault(73, 89)
 @pytest.mark.parametrize("prompt", ["x" * 65, [1] * 65, ["x", "y" * 65]])
 def test_a_prompt_over_the_context_names_both_counts(http: httpx.Client, prompt: Any) -> None:
-    """Faults 73 and 89."""
     error = refused(http.post(COMPLETIONS, json={"prompt": prompt}))
     assert "65 tokens" in error["message"]
     assert "64" in error["message"]
@@ -147,18 +146,18 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.fault(71, 72, 76)
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_a_value_out_of_range_is_refused_and_its_field_named(http: httpx.Client, field: str, value: Any) -> None:
-    """Faults 71, 72 and 76."""
     body = json.dumps({"prompt": "x", field: value})
     error = refused(http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}))
     assert error["param"].startswith(field)
     assert field.removesuffix("_options") in error["message"]
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_are_not_finite_are_refused(http: httpx.Client, number: str) -> None:
-    """Fault 71."""
     body = f'{{"prompt": "x", "temperature": {number}}}'
     error = refused(http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}))
     assert error["param"] == "temperature"

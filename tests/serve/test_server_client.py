@@ -82,10 +82,11 @@ def test_the_same_seed_writes_the_same_and_choice_i_draws_with_seed_plus_i(
     assert (several.usage.prompt_tokens, several.usage.completion_tokens) == (2, 36)
 
 
+@pytest.mark.fault(85)
 def test_what_else_is_written_at_the_time_does_not_change_a_seeded_text(
     client: OpenAI, model: Transformer, tokenizer: Tokenizer
 ) -> None:
-    """Fault 85: twice as many as there are slots."""
+    """Twice as many as there are slots."""
 
     def ask(seed: int) -> str:
         given = {"model": "debug", "prompt": "ab" * seed, "max_tokens": 10 + seed, "seed": seed, "top_p": 0.9}
@@ -133,8 +134,8 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(split_characters: Ope
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
 
 
+@pytest.mark.fault(80)
 def test_a_character_split_over_tokens_is_never_broken(split_characters: OpenAI) -> None:
-    """Fault 80."""
     chunks = split_characters.completions.create(model="debug", prompt="x", max_tokens=7, stream=True)
     text = "".join(chunk.choices[0].text for chunk in chunks)
     assert text == "aé€ "
@@ -142,8 +143,8 @@ def test_a_character_split_over_tokens_is_never_broken(split_characters: OpenAI)
     assert cut.choices[0].text == "aé"
 
 
+@pytest.mark.fault(79)
 def test_end_of_text_stops() -> None:
-    """Fault 79."""
     with serving(decoders=[ScriptedDecoder([*b"done", 256])]) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="-")
         choice = client.completions.create(model="debug", prompt="x", max_tokens=30).choices[0]
@@ -177,8 +178,8 @@ def test_log_probabilities_of_chats_have_the_exact_bytes(client: OpenAI, split_c
     assert all(-math.inf < entry.logprob < 0 and entry.top_logprobs == [] for entry in content)
 
 
+@pytest.mark.fault(74)
 def test_a_full_context_ends_with_reason_length_and_keeps_the_output() -> None:
-    """Fault 74."""
     with serving(decoders=[ScriptedDecoder(b"b", max_length=50)], chat=True) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="-")
         for length, written in ((47, "bbb"), (50, "")):

@@ -103,8 +103,8 @@ def test_the_model_works_in_one_thread_from_the_start(
     assert capsys.readouterr().err == "nanokimi: engine\n"
 
 
+@pytest.mark.fault(82)
 def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fault 82."""
     assert main(["serve", "nowhere.pt"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

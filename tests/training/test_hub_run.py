@@ -40,9 +40,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return errors
 
 
+@pytest.mark.fault(68)
 @pytest.mark.slow
 def test_a_killed_run_on_a_hub_stream_resumes_to_the_bit(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Fault 68: first without workers, then with two, though the data set has grown by a commit in between."""
+    """First without workers, then with two, though the data set has grown by a commit in between."""
     stream = ("--streaming", "--num_samples", "0")
     said = finish(start(hub, tmp_path / "hf", tmp_path / "whole", *stream))
     assert "training on a stream of HuggingFaceFW/fineweb (config sample-10BT, split train)" in said

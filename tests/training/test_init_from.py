@@ -74,6 +74,7 @@ def test_the_first_loss_is_the_sources_own_on_the_same_batch(source: Path, text:
     assert history(tmp_path)["train_ce_loss"][0] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
+@pytest.mark.fault(44)
 def test_the_seed_decides_the_order_of_the_data(source: Path, text: Path, tmp_path: Path) -> None:
     losses = []
     for seed in ("1", "2", "1"):

@@ -79,6 +79,7 @@ def test_a_skipped_step_stands_in_every_list(tmp_path: Path) -> None:
     assert (history["train_loss"], history["max_logit"][1], history["tokens"]) == ([4.5, None], None, [512, 1024])
 
 
+@pytest.mark.fault(50)
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     with closing(log_of(tmp_path, 3)) as log:
         assert len(log.jsonl_path.read_text().splitlines()) == 4

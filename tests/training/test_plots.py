@@ -111,6 +111,7 @@ def test_tau_and_all_that_was_clipped_or_skipped_are_named(tmp_path: Path, monke
     assert {"τ = 80", "skipped: 2", "heads clipped: 4 steps", "clipped: 3", "spikes: 1"} <= set(labels)
 
 
+@pytest.mark.fault(50)
 def test_a_long_run_is_thinned_and_keeps_its_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     history = history_of(5000, layers=2, moe_layers=1, experts=2)
     history["max_logit"][3333][1] = 777.0

@@ -149,9 +149,10 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.fault(68)
 @pytest.mark.slow
 def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(text: Path, whole: Path, tmp_path: Path) -> None:
-    """Fault 68: in fresh processes, evaluations and balance biases included."""
+    """In fresh processes, evaluations and balance biases included."""
     killed = start(text, tmp_path, *STOPPED)
     wait_for_steps(killed, tmp_path, 25)  # lines: 22 steps and two evaluations, of which the first 20 are saved
     killed.kill()
@@ -161,11 +162,12 @@ def test_kill_9_and_resume_equal_the_uninterrupted_run_to_the_bit(text: Path, wh
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.fault(66, 67)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_at_the_step_boundary(
     text: Path, whole: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Faults 66 and 67: the rest of the run is as if nothing had happened."""
+    """The rest of the run is as if nothing had happened."""
     process = start(text, tmp_path, *STOPPED, "--save_interval", "0")
     wait_for_steps(process, tmp_path, 5)
     process.send_signal(number)
@@ -177,8 +179,8 @@ def test_a_signal_saves_at_the_step_boundary(
     assert_same_run(whole, tmp_path)
 
 
+@pytest.mark.fault(67)
 def test_sigusr1_saves_and_goes_on(text: Path, tmp_path: Path) -> None:
-    """Fault 67."""
     process = start(text, tmp_path, "--max_steps", "2000", "--save_interval", "0")
     wait_for_steps(process, tmp_path, 3)
     process.send_signal(signal.SIGUSR1)
@@ -191,9 +193,10 @@ def test_sigusr1_saves_and_goes_on(text: Path, tmp_path: Path) -> None:
     assert process.wait() == 143
 
 
+@pytest.mark.fault(66)
 @pytest.mark.serial
 def test_ctrl_c_twice_ends_at_once(text: Path, tmp_path: Path) -> None:
-    """Fault 66: the second one does not wait for the step, nor for a save."""
+    """The second one does not wait for the step, nor for a save."""
     slow = ("--max_steps", "100000", "--batch_size", "64", "--gradient_accumulation", "1000000", "--save_interval", "0")
     process = start(text, tmp_path, *slow)
     wait_for_steps(process, tmp_path, 0)
@@ -230,6 +233,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.fault(2, 3, 4, 27, 32, 34, 35, 38, 42, 43, 45)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -264,25 +268,25 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "run" / "logs" / "training_metrics.json").exists()
 
 
+@pytest.mark.fault(52)
 def test_resume_without_a_checkpoint_is_an_error_and_no_silent_restart(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
-    """Fault 52."""
     assert "--resume: no checkpoint in" in refused(capsys, arguments(text, tmp_path, "--resume"))
 
 
+@pytest.mark.fault(53)
 def test_a_mistyped_checkpoint_is_an_error(capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> None:
-    """Fault 53."""
     wrong = tmp_path / "latets.pt"
     flags = arguments(text, tmp_path, "--resume", "--checkpoint_path", str(wrong))
     assert f"{wrong}: no such checkpoint" in refused(capsys, flags)
 
 
+@pytest.mark.fault(55)
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
 def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, damage: bytes | None
 ) -> None:
-    """Fault 55."""
     assert main(arguments(text, tmp_path, "--max_steps", "9")) == 0
     folder = tmp_path / "checkpoints"
     (folder / "final.pt").unlink()
@@ -295,10 +299,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(
     assert history(tmp_path)["steps"] == list(range(1, 10))
 
 
+@pytest.mark.fault(57)
 def test_a_checkpoint_of_another_config_lists_what_differs(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
-    """Fault 57."""
     assert main(arguments(text, tmp_path, "--max_steps", "2")) == 0
     changed = ("--resume", "--set", "dim=48", "--learning_rate", "0.5", "--seed", "1337")
     line = refused(capsys, arguments(text, tmp_path, *changed))
@@ -351,10 +355,10 @@ def test_foreign_contents_are_an_error(
     assert message in refused(capsys, arguments(text, tmp_path, *named, "--max_steps", "3"))
 
 
+@pytest.mark.fault(64)
 def test_an_output_folder_that_cannot_be_written_fails_at_the_start(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
 ) -> None:
-    """Fault 64."""
     (tmp_path / "file").write_text("in the way")
     assert "--output_dir" in refused(capsys, arguments(text, tmp_path / "file"))
 
@@ -371,6 +375,7 @@ def test_resuming_another_runs_checkpoint_keeps_the_one_that_is_there(text: Path
     assert checkpoint.read(there / "checkpoints" / "final.pt")["counters"]["step"] == 2
 
 
+@pytest.mark.fault(44)
 def test_overriding_the_seed_goes_on_in_another_order(text: Path, tmp_path: Path) -> None:
     assert main(arguments(text, tmp_path, "--max_steps", "2")) == 0
     assert main(arguments(text, tmp_path, "--resume", "--max_steps", "3", "--seed", "5", "--override", "seed")) == 0
@@ -427,6 +432,7 @@ def test_compiled_training_gives_a_checkpoint_that_loads(text: Path, tmp_path: P
     assert model(torch.tensor([tokenizer.encode("x")])).isfinite().all()
 
 
+@pytest.mark.fault(1, 5, 6)
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
@@ -449,10 +455,10 @@ def test_a_text_that_cannot_be_used_is_one_line(
     assert str(path) in line
 
 
+@pytest.mark.fault(63)
 def test_a_full_disk_ends_the_run_in_one_line_and_the_last_save_is_resumed(
     capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 63."""
     healthy, saves = file._write, []
 
     def write(*args: Any) -> str:

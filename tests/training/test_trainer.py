@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nanokimi import checkpoint
+from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig
 from nanokimi.data.batch import Batch
 from nanokimi.data.sources import open_corpus
@@ -112,9 +113,9 @@ def test_a_spike_on_one_rank_is_one_on_all(make_trainer: TrainerFactory) -> None
     assert trainer.step.judge(StepReading(1.0, 0.0, 1.0, 1, [[0.0]], [])).skipped
 
 
+@pytest.mark.fault(48, 49)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_step_touches_nothing_and_is_counted(make_trainer: TrainerFactory, value: float) -> None:
-    """Faults 48 and 49."""
     trainer = make_trainer()
     spoil(trainer, {3}, value)
     batches = iter(trainer.batches)
@@ -133,8 +134,8 @@ def test_a_non_finite_step_touches_nothing_and_is_counted(make_trainer: TrainerF
     assert trainer.counters.skipped_in_a_row == 0
 
 
+@pytest.mark.fault(49)
 def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory) -> None:
-    """Fault 49."""
     trainer = make_trainer()
 
     def objective(model: nn.Module, batch: Batch) -> Losses:
@@ -148,8 +149,8 @@ def test_infinite_attention_logits_are_skipped_too(make_trainer: TrainerFactory)
     assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer).items())
 
 
+@pytest.mark.fault(48)
 def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(make_trainer: TrainerFactory) -> None:
-    """Fault 48."""
     trainer = make_trainer(save_interval=2, max_skipped_steps=3, max_steps=50)
     spoil(trainer, set(range(3, 50)))
     with pytest.raises(RunError, match="not finite in 3 steps in a row"):
@@ -226,3 +227,40 @@ def test_logits_are_measured_exactly_where_ln_of_the_context_is_over_a_quarter_o
     assert not model.exact_logits
     assert MuonClip(model, tau=4 * math.log(128) - 0.01).needs_exact_logits
     assert model.exact_logits, "in everyone's loop too"
+
+
+# ---- the machine --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(47)
+def test_a_step_that_does_not_fit_into_memory_says_what_to_lower_and_leaves_the_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.txt").write_text("a line of text\n" * 400)
+    train_step = Trainer._train_step
+
+    def too_large(trainer: Trainer, batches: Any) -> dict[str, Any]:
+        if trainer.counters.step == 4:
+            torch.empty(1 << 50)
+        return train_step(trainer, batches)
+
+    flags = ["--preset", "debug", "--data_path", str(tmp_path / "train.txt"), "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as small_machine:
+        small_machine.setattr(Trainer, "_train_step", too_large)
+        assert main(["train", *flags, "--max_steps", "6", "--save_interval", "2", "--eval_interval", "0"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("nanokimi: out of memory: lower --batch_size")
+    assert main(["train", "--resume", "--output_dir", str(tmp_path / "run")]) == 0
+    assert "latest.pt at step 4 of 6" in capsys.readouterr().err
+
+
+@pytest.mark.fault(44)
+def test_the_seed_makes_the_run_and_deterministic_forbids_what_would_not_be(make_trainer: TrainerFactory) -> None:
+    losses = []
+    for seed, deterministic in ((1, False), (1, True), (2, True)):
+        trainer = make_trainer(seed=seed, deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        batches = iter(trainer.batches)
+        losses.append([trainer._train_step(batches)["train_ce_loss"] for _ in range(2)])
+    torch.use_deterministic_algorithms(False)
+    assert losses[0] == losses[1] != losses[2]
