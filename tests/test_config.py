@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nanokimi.cli import main
 from nanokimi.config import ModelConfig, TrainConfig, field_names, from_dict, parse_value
 from nanokimi.errors import ConfigError
 
@@ -34,6 +35,16 @@ def test_impossible_models_are_refused_in_one_line(values: dict[str, Any], messa
     with pytest.raises(ConfigError, match=message) as error:
         from_dict(ModelConfig, values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{"dim": 2**70}, {"dim": 2**30, "inter_dim": 2**40}, {"n_routed_experts": 2**62}])
+def test_a_model_that_no_memory_could_hold_is_refused_in_one_line(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    assert main(["plan", "--preset", "debug", "--batch_size", "8", *settings]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no memory could ever hold this model" in line
 
 
 @pytest.mark.fault(32, 34, 35, 38, 40)

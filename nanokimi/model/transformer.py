@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanokimi.config import ModelConfig
+from nanokimi.errors import ConfigError
 from nanokimi.model.attention import ATTENTIONS, Attention, QKRows, rotary_tables
 from nanokimi.model.cache import CacheSlots, LatentCache
 from nanokimi.model.layers import Embedding, Linear, ParamRole, PreciseBuffers, RMSNorm, SwiGLU, is_plain, precise
@@ -343,9 +344,16 @@ def _counted(tokens: Tensor, labelled: Tensor | None, documents: Tensor | None) 
 
 @cache
 def meta_model(config: ModelConfig) -> Transformer:
-    """``Transformer(config)`` on the meta device, for its names, shapes and counts: it needs no memory."""
-    with torch.device("meta"):
-        return Transformer(config)
+    """``Transformer(config)`` on the meta device, for its names, shapes and counts: it needs no memory.
+
+    ConfigError if a weight has more elements than 64 bits count, which is all that can fail there.
+    """
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (TypeError, RuntimeError) as error:
+        shape = f"dim {config.dim}, inter_dim {config.inter_dim}, moe_inter_dim {config.moe_inter_dim}"
+        raise ConfigError(f"no memory could ever hold this model: lower its widths ({shape}, ...)") from error
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
