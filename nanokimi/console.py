@@ -139,23 +139,6 @@ def tolerate_odd_characters() -> None:
             text_file.reconfigure(errors="replace")
 
 
-class Extras:
-    """Work that only shows something: the first failure of each kind is told, and none ends what else is going on."""
-
-    def __init__(self) -> None:
-        self._told: set[str] = set()
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Whatever the block raises costs a line that names ``what``, the first time."""
-        try:
-            yield
-        except Exception as error:
-            if what not in self._told:
-                self._told.add(what)
-                log(f"warning: {what} failed ({one_line(error)}); nothing else is affected")
-
-
 def one_line(error: BaseException) -> str:
     """What ``error`` says, or else its name."""
     return " ".join(str(error).split()) or type(error).__name__

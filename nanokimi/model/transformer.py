@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import chain
@@ -318,6 +319,11 @@ class Transformer(PreciseBuffers):
         parts = (self.embed, *chain.from_iterable(blocks), self.norm, self.head)
         holders = [module for part in parts for module in part.modules() if hasattr(module, "param_role")]
         return [(cast(ParamRole, module.param_role), p) for module in holders for p in module.parameters(recurse=False)]
+
+    @property
+    def logit_excess(self) -> float:
+        """By how much ``max_logits`` may pass the true ones unless ``exact_logits``: log-sum-exp over a context."""
+        return math.log(self.config.max_seq_length)
 
     def qk_rows(self) -> list[list[QKRows]]:
         """Per layer, the rows of weights that QK-Clip scales."""

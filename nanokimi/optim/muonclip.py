@@ -122,7 +122,7 @@ class MuonClip(torch.optim.Optimizer):
         self._model = unwrapped(model)
         self._group, self._shared = group or group_of(model), False
         self.tau, self.ns_dtype, self.non_finite = tau, ns_dtype, torch.zeros((), dtype=torch.int64)
-        self.needs_exact_logits = bound_is_loose(tau, self._model.config.max_seq_length)
+        self.needs_exact_logits = bound_is_loose(tau, self._model.logit_excess)
         self._model.exact_logits |= self.needs_exact_logits
         muon = {"kind": "muon", "lr": lr, "momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
         adamw = {"kind": "adamw", "lr": adam_lr, "betas": betas, "eps": eps}

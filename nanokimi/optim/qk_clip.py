@@ -7,7 +7,6 @@ changes by one bit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,9 +24,9 @@ def clip_factors(max_logits: Tensor, tau: float) -> Tensor:
     return torch.where(max_logits < torch.inf, tau / max_logits.clamp_min(tau), 1.0)
 
 
-def bound_is_loose(tau: float, context: int) -> bool:
-    """Whether the log-sum-exp may pass the largest logit by more than a quarter of ``tau``: by up to ln(context)."""
-    return 0 < tau < 4 * math.log(context)
+def bound_is_loose(tau: float, excess: float) -> bool:
+    """Whether logits measured from above may pass the true ones, by up to ``excess``, by more than a quarter of tau."""
+    return 0 < tau < 4 * excess
 
 
 @torch.no_grad()

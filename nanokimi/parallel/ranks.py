@@ -1,22 +1,27 @@
-"""The ranks of a run, and a model as it lies on them: all that the training loop asks for. One process asks nobody."""
+"""The ranks of a run, what stops them together, and a model as it lies on them. One process asks nobody."""
 
 from __future__ import annotations
 
 import faulthandler
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from types import FrameType
+from typing import Any, Protocol, TextIO, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanokimi.errors import RunError, UserError
 from nanokimi.model.transformer import Transformer
 from nanokimi.optim.muonclip import Orthogonalise
 from nanokimi.parallel.layout import ONE, Layout
+
+Read = TypeVar("Read")
 
 
 class Ranks:
@@ -142,6 +147,74 @@ class HangWatch:
             with suppress(FileNotFoundError):  # the folder may be gone
                 if not self._path.stat().st_size:
                     self._path.unlink()
+
+
+class StopSignals:
+    """While active: SIGINT, SIGTERM and SIGHUP ask the run to save and stop, SIGUSR1 asks it to save and go on.
+
+    Signals set a flag, which the loop looks at between two steps. A second SIGINT raises KeyboardInterrupt at once;
+    what was saved before stays intact. A SIGHUP that was ignored when the process began (``nohup``) stays ignored.
+
+    Attributes:
+        stop: number of the signal that asked to stop, or None.
+        save: whether SIGUSR1 came since this was last cleared.
+    """
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self.save = False
+        self._ranks = current_ranks()
+        self._came = {"stop": 0, "save": 0}  # to this process, since the last look
+        self._earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        keeps_hup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *[signal.SIGHUP] * keeps_hup):
+            self._earlier[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def look(self) -> None:
+        """Notes what has come to any rank; so all ranks stop at the same step."""
+        came, self._came = self._came, {"stop": 0, "save": 0}
+        stop, save = self._ranks.max([came["stop"], came["save"]])
+        self.stop = self.stop or int(stop) or None
+        self.save = self.save or bool(save)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self._came["save"] = 1
+            return
+        self._came["stop"] = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def read_or_save(read: Callable[[], Read], save: Callable[[], str], ranks: Ranks) -> Read:
+    """What ``read`` takes from the data. All ranks call it; where it fails on any, all save the run, which ends.
+
+    Args:
+        save: saves the run; returns what the user should know of it, to be said after what is wrong.
+
+    Raises:
+        UserError, RunError: as ``read`` raises them.
+        LostContact: it was another rank that failed, and told.
+    """
+    failure: UserError | RunError | None = None
+    try:
+        found = read()
+    except (UserError, RunError) as error:
+        failure = error
+    if not ranks.max([failure is not None])[0]:
+        return found
+    note = save()
+    if failure is not None:
+        raise type(failure)(f"{failure}{note}") from failure
+    ranks.barrier()  # which never comes: the rank that failed ends without it
+    raise RunError("the data of another rank cannot be read")
 
 
 class ParallelModel(Protocol):

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nanokimi.console import log, one_line
 from nanokimi.errors import RunError
 from nanokimi.files import atomic_write, put_aside
 
@@ -175,6 +176,23 @@ def log_errors_explained(path: Path) -> Iterator[None]:
 
 
 # ---- what the user watches ----------------------------------------------------------------------
+
+
+class Extras:
+    """Work that only shows something: the first failure of each kind is told, and none ends what else is going on."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Whatever the block raises costs a line that names ``what``, the first time."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._told:
+                self._told.add(what)
+                log(f"warning: {what} failed ({one_line(error)}); nothing else is affected")
 
 
 class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):

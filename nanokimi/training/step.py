@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeAlias
 
@@ -27,12 +28,14 @@ from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.parallel.layout import share_of_step
 from nanokimi.parallel.ranks import ParallelModel, Ranks, SingleDevice, current_ranks
-from nanokimi.training.spikes import SpikeWatch
 
 # On a CPU compiling takes a minute or more. A pass is then 1.07 times (nano-243m) or 1.4 times (tiny) as fast, which
 # has paid off after 1e14 or 2e13 floating-point operations. Runs that are a few times as long are compiled.
 WORTH_FLOPS = 3e14
 FLOPS_PER_SECOND = 1e11  # about what two cores reach; turns a limit of seconds into floating-point operations
+
+WINDOW = 128  # steps that SpikeWatch looks back on; the smallest number from which it judges is half of it
+DEVIATIONS = 6.0
 
 Objective: TypeAlias = Callable[[nn.Module, Batch], Losses]
 
@@ -60,6 +63,42 @@ class StepReading(NamedTuple):
         """Whether losses, gradients and attention logits can be trusted."""
         finite = map(math.isfinite, (self.cross_entropy, self.balance_loss, self.grad_norm))
         return all(finite) and all(logit < math.inf for heads in self.max_logits for logit in heads)
+
+
+class SpikeWatch:
+    """Compares loss and gradient norm of each step with those of the last ``WINDOW`` finite steps.
+
+    A spike enters the window like any other step: should the loss stay where it jumped to, that is normal soon, and a
+    guard never locks a run out (as in OLMo-core's ``SkipStepOptimizer``).
+
+    Args:
+        earlier: loss and gradient norm of the steps before, in their order; None where one was not finite.
+    """
+
+    def __init__(self, earlier: Iterable[tuple[float | None, float | None]] = ()) -> None:
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        for loss, norm in earlier:
+            if loss is not None and norm is not None:
+                self._note(loss, norm)
+
+    def __call__(self, loss: float, norm: float) -> bool:
+        """Whether one of two finite numbers lies more than ``DEVIATIONS`` standard deviations over its window."""
+        spike = _stands_out(loss, self._losses) or _stands_out(norm, self._norms)
+        self._note(loss, norm)
+        return spike
+
+    def _note(self, loss: float, norm: float) -> None:
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+
+def _stands_out(value: float, window: deque[float]) -> bool:
+    if len(window) < WINDOW // 2:
+        return False
+    mean = math.fsum(window) / len(window)
+    variance = math.fsum((x - mean) ** 2 for x in window) / (len(window) - 1)
+    return value > mean + DEVIATIONS * math.sqrt(variance)
 
 
 class TrainingStep:

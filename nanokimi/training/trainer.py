@@ -16,7 +16,7 @@ from nanokimi.checkpoint.file import require
 from nanokimi.checkpoint.run import Checkpoints, SavedRun
 from nanokimi.checkpoint.weights import build_model
 from nanokimi.config import ModelConfig, TrainConfig, field_names
-from nanokimi.console import Extras, printable
+from nanokimi.console import printable
 from nanokimi.data.batch import Batch, PackedSequences
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.loader import LoaderOptions, merge_states
@@ -28,14 +28,11 @@ from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
 from nanokimi.parallel.layout import ONE, Layout
-from nanokimi.parallel.ranks import HangWatch, current_ranks, from_bytes, to_bytes
+from nanokimi.parallel.ranks import HangWatch, Read, StopSignals, current_ranks, from_bytes, read_or_save, to_bytes
 from nanokimi.pictures import matplotlib_without_screen
 from nanokimi.training.loggers import Loggers
-from nanokimi.training.metrics import MetricsLog, ProgressDisplay
-from nanokimi.training.reading import Read, read_or_save
-from nanokimi.training.signals import StopSignals
-from nanokimi.training.spikes import SpikeWatch
-from nanokimi.training.step import TrainingStep, evaluate
+from nanokimi.training.metrics import Extras, MetricsLog, ProgressDisplay
+from nanokimi.training.step import SpikeWatch, TrainingStep, evaluate
 
 SAMPLE_TOKENS = 60
 
@@ -132,7 +129,8 @@ class Trainer:
                     self.metrics.record(counters.step, values)
                 counters.seconds = self.ranks.max([time.monotonic() - began])[0]
                 hang_watch.alive()
-                self.checkpoints.raise_failure()
+                if config.async_checkpoints:
+                    self.checkpoints.raise_failure()
                 if self._validates() and counters.step % config.eval_interval == 0 and not self.finished():
                     values |= self._validate()
                 self._show(values, display, loggers)

@@ -24,6 +24,7 @@ class WithRoles(nn.Module):
         for name, (_, shape) in roles.items():
             setattr(self, name, nn.Parameter(torch.randn(shape)))
         self.max_logits, self.expert_counts = torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64)
+        self.logit_excess, self.exact_logits = 0.0, False
 
     def param_roles(self) -> list[tuple[str, nn.Parameter]]:
         return [(role, getattr(self, name)) for name, role in self.roles.items()]

@@ -23,8 +23,7 @@ from nanokimi.errors import RunError
 from nanokimi.model.transformer import Losses, Transformer
 from nanokimi.optim.muonclip import MuonClip
 from nanokimi.training.metrics import MetricsLog
-from nanokimi.training.spikes import WINDOW, SpikeWatch
-from nanokimi.training.step import StepReading, cross_entropy
+from nanokimi.training.step import WINDOW, SpikeWatch, StepReading, cross_entropy
 from nanokimi.training.trainer import Trainer
 
 TrainerFactory = Callable[..., Trainer]
