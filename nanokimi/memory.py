@@ -53,7 +53,15 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         for part in ("", *PurePosixPath(path).parts[1:]):
             group /= part
             with suppress(OSError, ValueError):  # no such group, or no limit
-                yield int((group / limit).read_text()) - int((group / used).read_text())
+                yield int((group / limit).read_text()) - int((group / used).read_text()) + _reclaimable(group)
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of files that a group has read or written and that go as soon as memory is short."""
+    stat = group / "memory.stat"
+    text = stat.read_text() if stat.exists() else ""
+    # Version 1 has two lines: of the group alone, and with those below it, as the other figures are.
+    return max(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)$", text, re.MULTILINE)), default=0)
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -50,6 +50,7 @@ def machine(root: Path, cgroup: str, files: dict[str, int | str]) -> Path:
     return root
 
 
+V1 = {"memory/x/memory.limit_in_bytes": 70, "memory/x/memory.usage_in_bytes": 1}
 V2 = {"a/memory.max": 900_000, "a/memory.current": 100_000, "a/b/memory.max": "max", "a/b/memory.current": 5}
 
 
@@ -64,7 +65,10 @@ V2 = {"a/memory.max": 900_000, "a/memory.current": 100_000, "a/b/memory.max": "m
         ("0::/a/b\n", {**V2, "a/b/memory.max": 3}, 0),
         ("4:memory:/x\n0::/\n", {"memory/x/memory.limit_in_bytes": 700, "memory/x/memory.usage_in_bytes": 1}, 699),
         ("4:memory:/x\n", {"memory/memory.limit_in_bytes": 70, "memory/memory.usage_in_bytes": 1}, 69),
-        ("4:cpu,memory:/x\n", {"memory/x/memory.limit_in_bytes": 70, "memory/x/memory.usage_in_bytes": 1}, 69),
+        ("4:cpu,memory:/x\n", V1, 69),
+        ("0::/a/b\n", {**V2, "a/memory.stat": "file 9\ninactive_file 70000"}, 870_000),  # goes when memory is short
+        ("4:memory:/x\n", {**V1, "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 30"}, 99),
+        ("0::/gone/b\n", {"memory.max": 5000, "memory.current": 1000}, 4000),
         ("0::/a\n1:name=systemd:/\n", {"unified/a/memory.max": 50, "unified/a/memory.current": 1}, 49),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 from nanokimi.config import ModelConfig
@@ -91,8 +92,21 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that its generate() refuses
     }
-    files = {"tokenizer.json": tokenizer.to_json(), CONFIG: _json(settings), "special_tokens_map.json": _json(special)}
+    files = {
+        "tokenizer.json": _that_adds_nothing(tokenizer.to_json()),
+        CONFIG: _json(settings),
+        "special_tokens_map.json": _json(special),
+    }
     return files if tokenizer.chat_template is None else {**files, CHAT_TEMPLATE: tokenizer.chat_template}
+
+
+def _that_adds_nothing(layout: str) -> str:
+    """A ``tokenizer.json`` without the step that adds tokens to a text: the model has been trained without them."""
+    inner = HFTokenizer.from_str(layout)
+    if not inner.num_special_tokens_to_add(is_pair=False):
+        return layout
+    inner.post_processor = None
+    return str(inner.to_str(pretty=True))
 
 
 def _own(config: ModelConfig, training: Mapping[str, Any]) -> str:

@@ -341,8 +341,9 @@ def test_bf16_is_close_and_off_unless_asked_for(evaluate: Eval) -> None:
 def test_what_was_done_is_kept_when_something_fails_later(
     evaluate: Eval, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "b.txt").write_bytes(b"fine\n" * 60_000 + b"\xff")
-    flags = ("--mix", "text.txt=0.5,b.txt=0.5", "--max_tokens", "0", "--part", "all", "--output", "kept.json")
+    # Beyond the documents on which the tokenizer is tried.
+    (folder / "b.jsonl").write_bytes(b'{"text": "fine"}\n' * 60 + b'{"text": "\xff"}\n')
+    flags = ("--mix", "text.txt=0.5,b.jsonl=0.5", "--max_tokens", "0", "--part", "all", "--output", "kept.json")
     assert "UTF-8" in complaint(capsys, "model.pt", *flags)
     written = json.loads((folder / "kept.json").read_text())
     assert not written["complete"]

@@ -15,6 +15,7 @@ import torch
 from conftest import lively
 from scored import save_model
 from tokenizers import Tokenizer as Inner
+from tokenizers.processors import TemplateProcessing
 
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
@@ -118,6 +119,8 @@ def test_a_text_begins_with_the_token_that_the_harness_takes(
 
     trained = Inner.from_str(train_bpe([WORDS * 30], 400).to_json())
     trained.add_special_tokens(["<s>"])
+    beginning = [("<s>", trained.token_to_id("<s>"))]
+    trained.post_processor = TemplateProcessing(single="<s> $A", special_tokens=beginning)  # no model here learns it
     tokenizer = Tokenizer(trained, "with-a-beginning", bos="<s>")
     assert tokenizer.bos_id != tokenizer.eot_id
     model = lively(Transformer(ModelConfig.preset("debug", vocab_size=tokenizer.vocab_size)))

@@ -41,7 +41,6 @@ def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
 )
 @pytest.mark.fault(86)
 def test_a_body_that_is_no_json_object_is_refused(http: httpx.Client, body: bytes) -> None:
-    """Fault 86."""
     refused(http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}))
 
 
@@ -54,7 +53,6 @@ def test_a_body_of_another_type_is_refused(http: httpx.Client, kind: str | None)
 
 @pytest.mark.fault(87)
 def test_an_oversized_body_is_refused(http: httpx.Client) -> None:
-    """Fault 87."""
     error = refused(http.post(COMPLETIONS, json={"prompt": "x" * 20_000}), 413)
     assert "--max_body" in error["message"]
     assert http.post(COMPLETIONS, json={"prompt": [1] * 60, "max_tokens": 1}).status_code == 200
@@ -62,7 +60,6 @@ def test_an_oversized_body_is_refused(http: httpx.Client) -> None:
 
 @pytest.mark.fault(87)
 def test_an_oversized_body_in_chunks_is_refused_before_it_has_been_read(http: httpx.Client) -> None:
-    """Fault 87."""
     sent = 0
 
     def endless() -> Iterator[bytes]:
@@ -78,7 +75,6 @@ def test_an_oversized_body_in_chunks_is_refused_before_it_has_been_read(http: ht
 @pytest.mark.fault(88)
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/inspect"])
 def test_an_unknown_model_is_named(http: httpx.Client, path: str) -> None:
-    """Fault 88."""
     body = {COMPLETIONS: {}, CHAT: {"messages": TALK}, "/v1/inspect": {"tokens": [1]}}[path]
     error = refused(http.post(path, json={"model": "gpt-9", **body}), 404)
     assert (error["code"], error["param"]) == ("model_not_found", "model")
@@ -117,7 +113,6 @@ def test_a_talk_over_the_context_names_both_counts(http: httpx.Client) -> None:
 )
 @pytest.mark.fault(90)
 def test_more_than_the_server_allows_is_refused(http: httpx.Client, path: str, field: str, value: int) -> None:
-    """Fault 90."""
     error = refused(http.post(path, json={"messages": TALK, field: value} if path == CHAT else {field: value}))
     assert error["param"] == field
     assert str(value) in error["message"]
@@ -219,7 +214,6 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 def test_a_field_that_is_not_supported_is_refused_and_named(
     http: httpx.Client, path: str, field: str, value: Any
 ) -> None:
-    """Fault 92."""
     body = json.dumps({"messages": TALK, field: value} if path == CHAT else {"prompt": "x", field: value})
     error = refused(http.post(path, content=body, headers={"Content-Type": "application/json"}))
     assert error["param"] == field

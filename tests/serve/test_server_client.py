@@ -124,7 +124,6 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: OpenAI) -> None:
 @pytest.mark.fault(102)
 @pytest.mark.parametrize("stop", ["END", ["nothing", " END"]])
 def test_a_stop_string_ends_the_text_and_is_not_part_of_it(split_characters: OpenAI, stop: str | list[str]) -> None:
-    """Fault 102."""
     given = {"model": "debug", "max_tokens": 30, "stop": stop}
     expected = "aé€ " if stop == "END" else "aé€"
     answer = split_characters.completions.create(**given, prompt="x")

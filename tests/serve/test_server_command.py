@@ -191,7 +191,6 @@ def test_without_the_extra_the_command_names_it(missing: str, model_file: Path) 
 
 @pytest.mark.fault(98)
 def test_the_exit_codes_of_signals_and_the_address_that_is_printed(model_file: Path) -> None:
-    """Fault 98."""
     code = "import sys; from nanokimi.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "serve", str(model_file), "--port", "0"]
     servers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

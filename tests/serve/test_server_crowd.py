@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.fault(93)
 @pytest.mark.slow
 def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_path: Path) -> None:
-    """Fault 93."""
     output, model = tmp_path / "soak.json", saved(stored_model(max_seq_length=256), tmp_path / "small.pt")
     flags = ["--seconds", "10", "--clients", "64", "--checkpoint", str(model), "--output", str(output)]
     command = [sys.executable, "-m", "benchmarks.serving", "soak", *flags]

@@ -68,7 +68,6 @@ def held() -> Iterator[Held]:
 @pytest.mark.fault(93)
 @pytest.mark.parametrize("stream", [True, False])
 def test_when_the_client_is_gone_generation_stops_within_a_token(held: Held, stream: bool) -> None:
-    """Fault 93."""
     connection = held.connect(stream=stream, n=2)
     held.outstanding(2)
     held.permits.release(2)
@@ -95,7 +94,6 @@ def test_a_client_that_leaves_the_queue_is_forgotten(held: Held) -> None:
 
 @pytest.mark.fault(94)
 def test_a_full_queue_is_429_with_retry_after_and_takes_all_choices_or_none(held: Held) -> None:
-    """Fault 94."""
     connections = [held.connect(n=2), held.connect()]
     held.outstanding(3)
     answer = held.http.post(COMPLETIONS, json={"prompt": "x", "n": 2})
@@ -155,7 +153,6 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_left_alone_in_the_en
 
 @pytest.mark.fault(100)
 def test_an_error_in_mid_stream_is_an_event_without_done_and_the_server_lives_on() -> None:
-    """Fault 100."""
     decoder = ScriptedDecoder(b"abcdefgh", fails_at=3)
     with serving(decoders=[decoder]) as server, httpx.Client(base_url=server.url) as http:
         answer = http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 6, "stream": True})
@@ -202,7 +199,6 @@ def test_the_text_of_several_sequences_gathers_and_none_of_it_is_lost(monkeypatc
 
 @pytest.mark.fault(98)
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(held: Held) -> None:
-    """Fault 98."""
     answers: list[httpx.Response] = []
     body = {"prompt": "x", "max_tokens": 4, "stream": True}
     thread = threading.Thread(target=lambda: answers.append(held.http.post(COMPLETIONS, json=body)))

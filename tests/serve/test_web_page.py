@@ -489,8 +489,8 @@ def test_light_and_dark_have_the_contrast_of_wcag_aa(browser: Browser, base: Pag
 # ---- what must not happen -----------------------------------------------------------------------
 
 
+@pytest.mark.fault(99)
 def test_markup_in_prompt_and_text_stays_text(visit: Visit) -> None:
-    """Fault 99."""
     visit.server.stage(script=SCRIPT.encode())
     visit.write(SCRIPT, max_tokens=len(SCRIPT))
     assert visit.text == SCRIPT + SCRIPT
@@ -499,8 +499,8 @@ def test_markup_in_prompt_and_text_stays_text(visit: Visit) -> None:
     assert visit.page.locator("script").count() == 1
 
 
+@pytest.mark.fault(99)
 def test_markup_in_a_single_token_stays_text(visit: Visit) -> None:
-    """Fault 99."""
     markup = "<img/src=x><b>"
     scores = {"tokens": [markup], "token_logprobs": [-1], "top_logprobs": [{markup: -1}], "text_offset": [0]}
     choice = {"text": markup, "logprobs": scores, "finish_reason": "stop", "token_ids": [1], "prompt_token_ids": [2]}
@@ -517,8 +517,8 @@ def test_markup_in_a_single_token_stays_text(visit: Visit) -> None:
     assert visit.page.locator("main img, aside img, b").count() == 0
 
 
+@pytest.mark.fault(99)
 def test_a_policy_forbids_scripts_that_are_not_the_pages_own(visit: Visit) -> None:
-    """Fault 99."""
     ran = visit.page.evaluate(
         """() => { const s = document.createElement("script"); s.textContent = "window.ran = true";
         document.body.append(s); return Boolean(window.ran); }"""
@@ -527,8 +527,8 @@ def test_a_policy_forbids_scripts_that_are_not_the_pages_own(visit: Visit) -> No
     assert "Content Security Policy" in visit.complaints.pop()
 
 
+@pytest.mark.fault(100)
 def test_an_error_in_mid_stream_keeps_the_text_and_is_told_in_one_line(visit: Visit) -> None:
-    """Fault 100."""
     visit.server.stage(script=b"abcdef", fail_at=4)
     visit.write("> ")
     assert visit.text == "> abcd"
