@@ -50,7 +50,7 @@ def find_tests(folder: Path = TESTS) -> dict[str, list[Held]]:
 
 
 def _marked(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """The test functions of a module with their numbers, also those in lists of parameters that the module names."""
+    """The test functions of a module with their numbers, also those of the whole module or of a list that it names."""
     lists = {
         target.id: list(_numbers(statement))
         for statement in module.body
@@ -60,6 +60,7 @@ def _marked(module: ast.Module) -> Iterator[tuple[str, str]]:
     }
     for test in ast.walk(module):
         if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+            yield from ((test.name, number) for number in lists.get("pytestmark", []))
             for part in (part for decorator in test.decorator_list for part in ast.walk(decorator)):
                 numbers = lists.get(part.id, []) if isinstance(part, ast.Name) else _numbers_of(part)
                 yield from ((test.name, number) for number in numbers)

@@ -44,7 +44,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def flags(dataset: str, path: str | Path, *more: str) -> list[str]:
-    quick = ["--preset", "debug", "--max_steps", "2", "--eval_interval", "0", "--set", "max_seq_length=24"]
+    quick = [
+        "--preset",
+        "debug",
+        "--max_steps",
+        "2",
+        "--warmup_steps",
+        "0",
+        "--eval_interval",
+        "0",
+        "--set",
+        "max_seq_length=24",
+    ]
     return ["train", "--dataset", dataset, "--data_path", str(path), "--output_dir", "run", *quick, *more]
 
 

@@ -11,6 +11,8 @@ from conftest import locked_folder
 from nanokimi.cli import main
 from nanokimi.insight import doctor
 
+pytestmark = pytest.mark.fault("B4")
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
