@@ -171,7 +171,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written, or another run is writing there.
         """
-        self._lock = FolderLock(self.folder, self._launchers()) if self.ranks.is_main else None
+        launchers = self._launchers()  # by all ranks
+        self._lock = FolderLock(self.folder, launchers) if self.ranks.is_main else None
         with self._lock or nullcontext():
             self.ranks.barrier()  # until the folder is there
             try:
