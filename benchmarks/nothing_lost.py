@@ -123,7 +123,7 @@ class Shards(Case):
             try:
                 path = shards.step_folder(folder, step)
                 shards.begin_save(path, self.tensors(step), about_run, None, asynchronous=self.asynchronous).result()
-                shards.prune(folder, 2)
+                shards.prune(shards.step_folders(folder), 2)
             except RunError:
                 return 1
             told(step)

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +20,16 @@ from torch import Tensor
 from nanokimi.checkpoint import file, shards
 from nanokimi.checkpoint.background import Background, Snapshot
 from nanokimi.checkpoint.file import CheckpointError
+from nanokimi.checkpoint.lock import LOCK, FolderLock
 from nanokimi.checkpoint.weights import load_weights
 from nanokimi.console import log
 from nanokimi.errors import UserError
-from nanokimi.files import lock, put_aside
+from nanokimi.files import put_aside
 from nanokimi.optim.muonclip import STATE, MuonClip
 from nanokimi.parallel.process_group import launcher, restarts
 from nanokimi.parallel.ranks import ParallelModel, current_ranks
 
 KEPT = 2  # folders ``step_N``: the newest and the one before it
-LOCK = ".nanokimi.lock"  # in the folder of a run, held while it trains
 SAVE_NUMBER = "save_number"  # in a checkpoint: one more than in any that lay in the folder before
 
 
@@ -53,6 +53,7 @@ class Checkpoints:
         self.folder, self.asynchronous, self.timeout = folder, asynchronous, timeout
         self.ranks = current_ranks()
         self._group: Any = None  # of all ranks, for shards alone
+        self._lock: FolderLock | None = None  # of the main rank, while it is held
         self._saved: tuple[int, Path] | None = None  # step and name of the last file that was written here
         self._wrote_latest = False  # then it was read back, and need not be again
         self._number = 0  # of the last save, once there is one
@@ -86,6 +87,8 @@ class Checkpoints:
         content: dict[str, Any] = {}
         if source is None:
             self._background.finish()  # it reads the copy that is taken now
+            if self._lock is not None:
+                self._lock.keep()
             self._number = (self._number or self._highest_number()) + 1
             content = {**state, SAVE_NUMBER: self._number, "model": model.full_tensors(model.model.state_dict())}
             content |= {} if sharded else {"optimizer": optimizer.state_dict()}
@@ -99,9 +102,8 @@ class Checkpoints:
         """Whether the run after ``step`` steps was written here, and is still there; all ranks say the same."""
         if self._saved is None or self._saved[0] != step:
             return False
-        if self.asynchronous:
-            return True  # on its way
-        return not self.ranks.max([self.ranks.is_main and not self._saved[1].exists()])[0]
+        there = not self.ranks.is_main or self._background.busy or self._saved[1].exists()
+        return not self.ranks.max([not there])[0]
 
     def _highest_number(self) -> int:
         return max(map(_number_of, self._found()), default=0) if self.ranks.is_main else 0
@@ -122,7 +124,7 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             pending.result()
             if self.ranks.is_main:
-                shards.prune(self.folder, KEPT)
+                shards.prune(sorted(shards.step_folders(self.folder), key=_number_of), KEPT)
 
     def _write(self, path: Path, content: Mapping[str, Any], source: Path | None, final: bool) -> None:
         if not self.asynchronous:
@@ -169,32 +171,15 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written, or another run is writing there.
         """
-        launchers = self._launchers()
-        with self._lock(launchers) if self.ranks.is_main else nullcontext():
+        launchers = self._launchers()  # by all ranks
+        self._lock = FolderLock(self.folder, launchers) if self.ranks.is_main else None
+        with self._lock or nullcontext():
             self.ranks.barrier()  # until the folder is there
             try:
                 yield
             except Exception:
                 self._background.wait()  # what ends the run takes no checkpoint with it
                 raise
-
-    def _lock(self, launchers: set[str]) -> TextIO:
-        """The lock, which names the programs that started the run; held until it is closed."""
-        output = self.folder.parent
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = (output / LOCK).open("a")
-        except OSError as error:
-            raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}): choose another") from error
-        try:
-            lock(held.fileno(), by_process=True)  # orphaned data workers do not hold on to it
-        except BlockingIOError:
-            held.close()
-            raise UserError(f"--output_dir {output}: another run is writing there: choose another") from None
-        held.truncate(0)
-        held.writelines(f"{name}\n" for name in sorted(launchers))
-        held.flush()
-        return held
 
     def started_again(self) -> bool:
         """Whether ``torchrun`` has started the run of this folder again, and there is something to go on from.
@@ -216,7 +201,7 @@ class Checkpoints:
         return {name.decode() for name in self.ranks.gather(launcher().encode())} - {""}
 
     def candidates(self) -> list[Path]:
-        """The checkpoints, newest first, by the number of their save; of two names for one save the plainer one first.
+        """The checkpoints, newest first, by the number of their save; of one save the shards first, then plainer names.
 
         Before them come those whose number cannot be read, so that their damage is told; after them those of earlier
         versions, which have none: ``latest.pt``, then by steps.
@@ -324,7 +309,7 @@ def _age(path: Path) -> tuple[float, bool, int]:
     if content is None:
         return math.inf, False, 0
     if number := content.get(SAVE_NUMBER, 0):
-        return number, False, 0
+        return number, path.is_dir(), 0
     return 0, path.name == "latest.pt", content.get("counters", {}).get("step", 0)
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -105,7 +105,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
-    """The checkpoints there, oldest first."""
+    """The checkpoints there, by steps."""
     return sorted(path for path in checkpoints.glob("step_*") if is_sharded(path))
 
 
@@ -114,11 +114,10 @@ def is_sharded(path: Path) -> bool:
     return (path / SIDECAR).is_file()
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints. One rank calls it."""
-    folders = step_folders(checkpoints)
-    with disk_errors_explained("folder", checkpoints):
-        for folder in folders[: max(0, len(folders) - keep)]:
+def prune(folders: Sequence[Path], keep: int) -> None:
+    """Removes all but the last ``keep`` of ``folders``. One rank calls it."""
+    for folder in folders[: max(0, len(folders) - keep)]:
+        with disk_errors_explained("folder", folder.parent):
             os.rename(folder, _partial(folder))
             shutil.rmtree(_partial(folder), ignore_errors=True)
 

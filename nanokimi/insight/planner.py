@@ -14,7 +14,7 @@ from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.console import aligned
 from nanokimi.errors import UserError
 from nanokimi.parallel.layout import ONE, Layout, share_of_step
-from nanokimi.parallel.memory_estimate import FP32, Device, Job, memory, muon_work, parameters, peak
+from nanokimi.parallel.memory_estimate import FP32, IN_CHECKPOINTS, Device, Job, memory, muon_work, parameters, peak
 
 GB, TERA = 1e9, 1e12
 
@@ -236,6 +236,7 @@ def _one_layout(job: Job, machine: Machine) -> Iterator[str]:
     fits = ("fits" if peak(parts) <= machine.device_memory * GB else "does not fit" for parts in both)
     rows.append((f"of --device_memory {machine.device_memory:g}", *fits))
     yield from ("", *aligned(rows, "<>>"))
+    yield _about_copies(job, both[0])
     if found:
         rows = [("Traffic of a rank in a step", "by", "ranks", "payload, GB", "sent, GB", "seconds", "beside")]
         for t in found:
@@ -257,6 +258,15 @@ def _one_layout(job: Job, machine: Machine) -> Iterator[str]:
     )
     tokens = job.tokens * job.passes * layout.ranks
     yield f"{tokens / time.seconds:,.0f} tokens/s in all; MFU {time.utilisation:.1%}"
+
+
+def _about_copies(job: Job, parts: Mapping[str, float]) -> str:
+    own = sum(parts.get(name, 0) for name in IN_CHECKPOINTS)
+    if job.layout.mode != "fsdp":
+        return f"--async_checkpoints takes {_gb(own)} GB of the main rank's host memory more."
+    whole = FP32 * sum(math.prod(parameter.shape) for parameter in parameters(job.config))
+    each, main = _gb(own), _gb(own + whole)
+    return f"--async_checkpoints takes {each} GB of each rank's host memory more, {main} GB of the main one's."
 
 
 def _comparison(job: Job, ranks: int, machine: Machine) -> Iterator[str]:

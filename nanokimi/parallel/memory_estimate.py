@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FP32, INT64 = 4, 8
 # Components of ``memory``: those that lie there from step to step, and those that are there during all of a pass.
 STATIC = ("weights", "gradients", "momentum (Muon)", "two moments (AdamW)", "rotary tables")
+IN_CHECKPOINTS = ("weights", "momentum (Muon)", "two moments (AdamW)")
 IN_PASSES = ("kept for the backward pass", "weights in bf16, kept too", "embedding and head, gathered")
 
 

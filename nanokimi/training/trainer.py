@@ -202,6 +202,7 @@ class Trainer:
 
     def _give_up(self) -> None:
         """Ends a run whose loss stays non-finite; nothing is saved over the last good checkpoint."""
+        self.checkpoints.finish()
         self._write_history()
         stopped = f"the loss was not finite in {self.counters.skipped_in_a_row} steps in a row: stopped; "
         lower = " a lower --learning_rate and --adam_lr"

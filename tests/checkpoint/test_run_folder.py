@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,9 @@ import pytest
 import torch
 
 from nanokimi import checkpoint
-from nanokimi.checkpoint import CheckpointError, file
-from nanokimi.checkpoint.run import LOCK, Checkpoints
+from nanokimi.checkpoint import CheckpointError, file, shards
+from nanokimi.checkpoint.lock import LOCK
+from nanokimi.checkpoint.run import SAVE_NUMBER, Checkpoints
 from nanokimi.config import ModelConfig
 from nanokimi.errors import UserError
 from nanokimi.model.transformer import Transformer
@@ -94,6 +99,70 @@ def test_each_file_is_read_once_while_a_run_saves(tmp_path: Path, monkeypatch: p
     for step in range(1, 5):
         checkpoints.save("latest.pt", step, {}, model, MuonClip(model.model))
     assert len(seen) == 4
+
+
+class Run:
+    """A run that saves into ``checkpoints`` without training."""
+
+    def __init__(self, folder: Path, *, asynchronous: bool = False) -> None:
+        self.checkpoints = Checkpoints(folder, asynchronous=asynchronous)
+        self.model = SingleDevice(Transformer(ModelConfig.preset("debug")))
+        self.optimizer = MuonClip(self.model.model)
+
+    def save(self, step: int, *, final: bool = False) -> None:
+        self.checkpoints.save("latest.pt", step, {}, self.model, self.optimizer, final=final)
+
+
+@pytest.mark.fault("A7")
+def test_a_removed_output_folder_is_locked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, output = Run(tmp_path / "run" / "checkpoints"), tmp_path / "run"
+    try_to_lock = f"import fcntl; fcntl.lockf(open({str(output / LOCK)!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    other_run = [sys.executable, "-c", try_to_lock]
+    with run.checkpoints.locked():
+        run.save(4)
+        shutil.rmtree(output)
+        run.save(8)
+        assert subprocess.run(other_run, stderr=subprocess.DEVNULL, check=False).returncode == 1
+    assert subprocess.run(other_run, check=False).returncode == 0
+    assert capsys.readouterr().err.count("was removed while the run goes on: made again") == 1
+
+
+@pytest.mark.fault("A7")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_whose_file_was_removed_is_written_again(tmp_path: Path, asynchronous: bool) -> None:
+    run = Run(tmp_path / "checkpoints", asynchronous=asynchronous)
+    run.save(8)
+    run.checkpoints.finish()
+    shutil.rmtree(tmp_path / "checkpoints")
+    run.save(8, final=True)
+    run.checkpoints.finish()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["final.pt", "latest.pt"]
+
+
+def shards_of(folder: Path, step: int, number: int) -> Path:
+    about = {SAVE_NUMBER: number, "optimizer_groups": []}
+    path = shards.step_folder(folder, step)
+    shards.begin_save(path, {"x": torch.ones(1)}, about, None, asynchronous=False).result()
+    return path
+
+
+@pytest.mark.fault("A3")
+def test_the_shards_of_a_save_come_before_the_weights_of_it_alone(tmp_path: Path) -> None:
+    newest = shards_of(tmp_path, 40, 2)
+    checkpoint.save(tmp_path / "latest.pt", {SAVE_NUMBER: 2, **WEIGHTS})
+    assert [path.name for path in Checkpoints(tmp_path).candidates()] == ["step_00000040", "latest.pt"]
+    assert not Checkpoints(tmp_path).put_aside(unless_newest=newest)  # ``--resume --checkpoint_path .../step_00000040``
+
+
+@pytest.mark.fault("A3")
+def test_of_shards_too_the_last_saves_are_kept_and_not_the_highest_steps(tmp_path: Path) -> None:
+    for number, step in enumerate((30, 40, 25), start=1):  # the run went back, and saved step 25
+        shards_of(tmp_path, step, number)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints._pending = Future()
+    checkpoints._pending.set_result(None)
+    checkpoints.finish()
+    assert sorted(os.listdir(tmp_path)) == ["step_00000025", "step_00000040"]
 
 
 # ---- started again ------------------------------------------------------------------------------

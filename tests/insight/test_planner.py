@@ -263,6 +263,23 @@ def test_the_quickest_layout_that_fits_is_marked(capsys: pytest.CaptureFixture[s
     assert [float(line.split(" yes ")[1].split()[1]) for line in marked] == [min(fitting)]
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_plan_counts_the_host_memory_of_checkpoints_that_are_written_in_the_background(
+    shards: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--parallel", "fsdp", "--ranks", "2"] if shards else ["--ranks", "1"]
+    assert main(["plan", "--preset", "tiny", *flags]) == 0
+    optimizer = MuonClip(Transformer(ModelConfig.preset("tiny")))
+    sizes = {  # of weights and state, 4 bytes a number
+        kind: sum(p.numel() for g in optimizer.param_groups if g["kind"] == kind for p in g["params"]) for kind in STATE
+    }
+    saved = sum(4 * (1 + len(STATE[kind])) * size for kind, size in sizes.items()) / 1e9
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--async_checkpoints takes"))
+    told = [float(number) for number in re.findall(r"([\d.]+) GB", line)]
+    weights = 4 * sum(sizes.values()) / 1e9
+    assert told == pytest.approx([saved / 2, saved / 2 + weights] if shards else [saved], rel=0.05)
+
+
 def test_nothing_fits_and_the_plan_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LARGE.split(), "--device_memory", "16"]) == 0
     out = capsys.readouterr().out

@@ -232,10 +232,10 @@ def test_what_killed_saves_left_is_tidied_by_the_next(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, []), (2, ["step_00000200", "step_00001000"]), (9, None)])
-def test_all_but_the_newest_are_pruned(tmp_path: Path, keep: int, left: list[str] | None) -> None:
+def test_all_but_the_last_are_pruned(tmp_path: Path, keep: int, left: list[str] | None) -> None:
     names = ["step_00000030", "step_00000200", "step_00001000"]
     for name in reversed(names):
         save(tmp_path / name)
     (tmp_path / "latest.pt").touch()
-    sharded.prune(tmp_path, keep)
+    sharded.prune(sharded.step_folders(tmp_path), keep)
     assert sorted(os.listdir(tmp_path)) == ["latest.pt", *(names if left is None else left)]
