@@ -38,7 +38,7 @@ export class ChatTab {
   }
 
   #restore() {
-    const { draft, left, talk } = session.recall("chat") ?? { draft: "", left: 0, talk: [] };
+    const { draft = "", left = 0, talk = [] } = session.recall("chat") ?? {};
     byId("message").value = draft;
     for (const { role, content, tokens, cost } of talk) {
       if (role === "user") {
@@ -155,7 +155,8 @@ export class ChatTab {
       follow(() => view.draw(tokens, { from }));
       panel.refresh(view, from);
     };
-    for (let tokens = talk.known; ; ) {
+    let tokens = talk.known;
+    for (;;) {
       talk.fit(tokens, request.max_tokens);
       this.#leaveOut(talk.left);
       const read = within(talk.most(request.max_tokens), chatReader());
@@ -222,6 +223,6 @@ function within(most, read) {
 
 /** What to do about a message that was refused. */
 function advice({ status, tokens }) {
-  if (tokens) return "That is without the turns before: write less.";
+  if (tokens) return "Shorten your message or the system message.";
   return status === 400 ? "Change your message, or Clear for a new talk." : "";
 }
