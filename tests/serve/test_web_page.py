@@ -709,7 +709,7 @@ def test_a_message_over_the_context_goes_back_and_the_talk_goes_on(talk: Visit) 
         page.fill("#message", message)
         page.press("#message", "Enter")
         talk.wait()
-    expect(page.locator("#error")).to_contain_text("context holds 128")
+    expect(page.locator("#error")).to_contain_text("has 218 tokens and the model's context holds 128")
     expect(page.locator("#message")).to_have_value("x" * 200)
     page.fill("#message", "Go on")
     with page.expect_request("**/v1/chat/completions") as sent:
@@ -752,7 +752,7 @@ def test_a_talk_that_fills_the_context_goes_on_with_the_turns_that_the_terminal_
     sent = len(requests)
     say(talk, "x" * 92)  # 128 on its own: no room for a single token
     assert requests[sent:] == [["x" * 92]]
-    expect(page.locator("#error")).to_contain_text("Shorten your message")
+    expect(page.locator("#error")).to_contain_text("128 tokens leave no room for a reply: write less")
     expect(page.locator("#message")).to_have_value("x" * 92)
     assert left_out(page) == 10
 

@@ -191,7 +191,7 @@ export class ChatTab {
     this.#page.panel.refresh(view);
     const read = views.slice(0, promptIds.length);
     const before = read.map((seen) => newToken({ text: seen.text, prompt: true, ...insight(seen) }));
-    message.element.append(this.#readBefore(before));
+    this.#page.follow(() => message.element.append(this.#readBefore(before)));
   }
 
   /** The prompt as the chat template put it, folded under a line that opens it. */
@@ -216,13 +216,12 @@ function within(most, read) {
   return (chunk) => {
     const news = read(chunk);
     const tokens = news?.promptIds?.length ?? 0;
-    if (tokens > most) throw new ServerError(`${tokens} tokens leave no room for a reply`, { status: 400, tokens });
-    return news;
+    if (tokens <= most) return news;
+    throw new ServerError(`its ${tokens} tokens leave no room for a reply: write less`, { status: 400, tokens });
   };
 }
 
-/** What to do about a message that was refused. */
+/** What to do about a message that was refused, where the server does not say so. */
 function advice({ status, tokens }) {
-  if (tokens) return "Shorten your message or the system message.";
-  return status === 400 ? "Change your message, or Clear for a new talk." : "";
+  return status === 400 && !tokens ? "Change your message, or Clear for a new talk." : "";
 }
