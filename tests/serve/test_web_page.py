@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -17,9 +18,11 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 import httpx  # noqa: E402
 from page_server import NAME, TEMPLATE, PageServer, page_server  # noqa: E402
-from playwright.sync_api import Browser, Route, expect  # noqa: E402
+from playwright.sync_api import Browser, Page, Request, Route, expect  # noqa: E402
 
 from nanokimi import generate  # noqa: E402
+from nanokimi.inference.chat import Chat, Talk  # noqa: E402
+from nanokimi.inference.options import SamplingOptions  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
@@ -477,7 +480,11 @@ CONTRAST = """() => {
 def test_light_and_dark_have_the_contrast_of_wcag_aa(browser: Browser, base: PageServer, scheme: str) -> None:
     visit = Visit(browser, base, color_scheme=scheme)
     grounds = ["--ground", "--card", "--soft"] + [f"--surprise-{i}" for i in range(1, 6)]
-    pairs = [["--ink", ground] for ground in grounds] + [["--faint", "--ground"], ["--faint", "--card"]]
+    pairs = [["--ink", ground] for ground in grounds] + [
+        ["--faint", "--ground"],
+        ["--faint", "--card"],
+        ["--faint", "--soft"],
+    ]
     pairs += [["--accent-ink", "--accent"], ["--accent", "--card"], ["--bad", "--bad-ground"]]
     ratios = visit.page.evaluate(CONTRAST.replace("PAIRS", json.dumps(pairs)))
     assert [found for found in ratios if found[2] < 4.5] == []
@@ -599,6 +606,31 @@ def test_pieces_of_tokens_are_laid_along_their_text(visit: Visit) -> None:
 # ---- chat ---------------------------------------------------------------------------------------
 
 
+def say(talk: Visit, message: str, script: bytes | None = None) -> None:
+    talk.server.stage(script=script)
+    talk.page.fill("#message", message)
+    talk.page.press("#message", "Enter")
+    talk.wait()
+
+
+def requests_of(page: Page) -> list[list[str]]:
+    """What was said in each request for a reply, as they come; without the system message."""
+    requests: list[list[str]] = []
+
+    def note(sent: Request) -> None:
+        if "chat/completions" in sent.url:
+            messages = json.loads(sent.post_data or "")["messages"]
+            requests.append([message["content"] for message in messages if message["role"] != "system"])
+
+    page.on("request", note)
+    return requests
+
+
+def left_out(page: Page) -> int:
+    """How many messages stand above the line."""
+    return page.locator(".message:has(~ .edge)").count()
+
+
 def test_a_base_model_shows_no_chat(visit: Visit) -> None:
     expect(visit.page.locator("#modes")).to_be_hidden()
     expect(visit.page.locator("#prompt")).to_be_visible()
@@ -677,7 +709,7 @@ def test_a_message_over_the_context_goes_back_and_the_talk_goes_on(talk: Visit) 
         page.fill("#message", message)
         page.press("#message", "Enter")
         talk.wait()
-    expect(page.locator("#error")).to_contain_text("context holds 128")
+    expect(page.locator("#error")).to_contain_text("has 218 tokens and the model's context holds 128")
     expect(page.locator("#message")).to_have_value("x" * 200)
     page.fill("#message", "Go on")
     with page.expect_request("**/v1/chat/completions") as sent:
@@ -693,6 +725,77 @@ def test_a_message_over_the_context_goes_back_and_the_talk_goes_on(talk: Visit) 
     page.click("#chat-clear")
     page.reload()
     expect(page.locator("#chat-clear")).to_be_disabled()
+
+
+@pytest.mark.fault("A20")
+def test_a_talk_that_fills_the_context_goes_on_with_the_turns_that_the_terminal_would_read(talk: Visit) -> None:
+    page, server, reply = talk.page, talk.server, "abcdefghij" * 2
+    talk.choose(max_tokens=20, system="Be brief.")
+    nothing_said = Talk(server.tokenizer, server.template, system="Be brief.")
+    terminal = Chat(server.model, SamplingOptions(max_tokens=20), io.StringIO(), server.decoder, nothing_said)
+    requests = requests_of(page)
+    for message, dropped in (
+        ("one", 0),
+        ("two", 0),
+        ("three", 1),  # 125 tokens: the server takes them, but they leave no room for 20 more
+        ("4" * 60, 3),  # 182: the server refuses
+        ("five", 4),  # the turn before is known to have 117
+        ("8" * 87, 5),  # 123 on its own: a short reply is better than none
+    ):
+        say(talk, message, reply.encode())
+        asked = terminal.fit(terminal.talk.asked(message))
+        assert requests[-1] == [text for turn in asked.turns for text in turn if text is not None]
+        shown = page.locator(".message .said").last.text_content()
+        terminal.talk = asked.answered(shown)
+        assert shown == reply[: 128 - len(asked.ids())]
+        assert left_out(page) == 2 * dropped
+    sent = len(requests)
+    say(talk, "x" * 92)  # 128 on its own: no room for a single token
+    assert requests[sent:] == [["x" * 92]]
+    expect(page.locator("#error")).to_contain_text("128 tokens leave no room for a reply: write less")
+    expect(page.locator("#message")).to_have_value("x" * 92)
+    assert left_out(page) == 10
+
+
+@pytest.mark.fault("A20")
+def test_what_was_left_out_stays_so_after_a_reload_until_the_talk_is_cleared(talk: Visit) -> None:
+    page, requests = talk.page, requests_of(talk.page)
+    talk.choose(max_tokens=4)
+    for message in ("1" * 60, "2" * 60):
+        say(talk, message, b"Yes.")
+    page.reload()
+    expect(page.get_by_text("left out from here up: the context is full")).to_be_visible()
+    assert left_out(page) == 2
+    say(talk, "Go on", b"Yes.")
+    assert requests[-1] == ["2" * 60, "Yes.", "Go on"]
+    page.click("#chat-regenerate")
+    talk.wait()
+    assert requests[-1] == requests[-2]
+    page.reload()  # what each turn takes is known still
+    sent = len(requests)
+    say(talk, "3" * 50)
+    assert [len(request) for request in requests[sent:]] == [5, 3]
+    page.click("#chat-clear")
+    expect(page.locator(".edge")).to_have_count(0)
+
+
+GAPS = """(message) => {
+  const words = document.createRange();
+  words.selectNodeContents(message.querySelector("h2"));
+  const [inner, outer] = [words.getBoundingClientRect(), message.getBoundingClientRect()];
+  return [inner.left - outer.left, outer.right - inner.right];
+}"""
+
+
+@pytest.mark.fault("A20")
+def test_a_heading_stands_on_the_side_of_its_reply(talk: Visit) -> None:
+    sides = []
+    for script in ("Yes", "שלום"):
+        talk.choose(max_tokens=len(script.encode()))
+        say(talk, "Hi", script.encode())
+        left, right = talk.page.locator(".message.assistant").last.evaluate(GAPS)
+        sides.append("left" if left < right else "right")
+    assert sides == ["left", "right"]
 
 
 @pytest.mark.fault("A20")

@@ -1,10 +1,12 @@
 import { readEvents } from "./sse.js";
 
-/** What the server, or the way to it, answered instead of a result. */
+const TOO_LONG = /^the prompt has (\d+) tokens and the model's context holds/;
+
+/** What the server, or the way to it, answered instead of a result; `tokens`: of a prompt that was too long. */
 export class ServerError extends Error {
-  constructor(message, { status = 0, retryAfter = null } = {}) {
+  constructor(message, { status = 0, retryAfter = null, tokens = 0 } = {}) {
     super(message);
-    Object.assign(this, { status, retryAfter });
+    Object.assign(this, { status, retryAfter, tokens });
   }
 }
 
@@ -60,7 +62,8 @@ async function reached(call) {
 async function refusal(response) {
   const body = await response.json().catch(() => null);
   const message = body?.error?.message ?? `the server answered ${response.status}`;
-  return new ServerError(message, { status: response.status, retryAfter: response.headers.get("Retry-After") });
+  const tokens = Number(TOO_LONG.exec(message)?.[1] ?? 0);
+  return new ServerError(message, { status: response.status, retryAfter: response.headers.get("Retry-After"), tokens });
 }
 
 /** One plain line: what happened and what to do. */

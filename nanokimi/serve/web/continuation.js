@@ -26,6 +26,11 @@ export class Continuation {
     return this.#characters.join("");
   }
 
+  /** How many places of the context it takes, prompt and all. */
+  get used() {
+    return (this.promptIds?.length ?? 0) + this.tokens.length;
+  }
+
   /**
    * @param {{text: string, promptIds: number[] | null, finish: string | null, tokens: object[]}} news
    * @returns {number} the first token whose text is new

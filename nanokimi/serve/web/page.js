@@ -54,6 +54,7 @@ async function start() {
   const panel = new Panel(model.n_routed_experts);
   const settings = new Settings(model.max_model_len);
   const page = { writer, meter, panel, problems, follow, settings, look: (ids) => look(writer, ids) };
+  page.context = model.max_model_len;
   const text = new TextTab(page);
   const tabs = model.chat ? [text, new ChatTab(page)] : [text];
   panel.branches = (view) => text.owns(view);

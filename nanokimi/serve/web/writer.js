@@ -50,11 +50,12 @@ export class Writer {
         const news = read(chunk);
         if (!news) continue;
         frames.ask(continuation.add(news));
-        this.#meter.count(news.tokens.length, (continuation.promptIds?.length ?? 0) + continuation.tokens.length);
+        this.#meter.count(news.tokens.length, continuation.used);
       }
       ended = continuation.finish;
     } catch (error) {
       failure = error.name === "AbortError" ? null : error;
+      this.stop(); // also of an answer that is not wanted
       ended = !failure ? "stopped" : continuation.tokens.length ? "broken" : "refused";
     }
     tell("ready");
