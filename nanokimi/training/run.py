@@ -166,7 +166,7 @@ def choose_products(trainer: Trainer) -> None:
     if ranks.is_main:
         shape = largest_matrix(trainer.model)
         choice = machine_choice(shape, cache_folder(), deterministic=trainer.config.deterministic)
-    choice = Choice(*from_bytes(ranks.broadcast(to_bytes(tuple(choice) if choice else None))))
+    choice = Choice(*from_bytes(ranks.broadcast(to_bytes(tuple(choice)) if choice else None)))
     trainer.multiply_by(choice)
     log(f"products: {choice} ({choice.evidence})")
 
