@@ -249,7 +249,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, **where: Any) -> MuonC
 
 def largest_matrix(model: nn.Module) -> tuple[int, int]:
     """Rows and columns of the matrix that takes Muon longest."""
-    shapes = [tuple(p.shape[-2:]) for role, p in unwrapped(model).param_roles() if role in MUON_ROLES]
+    shapes = [(p.shape[-2], p.shape[-1]) for role, p in unwrapped(model).param_roles() if role in MUON_ROLES]
     return max(shapes, key=lambda shape: newton_schulz_flops(*shape), default=(1, 1))
 
 
