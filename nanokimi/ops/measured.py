@@ -20,7 +20,7 @@ import torch
 
 from nanokimi.files import atomic_write
 from nanokimi.ops.newton_schulz import best_dtype, newton_schulz
-from nanokimi.ops.products import HAS_ONEDNN, Library, fp32_library, multiply_fp32_by, product
+from nanokimi.ops.products import HAS_ONEDNN, SMALL, Library, fp32_library, multiply_fp32_by, product
 
 GAIN = 1.15  # by which another choice has to be faster, in the median, to replace the default
 FIXED = "fixed"  # the value of NANOKIMI_PRODUCTS that forbids to measure
@@ -67,12 +67,17 @@ def default_choice(device: torch.device) -> Choice:
     return Choice(str(best_dtype(device)).removeprefix("torch."), "onednn" if HAS_ONEDNN else "mkl")
 
 
+def fixed() -> bool:
+    """Whether the environment forbids to measure."""
+    return os.environ.get("NANOKIMI_PRODUCTS") == FIXED
+
+
 def machine_choice(shape: tuple[int, int], folder: Path, *, deterministic: bool = False) -> Choice:
     """What is faster on this CPU for matrices of ``shape``; measured unless ``folder`` knows it.
 
     ``deterministic``, and ``NANOKIMI_PRODUCTS=fixed`` in the environment, leave it to the processor's flags.
     """
-    if deterministic or os.environ.get("NANOKIMI_PRODUCTS") == FIXED:
+    if deterministic or fixed():
         return default_choice(torch.device("cpu"))
     rows, cols = (min(side, LARGEST) for side in shape)
     path = folder / f"products-{_machine(rows, cols)}.json"
@@ -106,7 +111,12 @@ def measured_choice(rows: int, cols: int) -> Choice:
 
 
 def library_gain(rows: int, cols: int) -> float:
-    """How many times as fast MKL multiplies as oneDNN: a layer with a ``[rows, cols]`` weight, and its gradients."""
+    """How many times as fast MKL multiplies as oneDNN: a layer with a ``[rows, cols]`` weight, and its gradients.
+
+    0 for products too small for their times to tell, or for the library to matter.
+    """
+    if TOKENS * rows * cols < 16 * SMALL:
+        return 0.0
     x, weight, grad = _drawn(TOKENS, cols), _drawn(rows, cols), _drawn(TOKENS, rows)
     with _multiplied_by("onednn"):  # the first call of a process sets the operator up, in up to a second
         product(_drawn(128, 128), _drawn(128, 128))

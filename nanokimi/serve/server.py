@@ -309,7 +309,7 @@ def prepare(options: ServeOptions, worker: Worker) -> Served:
     engine = worker.use(new_engine)
     limit_threads(model)
     if choice := choose_products(model):
-        log(f"products: fp32 by {NAMES[choice.library]} ({choice.evidence})")
+        log(f"products: fp32 by {NAMES[choice.library]}")
     log(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
     context, created = engine.max_length, int(time.time())
     most = min(options.max_tokens or context, context)

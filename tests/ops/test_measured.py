@@ -14,6 +14,7 @@ from nanokimi import checkpoint
 from nanokimi.cli import main
 from nanokimi.config import ModelConfig
 from nanokimi.inference import decoding
+from nanokimi.insight import doctor
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops import measured, products
 from nanokimi.ops.measured import GAIN, Choice, machine_choice
@@ -167,8 +168,9 @@ def test_the_measurement_leaves_switch_and_random_numbers_as_they_were(machine: 
     machine.setattr(measured, "SECONDS", 0)
     multiply_fp32_by("mkl")
     state = torch.get_rng_state()
-    choice = measured.measured_choice(64, 128)
+    choice = measured.measured_choice(192, 192)
     assert min(choice.library_gain, choice.dtype_gain) > 0
+    assert measured.measured_choice(32, 64).library_gain == 0, "too small to tell"
     assert fp32_library() == "mkl"
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="'blas': choose one of onednn, mkl"):
@@ -233,3 +235,15 @@ def test_compiled_code_follows_the_switch(machine: pytest.MonkeyPatch) -> None:
         multiply_fp32_by(library)  # type: ignore[arg-type]
         torch.testing.assert_close(compiled(x, weight.mT), x @ weight.mT, rtol=1e-4, atol=1e-4)
     assert by == [True, False], "a constant of each graph"
+
+
+@needs_onednn
+@pytest.mark.fault("A23")
+def test_the_doctor_says_what_a_run_would_choose(machine: pytest.MonkeyPatch) -> None:
+    outcome(machine, LITTLE, MUCH)
+    (finding,) = doctor.speed()
+    assert finding.seen.startswith("fp32 by MKL, Newton-Schulz in bfloat16 (measured: MKL has 1.16 times the speed")
+    machine.setenv("NANOKIMI_PRODUCTS", "fixed")
+    (finding,) = doctor.speed()
+    assert finding.seen.startswith("fp32 by oneDNN, Newton-Schulz in ")
+    assert finding.seen.endswith(" (by default)")
