@@ -58,7 +58,7 @@ def run_generate(args: argparse.Namespace) -> int:
         flag = "--chat_template" if args.chat_template else "--system"
         raise UserError(f"{flag} is for talks: use nanokimi chat, or --interactive")
     from nanokimi.device import resolve_device
-    from nanokimi.inference.decoding import limit_threads, new_decoder, use_weights_
+    from nanokimi.inference.decoding import choose_products, limit_threads, new_decoder, use_weights_
     from nanokimi.inference.generate import stream
     from nanokimi.interop.loading import load
 
@@ -66,6 +66,7 @@ def run_generate(args: argparse.Namespace) -> int:
     use_weights_(model, args.weights)
     decoder = new_decoder(model, kind=args.decoder, weights=args.weights)
     limit_threads(model)
+    choose_products(model)
     tolerate_odd_characters()
     if args.interactive:
         from nanokimi.inference.chat import interactive

@@ -17,7 +17,11 @@ from nanokimi.inference.graph_decoder import GraphDecoder
 from nanokimi.inference.native_decoder import PRODUCTS_PER_THREAD, NativeDecoder, supports
 from nanokimi.inference.options import DECODERS, WEIGHT_FORMATS
 from nanokimi.model.transformer import Transformer
+from nanokimi.native.build import cache_folder
 from nanokimi.native.packed_model import HALVES, padded, quantised
+from nanokimi.ops.measured import Choice, machine_choice
+from nanokimi.ops.products import multiply_fp32_by
+from nanokimi.optim.muonclip import largest_matrix
 
 WORTH_COMPILING = 2_000_000  # parameters: below, building the kernels once costs more than they will ever save
 
@@ -65,6 +69,18 @@ def cache_bytes(config: ModelConfig, slots: int) -> int:
     """Most bytes that the caches of a decoder for an fp32 model can take, before there is one."""
     entry = sum(map(padded, config.cache_widths)) * torch.float32.itemsize
     return slots * config.n_layers * config.max_seq_length * entry
+
+
+def choose_products(model: Transformer) -> Choice | None:
+    """Has this process multiply fp32 matrices, those of prompts, by the library that is faster here, and says which.
+
+    None, and nothing changes, where the products are not worth it: off the CPU, or with few parameters.
+    """
+    if next(model.parameters()).device.type != "cpu" or model.num_parameters(active=True) < PRODUCTS_PER_THREAD:
+        return None
+    choice = machine_choice(largest_matrix(model), cache_folder())
+    multiply_fp32_by(choice.library)
+    return choice
 
 
 def limit_threads(model: Transformer) -> None:

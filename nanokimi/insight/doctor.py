@@ -18,8 +18,7 @@ from nanokimi.console import show
 from nanokimi.errors import RunError
 from nanokimi.memory import free_memory
 from nanokimi.native.build import cache_folder, library
-from nanokimi.ops.measured import default_choice, measured_gain, ratio_of
-from nanokimi.ops.products import HAS_ONEDNN, product
+from nanokimi.ops.measured import default_choice, fixed, measured_choice
 
 PACKAGES = ("nanokimi", "torch", "numpy", "tokenizers", "datasets", "safetensors")
 EXTRAS = ("fastapi", "uvicorn", "transformers", "gguf", "lm_eval", "tensorboardX", "wandb", "trackio")
@@ -137,14 +136,6 @@ def native_decoder() -> Iterator[Finding]:
 
 
 def speed() -> Iterator[Finding]:
-    """Products by type and library, and what Newton-Schulz runs in."""
-    a = torch.randn(SIDE, SIDE)
-    if HAS_ONEDNN:
-        ratio = ratio_of(lambda: a @ a, lambda: product(a, a))
-        yield Finding("fp32 products", f"by oneDNN {ratio:.2f} times the speed of torch's own library")
-    dtype = default_choice(torch.device("cpu")).dtype
-    if dtype == "float32":
-        yield Finding("bf16 products", "this processor has none: Newton-Schulz runs in float32")
-    else:
-        gain = measured_gain(SIDE, SIDE)
-        yield Finding("bf16 products", f"Newton-Schulz in float32 {gain:.2f} times the speed of bfloat16")
+    """By which library and in which type a run on this CPU would multiply, measured now."""
+    choice = default_choice(torch.device("cpu")) if fixed() else measured_choice(SIDE, SIDE)
+    yield Finding("products", f"{choice} ({choice.evidence})")

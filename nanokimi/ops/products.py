@@ -2,22 +2,48 @@
 
 On a CPU torch multiplies fp32 matrices with MKL, which uses half of the vector width of some processors. oneDNN, which
 torch carries too, uses all of it: it is up to 2.2 times as fast with AVX-512, 1.1 times with AVX2 (docs/results.md).
-Results differ in the last bits only, as between any two libraries.
+On a few processors MKL is the faster: ``multiply_fp32_by`` says which of the two this process takes. Results differ in
+the last bits only, as between any two libraries.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Library = Literal["onednn", "mkl"]  # what a CPU multiplies fp32 matrices with; mkl stands for torch's own, whichever
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 SMALL = 1 << 21  # multiply-adds: below, calling oneDNN costs more than its product gains
 GRID = 16  # rows: see _window
+
+_library: Library = "onednn" if HAS_ONEDNN else "mkl"
+
+
+def multiply_fp32_by(library: Library) -> None:
+    """Sets, for the whole process, what multiplies large fp32 matrices on a CPU from here on.
+
+    Set it before the first step: torch.compile takes it for a constant, and compiles again if it has changed. Without
+    oneDNN it stays ``mkl``.
+
+    Raises:
+        ValueError: an unknown library.
+    """
+    global _library
+    if library not in get_args(Library):
+        raise ValueError(f"{library!r}: choose one of {', '.join(get_args(Library))}")
+    _library = library if HAS_ONEDNN else "mkl"
+
+
+def fp32_library() -> Library:
+    """What ``multiply_fp32_by`` has set; oneDNN where nothing has."""
+    return _library
+
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -84,9 +110,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def by_onednn(multiply_adds: int, *operands: Tensor) -> bool:
-    """Whether this build of torch has oneDNN, and these fp32 operands are large enough for it to be faster."""
+    """Whether oneDNN is the library of this process, and these fp32 operands are large enough for it to be faster."""
     fits = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in operands)
-    return fits and multiply_adds >= SMALL and HAS_ONEDNN
+    return fits and multiply_adds >= SMALL and _library == "onednn"
 
 
 @torch.library.custom_op("nanokimi::onednn_product", mutates_args=())

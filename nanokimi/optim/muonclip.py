@@ -247,10 +247,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, **where: Any) -> MuonC
     return MuonClip(model, **{**rates, **scales, **OPTIMIZERS[config.optimizer], **where})
 
 
-def largest_matrix(optimizer: MuonClip) -> tuple[int, int]:
+def largest_matrix(model: nn.Module) -> tuple[int, int]:
     """Rows and columns of the matrix that takes Muon longest."""
-    groups = (group for group in optimizer.param_groups if group["kind"] == "muon")
-    shapes = [tuple(p.shape[-2:]) for group in groups for p in group["params"]]
+    shapes = [(p.shape[-2], p.shape[-1]) for role, p in unwrapped(model).param_roles() if role in MUON_ROLES]
     return max(shapes, key=lambda shape: newton_schulz_flops(*shape), default=(1, 1))
 
 

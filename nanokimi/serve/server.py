@@ -26,11 +26,12 @@ from nanokimi.console import log
 from nanokimi.device import resolve_device
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.chat_template import chat_template_of
-from nanokimi.inference.decoding import cache_bytes, limit_threads, new_decoder, use_weights_
+from nanokimi.inference.decoding import cache_bytes, choose_products, limit_threads, new_decoder, use_weights_
 from nanokimi.inference.engine import Engine
 from nanokimi.inference.inspection import echoed, inspect_tokens
 from nanokimi.interop.loading import load
 from nanokimi.memory import free_memory
+from nanokimi.ops.measured import NAMES
 from nanokimi.serve import api
 from nanokimi.serve.answers import LAST_WORDS, Answer, ChatAnswer, CompletionAnswer, EventStream, finite
 from nanokimi.serve.api import ApiError, ErrorBody, Served, on_error, refusing
@@ -307,6 +308,8 @@ def prepare(options: ServeOptions, worker: Worker) -> Served:
 
     engine = worker.use(new_engine)
     limit_threads(model)
+    if choice := choose_products(model):
+        log(f"products: fp32 by {NAMES[choice.library]}")
     log(f"{engine.slots} slots of {engine.max_length} tokens, {engine.slot_bytes / 1e6:.3g} MB each")
     context, created = engine.max_length, int(time.time())
     most = min(options.max_tokens or context, context)

@@ -108,7 +108,7 @@ def _train_fresh(arguments: TrainArguments, checkpoints: Checkpoints) -> int:
         origin = Origin(ModelConfig.preset(config.preset, **arguments.model))
     with checkpoints.locked():
         trainer = _fresh_trainer(config, origin, arguments, checkpoints)
-        choose_precision(trainer)
+        choose_products(trainer)
         del origin  # not two copies of the weights while it trains
         checkpoints.put_aside()
         return _train(trainer, continues=False, stop_after=arguments.stop_after)
@@ -153,21 +153,22 @@ def _train_resumed(arguments: TrainArguments, checkpoints: Checkpoints) -> int:
         # Another run's checkpoints, or later ones of this run, are not overwritten.
         elsewhere = bool(arguments.checkpoint_path) and checkpoints.put_aside(unless_newest=saved.path)
         log(f"resuming {saved.path} at step {trainer.counters.step} of {config.max_steps}")
+        if device.type == "cpu":
+            log(f"products: {trainer.products} (as the checkpoint says)")
         return _train(trainer, continues=not elsewhere, stop_after=arguments.stop_after)
 
 
-def choose_precision(trainer: Trainer) -> None:
-    """Has a fresh run on a CPU orthogonalise in the precision that is faster here; the main rank decides for all."""
+def choose_products(trainer: Trainer) -> None:
+    """Has a fresh run on a CPU multiply as is faster here; the main rank decides for all."""
     if trainer.device.type != "cpu":
         return
     ranks, choice = current_ranks(), None
     if ranks.is_main:
-        shape = largest_matrix(trainer.optimizer)
+        shape = largest_matrix(trainer.model)
         choice = machine_choice(shape, cache_folder(), deterministic=trainer.config.deterministic)
-    choice = Choice(*from_bytes(ranks.broadcast(to_bytes(tuple(choice) if choice else None))))
-    trainer.optimizer.ns_dtype = choice.torch_dtype
-    if choice.gain:
-        log(f"Newton-Schulz in {choice.dtype}: float32 was measured at {choice.gain:.2f} times the speed of bfloat16")
+    choice = Choice(*from_bytes(ranks.broadcast(to_bytes(tuple(choice)) if choice else None)))
+    trainer.multiply_by(choice)
+    log(f"products: {choice} ({choice.evidence})")
 
 
 def _open_corpus(

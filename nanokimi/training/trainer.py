@@ -23,7 +23,8 @@ from nanokimi.data.loader import LoaderOptions, merge_states
 from nanokimi.errors import RunError, UserError
 from nanokimi.inference.generate import generate
 from nanokimi.model.transformer import Transformer
-from nanokimi.ops.measured import Choice
+from nanokimi.ops.measured import Choice, default_choice
+from nanokimi.ops.products import fp32_library, multiply_fp32_by
 from nanokimi.optim.muonclip import make_optimizer
 from nanokimi.optim.schedule import lr_factor
 from nanokimi.parallel.build import build_parallel_model
@@ -100,6 +101,7 @@ class Trainer:
         self.metrics = MetricsLog(output if self.ranks.is_main else None, state=history)
         self.step.spikes = SpikeWatch(self.metrics.losses_and_norms())
         self.counters = Counters()
+        self.products = default_choice(device)
         self._first_step = 0  # of this process
         self.checkpoints = checkpoints or Checkpoints(output / "checkpoints")
         self.hang_watch = HangWatch(output / "logs", config.timeout)
@@ -327,6 +329,11 @@ class Trainer:
                 title = self.config.init_from or self.config.preset
                 plot_training(history, path, tau=self.config.qk_clip_tau, title=title)
 
+    def multiply_by(self, choice: Choice) -> None:
+        """Has this process and the optimizer multiply so on a CPU, from the next step on."""
+        multiply_fp32_by(choice.library)
+        self.optimizer.ns_dtype, self.products = choice.torch_dtype, choice
+
     def state_dict(self, position: Callable[[], dict[str, Any]] | None = None) -> dict[str, Any]:
         """The run as plain data, but for weights and optimizer state; the same on all ranks."""
         own_position = (position or self.batches.state_dict)()
@@ -341,6 +348,7 @@ class Trainer:
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "exact_logits": self.model.exact_logits,
             "newton_schulz": str(self.optimizer.ns_dtype or "").removeprefix("torch."),
+            "fp32_products": fp32_library(),
             "history": self.metrics.state(),
         }
 
@@ -365,8 +373,9 @@ class Trainer:
         else:
             self.batches.load_state_dict(content["data"])
         self.model.exact_logits = content["exact_logits"] or self.optimizer.needs_exact_logits
-        if self.device.type == "cpu" and (dtype := content.get("newton_schulz")):  # whatever is faster here by now
-            self.optimizer.ns_dtype = Choice(dtype).torch_dtype
+        if self.device.type == "cpu":  # whatever is faster here by now
+            dtype = content.get("newton_schulz") or default_choice(self.device).dtype
+            self.multiply_by(Choice(dtype, content.get("fp32_products", "onednn")))
         torch.set_rng_state(content["random"]["cpu"])
         cuda = content["random"]["cuda"]
         if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():  # of these devices, not of others
