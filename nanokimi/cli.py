@@ -46,6 +46,11 @@ def main(arguments: Sequence[str]) -> int:
             raise
         complain(f"nanokimi: {error.filename}: {error.strerror}: choose a shorter name")
         return 2
+    except MemoryError:
+        print(
+            "nanokimi: out of memory: end other programs, or take a smaller model or a shorter context", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("nanokimi: interrupted", file=sys.stderr)
         return 130

@@ -338,3 +338,15 @@ def test_the_demo_ends_when_its_seconds_are_over(small_demo: Path, monkeypatch: 
     monkeypatch.setitem(demo.SETTINGS, "max_steps", 10**9)
     assert main(["demo", "--seconds", "0.3"]) == 0
     assert (small_demo / "checkpoints" / "final.pt").is_file()
+
+
+def test_memory_that_runs_out_anywhere_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take_too_much(*_: object, **__: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("nanokimi.data.prepare.prepare_stdlib", take_too_much)
+    assert main(["prepare", "stdlib", "--output", "x"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nanokimi: out of memory: ")
