@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from typing import Any, get_args
 
 import torch
 
+from benchmarks.bench.results import about
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 from nanokimi.ops.measured import GAIN, LARGEST, Choice, measured_choice
@@ -97,10 +97,8 @@ def measure(preset: str, rounds: int) -> dict[str, Any]:
     multiply_fp32_by(choice.library)
     by_type = newton_schulz_seconds(model, rounds)
     return {
+        **about(),
         "preset": preset,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
         "choice": {**choice._asdict(), "seconds": took},
         "newton_schulz": judged(by_type, choice.dtype),
         "step": judged(step_seconds(model, rounds), choice.library),

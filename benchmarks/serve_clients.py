@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench.results import about
 from benchmarks.engines import NANOKIMI
-from nanokimi import __version__
 from nanokimi.config import ModelConfig
 from nanokimi.data.tokenizer import train_bpe
 from nanokimi.interop.hf_writer import write_folder
@@ -124,7 +124,7 @@ def main() -> int:
                     counts = run(program, address, model, route, args.requests, folder)
                     rows.append({"client": client, "version": version_of(program), "route": ROUTES[route], **counts})
                     print(rows[-1], flush=True)
-    args.output.write_text(json.dumps({"nanokimi": __version__, "requests": args.requests, "runs": rows}, indent=1))
+    args.output.write_text(json.dumps({**about(), "requests": args.requests, "runs": rows}, indent=1))
     return int(any(row["failed"] or row["completed"] != args.requests for row in rows))
 
 
