@@ -25,7 +25,7 @@ from nanokimi.files import is_full_disk, move_into, new_folder, partial_folder, 
 from nanokimi.interop import gguf_file, hf_reader, hf_writer
 from nanokimi.interop.engines import compare_llamacpp, compare_transformers
 from nanokimi.interop.loading import read_model
-from nanokimi.interop.receipt import RECEIPT, Comparison, NotCompared, write_receipt
+from nanokimi.receipt import RECEIPT, Comparison, NotCompared, write_receipt
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 

@@ -20,7 +20,7 @@ from nanokimi.errors import RunError
 from nanokimi.inference.generate import generate_tokens
 from nanokimi.interop.engines import TEXT, LlamaCpp, compare_llamacpp
 from nanokimi.interop.gguf_file import DTYPES, stored_weights, write_gguf
-from nanokimi.interop.receipt import NotCompared
+from nanokimi.receipt import NotCompared
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
 

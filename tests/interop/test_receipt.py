@@ -12,7 +12,7 @@ import torch
 from nanokimi.errors import UserError
 from nanokimi.files import sha256_of
 from nanokimi.interop.engines import TEXT, mean_loss
-from nanokimi.interop.receipt import (
+from nanokimi.receipt import (
     RECEIPT,
     Comparison,
     NotCompared,
