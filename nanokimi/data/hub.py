@@ -280,7 +280,7 @@ def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments
     if path := _whole_sample(folder, stem):
         return path
     documents = open_hub()
-    with disk_errors_explained("sample", folder):
+    with disk_errors_explained("sample", folder / f"{stem}.jsonl"):
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{stem}-{short_hash(documents.identity)}.part"
         with unfinished.open("a+b") as file:

@@ -16,9 +16,9 @@ from nanokimi.config import ModelConfig, from_dict
 from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.interop.huggingface import FIELDS, from_huggingface, model_values, to_huggingface
-from nanokimi.receipt import RECEIPT, verify_receipt
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import meta_model
+from nanokimi.receipt import RECEIPT, verify_receipt
 
 WEIGHTS, INDEX, OWN = "model.safetensors", "model.safetensors.index.json", "nanokimi.json"
 # The fields of ModelConfig that only nanokimi.json holds.
