@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import shutil
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,7 +55,11 @@ def proven(work: Path, *, every: int) -> dict[str, dict[str, int]]:
     """
     work.mkdir(parents=True)
     with mock.patch.dict("os.environ", XDG_CACHE_HOME=str(work / "cache")):
-        return {kind.name: flipped(kind, every) for kind in kinds(work)}
+        record = {}
+        for kind in kinds(work):
+            record[kind.name] = flipped(kind, every)
+            print(kind.name, json.dumps(record[kind.name]), file=sys.stderr, flush=True)
+        return record
 
 
 def flipped(kind: Kind, every: int) -> dict[str, int]:
