@@ -81,7 +81,7 @@ def verify_receipt(path: Path, wanted: Collection[str]) -> None:
         if content["format"] != FORMAT:
             raise KeyError("format")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, or not a receipt of nanokimi: remove it, or export again") from error
+        raise UserError(f"{path}: not a receipt of nanokimi, or damaged: remove it, or export again") from error
     for name in (name for name in listed if name in wanted):
         file, (size, digest) = path.with_name(name), listed[name]
         remedy = f"export or copy it again, or remove {path.name} if the change is yours"
