@@ -9,7 +9,7 @@ of every write, and at random moments; every state that a power cut can leave is
 operation on; a byte is flipped in every region of the checkpoint. After each, ``--resume`` must go on from a step that
 is no older than the last that was said to be on the disk, and its end must equal the uninterrupted run's, to the bit.
 A state of the disk that was checked before is not checked again. Folders of shards are written by one process here,
-and compared with what was saved. Bytes are flipped in every other file that is read, too: see ``flipped_bytes``.
+and compared with what was saved. Bytes are flipped in every other file that is read, too: see ``flipped_files``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import flipped_bytes
+from benchmarks import flipped_files
 from benchmarks.bench.results import ROOT, about
 from benchmarks.disk_model import NEEDS_ROOM, Disk, PowerCuts, Tree, full_from, key_of, killed_at
 from nanokimi import checkpoint
@@ -343,7 +343,7 @@ def main() -> None:
         if options.only != "checkpoints":
             torch.set_num_threads(1)
             tried = {"every": 1999, "one_in": 40} if options.short else {"every": 397}
-            found = flipped_bytes.proven(Path(work, "files"), **tried)
+            found = flipped_files.proven(Path(work, "files"), **tried)
             write({"other files": about() | {"accepted in silence": 0, "kinds": found}})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import flipped_bytes, nothing_lost
+from benchmarks import flipped_files, nothing_lost
 from benchmarks.disk_model import Op, PowerCuts
 from nanokimi.config import TrainConfig
 from nanokimi.data.sources import open_corpus
@@ -27,7 +27,7 @@ def test_no_kill_power_cut_full_disk_or_flipped_byte_loses_a_checkpoint(tmp_path
 
 @pytest.mark.fault("B1")
 def test_no_flipped_byte_in_any_other_file_is_accepted_in_silence(tmp_path: Path) -> None:
-    found = flipped_bytes.proven(tmp_path / "files", every=1999, one_in=40)
+    found = flipped_files.proven(tmp_path / "files", every=1999, one_in=40)
     refused, anew = (
         {name for name, count in found.items() if word in count} for word in ("noticed and named", "made anew")
     )
