@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import nothing_lost
+from benchmarks import flipped_bytes, nothing_lost
 from benchmarks.disk_model import Op, PowerCuts
 from nanokimi.config import TrainConfig
 from nanokimi.data.sources import open_corpus
@@ -21,6 +21,15 @@ from nanokimi.errors import UserError
 def test_no_kill_power_cut_full_disk_or_flipped_byte_loses_a_checkpoint(tmp_path: Path) -> None:
     for found in nothing_lost.proven(tmp_path, short=True).values():
         assert min(found.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.fault("B1")
+@pytest.mark.parametrize("kind", flipped_bytes.KINDS)
+def test_a_flipped_byte_in_any_file_that_a_run_reads_is_named_mended_or_harmless(tmp_path: Path, kind: str) -> None:
+    reader = flipped_bytes.KINDS[kind](tmp_path)
+    assert len(reader.files) == len({path.read_bytes() for path in reader.files})
+    assert sum(flipped_bytes.flips(reader, 1).values()) == 2 * len(reader.files)
 
 
 @pytest.mark.parametrize("lost", ["of files", "of the folder"])
