@@ -2,8 +2,8 @@
 
     python -m benchmarks.flipped_bytes     # writes benchmarks/results/flipped-bytes.json
 
-A run of the ``debug`` preset reads a token folder, a text with its cache of tokens and tokenizer, an exported folder, or
-the weights of a checkpoint. After each flip the command must name the damage in one line (exit code 2), make what is
+A run of the ``debug`` preset reads a token folder, a text with its cache of tokens and tokenizer, an exported folder,
+or the weights of a checkpoint. After each flip the command must name the damage in one line (exit code 2), make what is
 damaged anew, or end with the numbers of the undamaged run, to the bit.
 """
 
@@ -48,7 +48,7 @@ class Reader:
             line = said.splitlines()[-1]
             assert path.name in line or path.parent.name in line, (path, line)
             return "named"
-        assert code == 0 and end == self.end, (path, code, said)
+        assert (code, end) == (0, self.end), (path, said)
         return "harmless" if path.exists() and path.read_bytes() == bad else "made anew"
 
 

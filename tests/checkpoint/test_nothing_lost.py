@@ -28,8 +28,9 @@ def test_no_kill_power_cut_full_disk_or_flipped_byte_loses_a_checkpoint(tmp_path
 @pytest.mark.parametrize("kind", flipped_bytes.KINDS)
 def test_a_flipped_byte_in_any_file_that_a_run_reads_is_named_mended_or_harmless(tmp_path: Path, kind: str) -> None:
     reader = flipped_bytes.KINDS[kind](tmp_path)
-    assert len(reader.files) == len({path.read_bytes() for path in reader.files})
-    assert sum(flipped_bytes.flips(reader, 1).values()) == 2 * len(reader.files)
+    found = flipped_bytes.flips(reader, 1)
+    assert sum(found.values()) == 2 * len(reader.files)
+    assert any(not name.endswith("harmless") for name in found)
 
 
 @pytest.mark.parametrize("lost", ["of files", "of the folder"])
