@@ -18,6 +18,7 @@ ALIGNMENT = 64  # bytes, as torch's own tensors have
 # Numbers from glibc's malloc.h; see mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
+_NO_LIMIT = 1 << 60  # bytes: version 1 of control groups writes a number near 2^63
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
@@ -29,10 +30,10 @@ def free_memory(root: Path = Path("/")) -> int | None:
     available = _kilobytes(root / "proc/meminfo", "MemAvailable")
     if available is None:
         return None
-    return max(0, min([available, *_left_in_groups(root)]))
+    return max(0, min([available, *left_in_groups(root)]))
 
 
-def _left_in_groups(root: Path) -> Iterator[int]:
+def left_in_groups(root: Path = Path("/")) -> Iterator[int]:
     """What each control group leaves that has a limit: this process's own, and every one that holds it.
 
     A container often sees its own group as the root of the tree, whatever path the system reports for it.
@@ -53,7 +54,8 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         for part in ("", *PurePosixPath(path).parts[1:]):
             group /= part
             with suppress(OSError, ValueError):  # no such group, or no limit
-                yield int((group / limit).read_text()) - int((group / used).read_text()) + _reclaimable(group)
+                if (most := int((group / limit).read_text())) < _NO_LIMIT:
+                    yield most - int((group / used).read_text()) + _reclaimable(group)
 
 
 def _reclaimable(group: Path) -> int:

@@ -8,17 +8,20 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nanokimi.console import show
 from nanokimi.errors import RunError
-from nanokimi.memory import free_memory
+from nanokimi.memory import free_memory, left_in_groups
 from nanokimi.native.build import cache_folder, library
-from nanokimi.ops.measured import default_choice, fixed, measured_choice
+from nanokimi.ops.measured import NAMES, default_choice, fixed, measured_choice, multiplied_by
+from nanokimi.ops.products import product
 
 PACKAGES = ("nanokimi", "torch", "numpy", "tokenizers", "datasets", "safetensors")
 EXTRAS = ("fastapi", "uvicorn", "transformers", "gguf", "lm_eval", "tensorboardX", "wandb", "trackio")
@@ -102,7 +105,9 @@ def memory() -> Iterator[Finding]:
         return
     little = free < LEAST_MEMORY
     trouble = "too little for more than small models: choose a small --preset, or raise the limit" if little else ""
-    yield Finding("free memory", f"{free / 2**30:.1f} GiB", trouble)
+    left = min(left_in_groups(), default=None)
+    groups = "set no limit" if left is None else f"leave {left / 2**30:.1f} GiB"
+    yield Finding("free memory", f"{free / 2**30:.1f} GiB; control groups {groups}", trouble)
 
 
 def folder(name: str, path: Path, remedy: str, *, fails: bool = False) -> Iterator[Finding]:
@@ -136,6 +141,24 @@ def native_decoder() -> Iterator[Finding]:
 
 
 def speed() -> Iterator[Finding]:
-    """By which library and in which type a run on this CPU would multiply, measured now."""
+    """How fast each library and type multiplies, and which of them a run on this CPU would take, measured now."""
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    for kind, name in NAMES.items():
+        with multiplied_by(kind):
+            fast = gigaflops(partial(product, a, b))
+        yield Finding(f"fp32 products by {name}", f"{fast:.0f} GFLOP/s")
+    half_a, half_b = a.bfloat16(), b.bfloat16()
+    yield Finding("bf16 products", f"{gigaflops(partial(torch.matmul, half_a, half_b)):.0f} GFLOP/s")
     choice = default_choice(torch.device("cpu")) if fixed() else measured_choice(SIDE, SIDE)
-    yield Finding("products", f"{choice} ({choice.evidence})")
+    yield Finding("products of a run", f"{choice} ({choice.evidence})")
+
+
+def gigaflops(multiply: Callable[[], object]) -> float:
+    """Speed of a product of two matrices of ``SIDE``: the best of five after one to warm up."""
+    multiply()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - started)
+    return 2e-9 * SIDE**3 / min(seconds)

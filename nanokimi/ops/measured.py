@@ -27,7 +27,7 @@ FIXED = "fixed"  # the value of NANOKIMI_PRODUCTS that forbids to measure
 LARGEST = 512  # rows and columns of a matrix that are timed at most
 TOKENS = 1024  # rows that are multiplied by it
 ROUNDS, SECONDS = 9, 0.2  # of a measurement with its warm-up: three rounds, then as many as the time allows
-NAMES = {"onednn": "oneDNN", "mkl": "MKL"}
+NAMES: dict[Library, str] = {"onednn": "oneDNN", "mkl": "MKL"}
 
 
 class Choice(NamedTuple):
@@ -104,7 +104,7 @@ def measured_choice(rows: int, cols: int) -> Choice:
         gain = library_gain(rows, cols)
         choice = choice._replace(library="mkl" if gain >= GAIN else "onednn", library_gain=gain)
     if choice.dtype == "bfloat16":
-        with _multiplied_by(choice.library):
+        with multiplied_by(choice.library):
             gain = dtype_gain(rows, cols)
         choice = choice._replace(dtype="float32" if gain >= GAIN else "bfloat16", dtype_gain=gain)
     return choice
@@ -118,12 +118,12 @@ def library_gain(rows: int, cols: int) -> float:
     if TOKENS * rows * cols < 16 * SMALL:
         return 0.0
     x, weight, grad = _drawn(TOKENS, cols), _drawn(rows, cols), _drawn(TOKENS, rows)
-    with _multiplied_by("onednn"):  # the first call of a process sets the operator up, in up to a second
+    with multiplied_by("onednn"):  # the first call of a process sets the operator up, in up to a second
         product(_drawn(128, 128), _drawn(128, 128))
 
     def layer(library: Library) -> Callable[[], object]:
         def call() -> None:
-            with _multiplied_by(library):
+            with multiplied_by(library):
                 product(x, weight.mT), product(grad, weight), product(grad.mT, x)
 
         return call
@@ -147,7 +147,7 @@ def _drawn(rows: int, cols: int) -> torch.Tensor:
 
 
 @contextmanager
-def _multiplied_by(library: Library) -> Iterator[None]:
+def multiplied_by(library: Library) -> Iterator[None]:
     """Within it ``library`` multiplies fp32 matrices."""
     before = fp32_library()
     multiply_fp32_by(library)
