@@ -2,13 +2,14 @@
 
     python -m benchmarks.nothing_lost            # writes benchmarks/results/nothing-lost.json
     python -m benchmarks.nothing_lost --short    # a part of it, in seconds
+    python -m benchmarks.nothing_lost --only files  # the flipped bytes of files that are no checkpoints of a resume
 
 A run of the ``debug`` preset saves at every step. It is killed before every operation of ``disk_model``, in the middle
 of every write, and at random moments; every state that a power cut can leave is made; the disk is full from every
 operation on; a byte is flipped in every region of the checkpoint. After each, ``--resume`` must go on from a step that
 is no older than the last that was said to be on the disk, and its end must equal the uninterrupted run's, to the bit.
 A state of the disk that was checked before is not checked again. Folders of shards are written by one process here,
-and compared with what was saved.
+and compared with what was saved. Bytes are flipped in every other file that is read, too: see ``flipped_files``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import flipped_files
 from benchmarks.bench.results import ROOT, about
 from benchmarks.disk_model import NEEDS_ROOM, Disk, PowerCuts, Tree, full_from, key_of, killed_at
 from nanokimi import checkpoint
@@ -326,14 +328,23 @@ def proven(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="a part of it; writes nothing")
-    short = parser.parse_args().short
+    parser.add_argument("--only", choices=("checkpoints", "files"), help="one part; the other's record is kept")
+    options = parser.parse_args()
 
-    def write(record: dict[str, Any]) -> None:
-        if not short:
-            RESULTS.write_text(json.dumps(about() | {"lost": 0, "tracebacks": 0, "cases": record}, indent=1) + "\n")
+    def write(part: dict[str, Any]) -> None:
+        if not options.short:
+            kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            RESULTS.write_text(json.dumps(kept | part, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as work:
-        proven(Path(work), short=short, done=write)
+        if options.only != "files":
+            begun = about() | {"lost": 0, "tracebacks": 0}
+            proven(Path(work), short=options.short, done=lambda record: write(begun | {"cases": record}))
+        if options.only != "checkpoints":
+            torch.set_num_threads(1)
+            tried = {"every": 1999, "one_in": 40} if options.short else {"every": 397}
+            found = flipped_files.proven(Path(work, "files"), **tried)
+            write({"other files": about() | {"accepted in silence": 0, "kinds": found}})
 
 
 if __name__ == "__main__":

@@ -152,9 +152,9 @@ class CachedText:
         """A BPE of the training split (never of held-out text), trained at most once."""
         name = f"{self.stem}-{size}-{{}}.tokenizer.json"  # with a checksum of the contents
         for path in (path for folder in self.folders for path in folder.glob(name.format("*"))):
-            with suppress(UserError, OSError):  # damaged, or gone
-                state = load_tokenizer(str(path)).to_state()
-                if path.name == name.format(sha256_of(path)[:16]):
+            with suppress(UserError, OSError):  # of a later version, or gone
+                if path.name == name.format(sha256_of(path)[:16]):  # else it is damaged
+                    state = load_tokenizer(str(path)).to_state()
                     return Tokenizer.from_state({**state, "name": f"bpe:{size}"})
         tokenizer = train_bpe(self.text.training_text(TRAINING), size)
         folder, digest = self._writable_folder(), hashlib.sha256(tokenizer.to_json().encode()).hexdigest()

@@ -23,7 +23,7 @@ from nanokimi.data.documents import START, Advance, Cursor, Piece, ignore, short
 from nanokimi.data.formats import MOST_RECORDS, column_types, parquet_batches, pick_text_column, pieces_of_row
 from nanokimi.data.tokenizer import is_hub_name
 from nanokimi.errors import RunError, UserError
-from nanokimi.files import cache_home, disk_errors_explained, lock
+from nanokimi.files import cache_home, disk_errors_explained, lock, sha256_of
 
 FINEWEB = "HuggingFaceFW/fineweb"
 FINEWEB_CONFIG = "sample-10BT"
@@ -276,20 +276,33 @@ def fetch_sample(limit: int, key: list[Any], open_hub: Callable[[], HubDocuments
     """
     if not limit:
         raise UserError("--num_samples 0 takes all of the data set: add --streaming, or say how many documents to take")
-    path = cache_home() / "hub" / f"{short_hash([*key, limit])}.jsonl"
-    if path.is_file():
+    folder, stem = cache_home() / "hub", short_hash([*key, limit])
+    if path := _whole_sample(folder, stem):
         return path
     documents = open_hub()
-    with disk_errors_explained("sample", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.stem}-{short_hash(documents.identity)}.part")
+    with disk_errors_explained("sample", folder / f"{stem}.jsonl"):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{stem}-{short_hash(documents.identity)}.part"
         with unfinished.open("a+b") as file:
             lock(file.fileno(), wait=True)  # a second run waits for the first
-            if not path.is_file():
+            path = _whole_sample(folder, stem)
+            if path is None:
                 _fetch(documents, file)
                 os.fsync(file.fileno())
+                path = folder / f"{stem}-{sha256_of(unfinished)[:16]}.jsonl"
                 unfinished.rename(path)
     return path
+
+
+def _whole_sample(folder: Path, stem: str) -> Path | None:
+    """The sample that was fetched before; one that does not match the checksum in its name is told and left out."""
+    without_checksum = folder / f"{stem}.jsonl"  # of an earlier version
+    for path in [without_checksum, *sorted(folder.glob(f"{stem}-*.jsonl"))]:
+        if path.is_file():
+            if path in (without_checksum, folder / f"{stem}-{sha256_of(path)[:16]}.jsonl"):
+                return path
+            console.log(f"note: {path}: damaged: it is fetched again")
+    return None
 
 
 def _fetch(documents: HubDocuments, file: IO[bytes]) -> None:

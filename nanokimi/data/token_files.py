@@ -31,7 +31,7 @@ from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
 
 FILE_VERSION, SET_VERSION = 1, 1
-MAGIC = b"NKTOKENS"
+MAGIC, HEADER_START = b"NKTOKENS", b'{"version": '
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 BATCH_CHARACTERS = 1 << 21  # enough to keep all cores busy, little enough for any memory
 _START = 16384  # of the tokens
@@ -169,7 +169,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not start:
         raise TokenFileError(f"{path}: the file is empty")
     if not start.startswith(MAGIC):
-        raise TokenFileError(f"{path}: not a nanokimi token file")
+        raise TokenFileError(f"{path}: not a nanokimi token file, or damaged: make it anew")
     try:
         header: dict[str, Any] = json.loads(start[len(MAGIC) :])
         version = header["version"]

@@ -19,7 +19,7 @@ from nanokimi.data.batch import TokenArray
 from nanokimi.data.corpus import Corpus, TrainData
 from nanokimi.data.documents import ENOUGH_DOCUMENTS, in_share, short_hash, wrong_share
 from nanokimi.data.finding import Search, split_path
-from nanokimi.data.token_files import MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
+from nanokimi.data.token_files import HEADER_START, MAGIC, MANIFEST, TOKENIZER, TokenFile, TokenSet
 from nanokimi.data.tokenizer import Tokenizer, bpe_size, load_tokenizer
 from nanokimi.errors import UserError
 
@@ -51,9 +51,16 @@ class TokenBin:
         """The ``tokenizer.json`` beside the files, or the one that a header names, unless that must be trained."""
         first = self._paths[0][0]
         beside = first.with_name(TOKENIZER)
+        file = TokenFile.open(first) if _is_ours(first) else None
         if beside.is_file():
-            return load_tokenizer(str(beside))
-        name = TokenFile.open(first).tokenizer if _is_ours(first) else ""
+            found = load_tokenizer(str(beside))
+            if file is not None and file.fingerprint != found.fingerprint:
+                raise UserError(
+                    f"{beside}: damaged, or another tokenizer than the one that made {first.name} ({file.tokenizer}): "
+                    "put that one beside the file, or prepare the text anew"
+                )
+            return found
+        name = "" if file is None else file.tokenizer
         return load_tokenizer(name) if name and bpe_size(name) is None else None
 
     def open(self, tokenizer: Tokenizer, log: Callable[[str], None]) -> Corpus:
@@ -175,12 +182,12 @@ def _is_ours(path: Path) -> bool:
         raise UserError(f"{path}: not a regular file: it is mapped into memory, so save the tokens to disk first")
     try:
         with path.open("rb") as file:
-            start = file.read(len(MAGIC))
+            start = file.read(len(MAGIC + HEADER_START))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not start:
         raise UserError(f"{path}: the file is empty: make it anew with `nanokimi prepare`")
-    return start == MAGIC
+    return start.startswith(MAGIC) or start.endswith(HEADER_START)  # the other one may be damaged
 
 
 def _open_plain(path: Path, tokenizer: Tokenizer) -> TokenFile:

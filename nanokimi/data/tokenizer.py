@@ -21,6 +21,7 @@ from torch import Tensor
 from nanokimi.console import attended
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
+from nanokimi.receipt import RECEIPT, verify_receipt
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCABULARY = 1 << 24  # of a BPE that is trained: room for all of them is taken at once
@@ -265,6 +266,7 @@ def _byte_level(model: models.BPE) -> HFTokenizer:
 def _from_file(path: Path, name: str) -> Tokenizer:
     if not os.path.isfile(path):
         raise UserError(f"tokenizer_name {name}: there is no {path}: use {_ALTERNATIVES}")
+    verify_receipt(path.with_name(RECEIPT), (path.name, CONFIG, CHAT_TEMPLATE))
     try:
         inner = HFTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

@@ -25,9 +25,9 @@ from nanokimi.files import is_full_disk, move_into, new_folder, partial_folder, 
 from nanokimi.interop import gguf_file, hf_reader, hf_writer
 from nanokimi.interop.engines import compare_llamacpp, compare_transformers
 from nanokimi.interop.loading import read_model
-from nanokimi.interop.receipt import RECEIPT, Comparison, NotCompared, write_receipt
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
+from nanokimi.receipt import RECEIPT, Comparison, NotCompared, write_receipt
 
 # What an engine may differ by before the export is called wrong. In fp32 only the order of sums differs;
 # with fewer bits llama.cpp rounds activations too, which shows in single numbers but hardly in the loss.

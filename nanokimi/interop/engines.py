@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from nanokimi.data.tokenizer import Tokenizer
 from nanokimi.errors import RunError
-from nanokimi.interop.receipt import Comparison, NotCompared
 from nanokimi.model.transformer import Transformer
+from nanokimi.receipt import Comparison, NotCompared
 
 # Log-probabilities of llama.cpp come as text: so many take a few seconds.
 MOST_VALUES = 500_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nanokimi.checkpoint import check_fits
 from nanokimi.config import ModelConfig, from_dict
-from nanokimi.data.tokenizer import CHAT_TEMPLATE, CONFIG, Tokenizer, load_tokenizer
+from nanokimi.data.tokenizer import Tokenizer, load_tokenizer
 from nanokimi.errors import UserError
 from nanokimi.interop.huggingface import FIELDS, from_huggingface, model_values, to_huggingface
-from nanokimi.interop.receipt import RECEIPT, verify_receipt
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import meta_model
+from nanokimi.receipt import RECEIPT, verify_receipt
 
 WEIGHTS, INDEX, OWN = "model.safetensors", "model.safetensors.index.json", "nanokimi.json"
 # The fields of ModelConfig that only nanokimi.json holds.
@@ -35,22 +35,15 @@ def read_folder(folder: Path, *, tokenizer: str = "") -> StoredModel:
         UserError: missing, damaged or truncated files, another architecture, features that our network lacks,
             shapes that do not fit ``config.json``, no tokenizer; one line that says which.
     """
-    checked = () if tokenizer else ("tokenizer.json", CONFIG, CHAT_TEMPLATE)
-    config, weights, training, notes = read_weights(folder, checked)
+    config, weights, training, notes = read_weights(folder)
     return StoredModel(config, weights, _find_tokenizer(folder, tokenizer, config), training, notes)
 
 
-def read_weights(
-    folder: Path, others: Collection[str] = ()
-) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
-    """What ``StoredModel`` holds, except for the tokenizer; errors as for ``read_folder``.
-
-    Args:
-        others: files that will be read too, to be checked against the folder's receipt.
-    """
+def read_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """What ``StoredModel`` holds, except for the tokenizer; errors as for ``read_folder``."""
     content = _read_json(folder / "config.json")
     files, tensors = _open_weights(folder)
-    verify_receipt(folder / RECEIPT, ("config.json", *others, OWN, INDEX, *files))
+    verify_receipt(folder / RECEIPT, ("config.json", OWN, INDEX, *files))
     values, notes = model_values(content, str(folder / "config.json"))
     kept, training = _own_values(folder / OWN)
     config = from_dict(ModelConfig, {"tokenizer_name": folder.resolve().name, **kept, **values})

@@ -18,9 +18,9 @@ from nanokimi.errors import UserError
 from nanokimi.files import new_folder
 from nanokimi.interop.hf_reader import INDEX, OWN, WEIGHTS
 from nanokimi.interop.huggingface import ARCHITECTURES, huggingface_config, to_huggingface
-from nanokimi.interop.receipt import RECEIPT
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import meta_model
+from nanokimi.receipt import RECEIPT
 
 SHARD_BYTES = 5_000_000_000
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import flipped_bytes, nothing_lost
+from benchmarks import flipped_bytes, flipped_files, nothing_lost
 from benchmarks.disk_model import Op, PowerCuts
 from nanokimi.config import TrainConfig
 from nanokimi.data.sources import open_corpus
-from nanokimi.data.token_files import MANIFEST, TokenFileError, TokenSet
+from nanokimi.data.token_files import MANIFEST, TokenFileError, TokenSet, write_tokens
+from nanokimi.data.tokenbin import TokenBin
+from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.errors import UserError
 
 
@@ -21,6 +23,26 @@ from nanokimi.errors import UserError
 def test_no_kill_power_cut_full_disk_or_flipped_byte_loses_a_checkpoint(tmp_path: Path) -> None:
     for found in nothing_lost.proven(tmp_path, short=True).values():
         assert min(found.values()) > 0
+
+
+@pytest.mark.fault("B1")
+def test_no_flipped_byte_in_any_other_file_is_accepted_in_silence(tmp_path: Path) -> None:
+    found = flipped_files.proven(tmp_path / "files", every=1999, one_in=40)
+    refused, anew = (
+        {name for name, count in found.items() if word in count} for word in ("noticed and named", "made anew")
+    )
+    assert anew == {"token cache and cached tokenizer", "sample of the hub"}
+    assert refused == found.keys() - anew
+
+
+@pytest.mark.fault("B1")
+def test_a_flip_in_a_token_files_first_bytes_does_not_make_it_a_plain_one(tmp_path: Path) -> None:
+    path = tmp_path / "train.bin"
+    with write_tokens(path, load_tokenizer("byte")) as writer:
+        writer.add([65] * 9_000, 9_000)
+    path.write_bytes(b"nKTOKENS" + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=r"train\.bin: not a nanokimi token file, or damaged"):
+        TokenBin(str(path)).find_tokenizer()
 
 
 @pytest.mark.slow

@@ -255,3 +255,18 @@ def test_a_sample_is_split_and_tokenised_like_a_local_text(tmp_path: Path, monke
     monkeypatch.setattr(sources, "hub_documents", lambda config, log: never())
     config = TrainConfig(dataset="fineweb", num_samples=150)
     assert open_corpus(config, "byte", log=lambda line: None).train.identity == sample.train.identity
+
+
+@pytest.mark.fault("B1")
+def test_a_damaged_sample_is_told_and_fetched_again_and_one_without_a_checksum_is_read(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = fetch(Rows())
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"first", b"girst"))
+    assert fetch(Rows()) == path
+    assert path.read_bytes() == good
+    assert f"{path.name}: damaged: it is fetched again" in capsys.readouterr().err
+    of_earlier_version = path.with_name(f"{path.stem.rsplit('-', 1)[0]}.jsonl")
+    path.rename(of_earlier_version)
+    assert fetch_sample(len(TEXTS), KEY, never) == of_earlier_version

@@ -37,7 +37,7 @@ from nanokimi.interop import commands
 from nanokimi.interop.engines import TEXT
 from nanokimi.interop.hf_reader import INDEX, OWN
 from nanokimi.interop.loading import load, read_model, training_figures
-from nanokimi.interop.receipt import RECEIPT, Comparison, verify_receipt
+from nanokimi.receipt import RECEIPT, Comparison, verify_receipt
 
 YARN: dict[str, Any] = {"rope_factor": 4.0, "original_seq_len": 32}
 WEIGHTS = "model.safetensors"

@@ -37,7 +37,7 @@ from nanokimi.interop import commands, gguf_file, hf_writer
 from nanokimi.interop.engines import TEXT
 from nanokimi.interop.hf_reader import INDEX, OWN
 from nanokimi.interop.loading import load, read_model
-from nanokimi.interop.receipt import RECEIPT
+from nanokimi.receipt import RECEIPT
 
 WEIGHTS = "model.safetensors"
 

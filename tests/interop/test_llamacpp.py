@@ -20,9 +20,9 @@ from nanokimi.errors import RunError
 from nanokimi.inference.generate import generate_tokens
 from nanokimi.interop.engines import TEXT, LlamaCpp, compare_llamacpp
 from nanokimi.interop.gguf_file import DTYPES, stored_weights, write_gguf
-from nanokimi.interop.receipt import NotCompared
 from nanokimi.interop.stored import StoredModel
 from nanokimi.model.transformer import Transformer
+from nanokimi.receipt import NotCompared
 
 pytest.importorskip("xllamacpp")
 

@@ -17,7 +17,7 @@ from model_hub import READER, WRITER, ModelHub
 
 from nanokimi.errors import UserError
 from nanokimi.interop.commands import push_folder
-from nanokimi.interop.receipt import RECEIPT, NotCompared, write_receipt
+from nanokimi.receipt import RECEIPT, NotCompared, write_receipt
 
 # Importing torch takes seconds: one child does so once, and then pushes and fetches what it is told, a line at a time.
 CHILD = """

@@ -12,7 +12,7 @@ import torch
 from nanokimi.errors import UserError
 from nanokimi.files import sha256_of
 from nanokimi.interop.engines import TEXT, mean_loss
-from nanokimi.interop.receipt import (
+from nanokimi.receipt import (
     RECEIPT,
     Comparison,
     NotCompared,
@@ -122,3 +122,20 @@ def test_the_mean_loss_is_that_of_each_token_given_those_before_it() -> None:
 def test_a_comparison_says_in_a_line_what_was_found() -> None:
     assert "\n" not in str(FOUND)
     assert all(word in str(FOUND) for word in ("some engine 1.2", "3e-06", "40 positions"))
+
+
+@pytest.mark.fault("B1")
+def test_a_receipt_is_checked_too_and_one_without_its_checksum_is_still_read(folder: Path) -> None:
+    path = folder / RECEIPT
+    good = path.read_text()
+    for changed in (good.replace('"b.bin"', '"c.bin"'), good.replace('"sha256": "', '"sha257": "')):
+        path.write_text(changed)
+        with pytest.raises(UserError, match=rf"{RECEIPT}: not a receipt of nanokimi, or damaged"):
+            verify_receipt(path, ["b.bin"])
+    content = json.loads(good)
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    verify_receipt(path, ["b.bin"])
+    (folder / "b.bin").write_bytes(b"abd")
+    with pytest.raises(UserError, match=r"b\.bin: damaged or changed"):
+        verify_receipt(path, ["b.bin"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nanokimi.errors import UserError
 from nanokimi.files import atomic_write, sha256_of
@@ -13,6 +15,7 @@ from nanokimi.files import atomic_write, sha256_of
 FORMAT = "nanokimi-receipt"
 VERSION = 1
 RECEIPT = "receipt.json"
+_KNOWN = {"format", "version", "target", "dtype", "comparison", "not_compared", "files"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def write_receipt(
     Nothing in it depends on time or place: the same export leaves the same bytes.
     """
     found = {} if isinstance(compared, NotCompared) else asdict(compared)
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "target": target,
@@ -56,6 +59,7 @@ def write_receipt(
         "not_compared": str(compared) if isinstance(compared, NotCompared) else None,
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(files)},
     }
+    content["sha256"] = _sum_of(content)
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
@@ -70,11 +74,14 @@ def verify_receipt(path: Path, wanted: Collection[str]) -> None:
         return
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        digest = content.pop("sha256", None)
+        if digest not in (None, _sum_of(content)) or not content.keys() <= _KNOWN:  # None: of an earlier version
+            raise ValueError("its contents do not match their checksum")
         listed = {name: (entry.get("bytes"), entry.get("sha256")) for name, entry in content["files"].items()}
         if content["format"] != FORMAT:
             raise KeyError("format")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a receipt of nanokimi: remove it, or export the model again") from error
+        raise UserError(f"{path}: not a receipt of nanokimi, or damaged: remove it, or export again") from error
     for name in (name for name in listed if name in wanted):
         file, (size, digest) = path.with_name(name), listed[name]
         remedy = f"export or copy it again, or remove {path.name} if the change is yours"
@@ -85,3 +92,7 @@ def verify_receipt(path: Path, wanted: Collection[str]) -> None:
             raise UserError(f"{file}: {found}: truncated or changed: {remedy}")
         if sha256_of(file) != digest:
             raise UserError(f"{file}: damaged or changed (it does not match its checksum in {path.name}): {remedy}")
+
+
+def _sum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
