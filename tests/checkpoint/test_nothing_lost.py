@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import flipped_bytes, flipped_files, nothing_lost
+from benchmarks import flipped_files, nothing_lost
 from benchmarks.disk_model import Op, PowerCuts
 from nanokimi.config import TrainConfig
 from nanokimi.data.sources import open_corpus
@@ -43,16 +43,6 @@ def test_a_flip_in_a_token_files_first_bytes_does_not_make_it_a_plain_one(tmp_pa
     path.write_bytes(b"nKTOKENS" + path.read_bytes()[8:])
     with pytest.raises(UserError, match=r"train\.bin: not a nanokimi token file, or damaged"):
         TokenBin(str(path)).find_tokenizer()
-
-
-@pytest.mark.slow
-@pytest.mark.fault("B1")
-@pytest.mark.parametrize("kind", flipped_bytes.KINDS)
-def test_a_flipped_byte_in_any_file_that_a_run_reads_is_named_mended_or_harmless(tmp_path: Path, kind: str) -> None:
-    reader = flipped_bytes.KINDS[kind](tmp_path)
-    found = flipped_bytes.flips(reader, 1)
-    assert sum(found.values()) == 2 * len(reader.files)
-    assert any(not name.endswith("harmless") for name in found)
 
 
 @pytest.mark.parametrize("lost", ["of files", "of the folder"])
