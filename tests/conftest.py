@@ -13,6 +13,8 @@ import torch
 from nanokimi.config import ModelConfig
 from nanokimi.model.transformer import Transformer
 
+pytest_plugins = ["tests.properties.bench"]  # not a conftest.py: there can be one of that name
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of child processes: models this small only lose by more threads
 os.environ["NANOKIMI_PRODUCTS"] = "fixed"  # results must not depend on what is faster here

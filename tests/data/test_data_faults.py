@@ -28,7 +28,13 @@ from nanokimi.data.token_files import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 
-PROGRESS = ("reading ", "tokenising ", "checking ", "training on ")  # the last tells what an open source holds
+PROGRESS = (
+    "reading ",
+    "tokenising ",
+    "checking ",
+    "training on ",
+    "products: ",
+)  # the last tells what an open source holds
 MORE = b" and more words" * 3
 TEXT_SOURCES = ("local", "localstreaming")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -53,7 +54,14 @@ def answer(arguments: Sequence[str], folder: Path, stdin: str = "") -> Answer:
     before = os.getcwd()
     os.chdir(folder)
     try:
-        with _watched(folder), _in_time(), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        with (
+            _watched(folder),
+            _in_time(),
+            _a_laptops_memory(),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
             sys.stdin, kept = io.StringIO(stdin), sys.stdin
             try:
                 code: Any = main(list(arguments))
@@ -68,6 +76,18 @@ def answer(arguments: Sequence[str], folder: Path, stdin: str = "") -> Answer:
 
 def _stream(errors: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(), "utf-8", errors, write_through=True)
+
+
+@contextmanager
+def _a_laptops_memory() -> Iterator[None]:
+    """A shape that is too large has to be refused by the allocator, not by the kernel's killer."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (6 << 30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

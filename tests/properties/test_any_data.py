@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from seam import TRAIN, Bench, answer, tries
 
 from nanokimi.config import TrainConfig
 from nanokimi.data.corpus import Corpus
 from nanokimi.data.sources import open_corpus
 from nanokimi.data.tokenizer import END_OF_TEXT
 from nanokimi.errors import UserError
+from tests.properties.seam import TRAIN, Bench, answer, tries
 
 pytestmark = pytest.mark.fault("B5")
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from seam import TRAIN, Bench, answer, tries
 
 from nanokimi.cli import build_parser
 from nanokimi.config import ModelConfig, TrainConfig
+from tests.properties.seam import TRAIN, Bench, answer, tries
 
 pytestmark = pytest.mark.fault("B5")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from seam import Bench, answer, tries
 
 from nanokimi.config import ModelConfig, TrainConfig, from_dict
 from nanokimi.errors import ConfigError
 from nanokimi.model.transformer import Transformer
+from tests.properties.seam import Bench, answer, tries
 
 pytestmark = pytest.mark.fault("B5")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from seam import TRAIN, Bench, answer, tries
+
+from tests.properties.seam import TRAIN, Bench, answer, tries
 
 pytestmark = pytest.mark.fault("B5")
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, settings
-from seam import Bench
 
 from nanokimi.config import PRESETS
 from nanokimi.training.trainer import Trainer
+from tests.properties.seam import Bench
 
 # The suite draws the same examples each time; `python -m benchmarks.properties` others, and more of them.
 common = settings(deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck))
@@ -24,7 +24,7 @@ settings.register_profile("long", common, derandomize=False)
 settings.load_profile(os.environ.get("NANOKIMI_PROPERTIES", "suite"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A folder with a text, a model in three formats, token files; and commands that take no longer than they must."""
     root = tmp_path_factory.mktemp("bench")
@@ -51,15 +51,3 @@ def make_quick(patch: pytest.MonkeyPatch, root: Path) -> None:
     library = SimpleNamespace(get_path=lambda _: root / "library")
     patch.setattr("nanokimi.data.prepare.sysconfig", library)
     patch.setattr("nanokimi.data.prepare._topics", list)
-
-
-@pytest.fixture(autouse=True)
-def no_more_memory_than_a_laptop_has() -> Iterator[None]:
-    """A shape that is too large has to be refused by the allocator, not by the kernel's killer."""
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (6 << 30), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
