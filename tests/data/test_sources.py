@@ -146,7 +146,7 @@ def test_a_tokenizer_of_ones_own_sees_the_training_part_only(path: Path, tmp_pat
     summary = train_tokenizer_on(path, 280, output)
     assert "280 entries" in summary
     assert load_tokenizer(str(output)).fingerprint == open_corpus(path, "bpe:280").tokenizer.fingerprint
-    with pytest.raises(RunError, match=r"tokenizer .* cannot be written"):
+    with pytest.raises(UserError, match=r"--output .* cannot be written"):
         train_tokenizer_on(path, 280, path / "tokenizer.json")
 
 
