@@ -313,7 +313,7 @@ def proven(
     with mock.patch.dict(sys.modules, {"nanokimi.training.plots": plots}):
         for kind in CASES:
             case = kind(work / kind.__name__)
-            every = {"cuts": 37, "kills": 41, "full": 29, "random": 2, "flips": 1999}
+            every = {"cuts": 71, "kills": 83, "full": 61, "random": 1, "flips": 3989}
             every = every if short else {"cuts": 1, "kills": 1, "full": 1, "random": 50, "flips": 97}
             disk = recorded(case)
             found = power_cuts(case, disk, every["cuts"]) | kills(case, disk, every["kills"])

@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from nanokimi.cli import main
 
-FACTOR = float(os.environ.get("NANOKIMI_PROPERTIES_FACTOR", "1"))
+FACTOR = float(os.environ.get("NANOKIMI_PROPERTIES_FACTOR", "0.5"))
 SECONDS = 60  # within which any of these small commands has to end
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
