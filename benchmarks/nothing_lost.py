@@ -34,6 +34,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # now, as an accident in the middle of this import would leave half of it
 
 from benchmarks import flipped_files
 from benchmarks.bench.results import ROOT, about
