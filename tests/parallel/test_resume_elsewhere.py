@@ -29,7 +29,7 @@ def train(folder: Path, name: str, steps: int, ranks: int, *more: str) -> str:
     arguments = (
         "train", "--preset", "debug", "--data_path", str(folder / "text"), "--output_dir", str(folder / name),
         "--device", "cpu", "--max_steps", str(steps), "--batch_size", str(PER_STEP // 2), "--schedule", "constant",
-        "--warmup_steps", "3", "--learning_rate", "0.05", "--qk_clip_tau", "2.5", "--val_fraction", "0",
+        "--warmup_steps", "3", "--learning_rate", "0.05", "--qk_clip_tau", "0.1", "--val_fraction", "0",
         "--eval_interval", "0", "--save_interval", "0", "--set", f"max_seq_length={LENGTH}", *more,
     )  # fmt: skip
     record = folder / f"{name}-sequences"
