@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_a_crowd_that_comes_and_leaves_costs_no_error_no_slot_and_no_memory(tmp_path: Path) -> None:
     output, model = tmp_path / "soak.json", saved(stored_model(max_seq_length=256), tmp_path / "small.pt")
-    flags = ["--seconds", "10", "--clients", "64", "--checkpoint", str(model), "--output", str(output)]
+    flags = ["--seconds", "15", "--clients", "64", "--checkpoint", str(model), "--output", str(output)]
     command = [sys.executable, "-m", "benchmarks.serving", "soak", *flags]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
