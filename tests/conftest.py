@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,23 @@ def fixed_seed() -> None:
 @pytest.fixture
 def debug_config() -> ModelConfig:
     return ModelConfig.preset("debug")
+
+
+@pytest.fixture(scope="session")
+def library_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real text of 20,000 characters: a module of the standard library."""
+    path = tmp_path_factory.mktemp("text") / "train.txt"
+    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty, for runs that draw no pictures; their caches lie in it too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("nanokimi.training.plots.plot_training", lambda *args, **options: None)
+    return tmp_path
 
 
 @pytest.fixture

@@ -28,40 +28,19 @@ from nanokimi.data.token_files import write_tokens
 from nanokimi.data.tokenizer import load_tokenizer
 from nanokimi.training.trainer import Trainer
 
-PROGRESS = (
-    "reading ",
-    "tokenising ",
-    "checking ",
-    "training on ",
-    "products: ",
-)  # the last tells what an open source holds
+# What is said of progress; the last two tell what an open source holds, and how the run multiplies.
+PROGRESS = ("reading ", "tokenising ", "checking ", "training on ", "products: ")
 MORE = b" and more words" * 3
 TEXT_SOURCES = ("local", "localstreaming")
+
+pytestmark = pytest.mark.usefixtures("folder_of_runs")
 
 Write = Callable[[Path], object]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("nanokimi.training.plots.plot_training", lambda *args, **options: None)
-    return tmp_path
-
-
 def flags(dataset: str, path: str | Path, *more: str) -> list[str]:
-    quick = [
-        "--preset",
-        "debug",
-        "--max_steps",
-        "2",
-        "--warmup_steps",
-        "0",
-        "--eval_interval",
-        "0",
-        "--set",
-        "max_seq_length=24",
-    ]
+    quick = ["--preset", "debug", "--eval_interval", "0", "--set", "max_seq_length=24"]
+    quick += ["--max_steps", "2", "--warmup_steps", "0"]
     return ["train", "--dataset", dataset, "--data_path", str(path), "--output_dir", "run", *quick, *more]
 
 
@@ -196,7 +175,7 @@ CASES = [
     ids=[f"{case[1]}-{case[0]}-{case[2]}-{i}" for i, case in enumerate(CASES)],
 )
 def test_a_mistake_in_the_data_is_one_line(
-    folder: Path,
+    folder_of_runs: Path,
     capsys: pytest.CaptureFixture[str],
     dataset: str,
     number: int,
@@ -210,23 +189,23 @@ def test_a_mistake_in_the_data_is_one_line(
     assert marker is not None
     assert number in (0, *marker.args)
     if "tokenizer_name=other.json" in more:
-        (folder / "corpus.txt").write_text("some words and some more words\n" * 9)
+        (folder_of_runs / "corpus.txt").write_text("some words and some more words\n" * 9)
         assert main(["tokenizer", "train", "corpus.txt", "--vocab_size", "270", "--output", "other.json"]) == 0
-    (folder / "nothing").mkdir()
+    (folder_of_runs / "nothing").mkdir()
     if write is not None:
-        write(folder / name)
+        write(folder_of_runs / name)
     line = refused(capsys, flags(dataset, name, *more))
     assert message in line
-    assert not list(folder.glob("run/checkpoints/*"))
-    assert not list(folder.glob("**/*.nanokimi/*/*.bin")) or number in (2, 3), "nothing of it is kept"
+    assert not list(folder_of_runs.glob("run/checkpoints/*"))
+    assert not list(folder_of_runs.glob("**/*.nanokimi/*/*.bin")) or number in (2, 3), "nothing of it is kept"
 
 
 @pytest.mark.fault(6)
 @pytest.mark.parametrize("dataset", TEXT_SOURCES)
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.parquet"])
-def test_bytes_that_are_not_utf8_can_be_replaced(folder: Path, dataset: str, name: str) -> None:
+def test_bytes_that_are_not_utf8_can_be_replaced(folder_of_runs: Path, dataset: str, name: str) -> None:
     """With --encoding_errors replace."""
-    bad_utf8(folder / name)
+    bad_utf8(folder_of_runs / name)
     more = ("--encoding_errors", "replace", "--val_fraction", "0", "--batch_size", "1")
     assert main(flags(dataset, name, *more)) == 0
     source = corpus(dataset=dataset, data_path=name, encoding_errors="replace", val_fraction=0.0)
@@ -238,15 +217,15 @@ def test_bytes_that_are_not_utf8_can_be_replaced(folder: Path, dataset: str, nam
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("name", ["plain.bin", "ours.bin"])
 def test_token_files_that_shrink_during_a_run_end_it_in_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    folder_of_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Exit code 1, and no bus error."""
-    (ids(*[*range(200)] * 5) if name == "plain.bin" else ours)(folder / name)
+    (ids(*[*range(200)] * 5) if name == "plain.bin" else ours)(folder_of_runs / name)
     step = Trainer._train_step
 
     def truncating(self: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.counters.step == 1:
-            os.truncate(folder / name, 100)
+            os.truncate(folder_of_runs / name, 100)
         return step(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", truncating)
@@ -259,14 +238,14 @@ def test_token_files_that_shrink_during_a_run_end_it_in_one_line(
 
 @pytest.mark.fault(12)
 def test_a_stream_that_changes_during_a_run_ends_it_in_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder_of_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_text(folder / "t.txt", ["a line of text\n" * 20] * 3)
+    write_text(folder_of_runs / "t.txt", ["a line of text\n" * 20] * 3)
     step = Trainer._train_step
 
     def edited(self: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
         if self.counters.step == 1:
-            (folder / "t.txt").write_text("another text\n" * 90)
+            (folder_of_runs / "t.txt").write_text("another text\n" * 90)
         return step(self, batches)
 
     monkeypatch.setattr(Trainer, "_train_step", edited)
@@ -278,18 +257,18 @@ def test_a_stream_that_changes_during_a_run_ends_it_in_one_line(
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("dataset", ["local", "localstreaming", "tokenbin"])
 def test_a_position_in_another_context_or_split_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str], dataset: str
+    folder_of_runs: Path, capsys: pytest.CaptureFixture[str], dataset: str
 ) -> None:
     """The line says what was saved and what is asked for now."""
     name = "t.bin" if dataset == "tokenbin" else "t.txt"
-    ids(*[*range(200)] * 5)(folder / "t.bin")
-    (folder / "t.txt").write_text("a line of text\n" * 60)
+    ids(*[*range(200)] * 5)(folder_of_runs / "t.bin")
+    (folder_of_runs / "t.txt").write_text("a line of text\n" * 60)
     assert main(flags(dataset, name)) == 0
     resume = ["train", "--resume", "--output_dir", "run", "--max_steps", "3"]
     assert "max_seq_length (saved 24, now 48)" in refused(capsys, [*resume, "--set", "max_seq_length=48"])
     assert "val_fraction (saved 0.05, now 0.2)" in refused(capsys, [*resume, "--val_fraction", "0.2"])
     assert main([*resume, "--set", "max_seq_length=48", "--override", "max_seq_length"]) == 0
-    assert checkpoint.read(folder / "run" / "checkpoints" / "final.pt")["counters"]["step"] == 3
+    assert checkpoint.read(folder_of_runs / "run" / "checkpoints" / "final.pt")["counters"]["step"] == 3
 
 
 # ---- what a run goes on with ------------------------------------------------------------------------------
@@ -312,14 +291,14 @@ def tokens_of(dataset: str, path: Path) -> list[int]:
 @pytest.mark.fault(8, 9)
 @pytest.mark.parametrize("dataset", TEXT_SOURCES)
 @pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\r\n"])
-def test_a_byte_order_mark_and_line_ends_change_no_token(folder: Path, dataset: str, before: bytes) -> None:
+def test_a_byte_order_mark_and_line_ends_change_no_token(folder_of_runs: Path, dataset: str, before: bytes) -> None:
     """The mark is left out, CRLF is read as LF, also around separators."""
     plain = b"".join(f"{i} one\n{i} two\n<|endoftext|>\n".encode() for i in range(40))
     odd = plain.replace(b"\n", b"\r\n") if before == b"\r\n" else before + plain
-    (folder / "plain.txt").write_bytes(plain)
-    (folder / "odd.txt").write_bytes(odd)
-    wanted = tokens_of(dataset, folder / "plain.txt")
-    assert tokens_of(dataset, folder / "odd.txt") == wanted
+    (folder_of_runs / "plain.txt").write_bytes(plain)
+    (folder_of_runs / "odd.txt").write_bytes(odd)
+    wanted = tokens_of(dataset, folder_of_runs / "plain.txt")
+    assert tokens_of(dataset, folder_of_runs / "odd.txt") == wanted
     assert wanted[:6] == [*b"0 one\n"]
     assert main(flags(dataset, "odd.txt")) == 0
 
@@ -328,25 +307,27 @@ def test_a_byte_order_mark_and_line_ends_change_no_token(folder: Path, dataset: 
 @pytest.mark.parametrize("dataset", TEXT_SOURCES)
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.parquet"])
 def test_nul_bytes_and_documents_without_text_are_told_and_trained_around(
-    folder: Path, capsys: pytest.CaptureFixture[str], dataset: str, name: str
+    folder_of_runs: Path, capsys: pytest.CaptureFixture[str], dataset: str, name: str
 ) -> None:
     """With their counts."""
     texts = [f"document {i} of many\n" for i in range(50)]
     odd = [*texts[:20], " \n", "", "\0\0\0 three\n", *texts[20:], "\n"]
-    {"t.txt": write_text, "t.jsonl": write_json_lines, "t.parquet": write_parquet}[name](folder / name, odd)  # type: ignore[operator]
+    {"t.txt": write_text, "t.jsonl": write_json_lines, "t.parquet": write_parquet}[name](folder_of_runs / name, odd)  # type: ignore[operator]
     assert main(flags(dataset, name, "--val_fraction", "0", "--max_steps", "1", "--batch_size", "8")) == 0
     said = capsys.readouterr().err
     assert re.search(r"\b3 NUL bytes", said), said
     assert re.search(r"\b3 documents without text", said), said
     assert "Traceback" not in said
-    (folder / "plain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in odd if t.strip()))
-    assert tokens_of(dataset, folder / name) == tokens_of(dataset, folder / "plain.jsonl")
+    (folder_of_runs / "plain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in odd if t.strip()))
+    assert tokens_of(dataset, folder_of_runs / name) == tokens_of(dataset, folder_of_runs / "plain.jsonl")
 
 
 @pytest.mark.fault(12, 13, 14, 15)
-def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(
+    folder_of_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Edited text, another tokenizer, damaged tokens, nowhere to put them beside the text."""
-    path = folder / "t.txt"
+    path = folder_of_runs / "t.txt"
     path.write_text("a line of text\n" * 200)
 
     def made_anew() -> bool:
@@ -358,7 +339,7 @@ def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(folder: Path, capsys
     assert not made_anew()
     path.write_text("another line of text\n" * 200)
     assert made_anew()
-    (tokens,) = folder.glob("t.txt.nanokimi/*/train-00000.bin")
+    (tokens,) = folder_of_runs.glob("t.txt.nanokimi/*/train-00000.bin")
     os.truncate(tokens, tokens.stat().st_size - 8)
     assert made_anew()
     data = tokens.read_bytes()
@@ -367,10 +348,10 @@ def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(folder: Path, capsys
     assert main(flags("local", path, "--set", "tokenizer_name=bpe:270")) == 0
     assert "tokenising" in capsys.readouterr().err
     assert not made_anew()
-    (folder / "b.txt").write_text("a line of text\n" * 60)
-    (folder / "b.txt.nanokimi").write_text("in the way of a folder")
+    (folder_of_runs / "b.txt").write_text("a line of text\n" * 60)
+    (folder_of_runs / "b.txt.nanokimi").write_text("in the way of a folder")
     assert main(flags("local", "b.txt")) == 0
-    assert list(folder.glob("cache/nanokimi/b.txt-*/*/train-00000.bin"))
+    assert list(folder_of_runs.glob("cache/nanokimi/b.txt-*/*/train-00000.bin"))
 
 
 # ---- labels -----------------------------------------------------------------------------------------------
@@ -379,14 +360,14 @@ def test_what_is_wrong_with_a_cache_is_made_good_on_the_way(folder: Path, capsys
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("dataset", ["local", "localstreaming", "tokenbin"])
 def test_every_label_is_a_token_of_the_text_and_none_stands_for_padding(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
+    folder_of_runs: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
 ) -> None:
     """Sequences are full; in an epoch every token is the label of its forerunner once, to the last rest."""
     monkeypatch.setattr(stream, "LANES", 1)
     texts = [f"document {i} " + "words " * (i % 11) + "\n" for i in range(60)]
     expected = [token for text in texts for token in (*text.encode(), END)]
-    write_text(folder / "t.txt", texts)
-    ids(*expected)(folder / "t.bin")
+    write_text(folder_of_runs / "t.txt", texts)
+    ids(*expected)(folder_of_runs / "t.bin")
     name = "t.bin" if dataset == "tokenbin" else "t.txt"
     source = corpus(dataset=dataset, data_path=name, val_fraction=0.0)
     batches = loader(source, batch_size=1, shuffle_buffer=1)
@@ -404,11 +385,11 @@ def test_every_label_is_a_token_of_the_text_and_none_stands_for_padding(
 
 @pytest.mark.fault(31)
 @pytest.mark.parametrize("dataset", ["local", "localstreaming"])
-def test_a_run_counts_as_many_labels_as_its_sequences_have(folder: Path, dataset: str) -> None:
+def test_a_run_counts_as_many_labels_as_its_sequences_have(folder_of_runs: Path, dataset: str) -> None:
     """None of them was left out as padding."""
-    (folder / "t.txt").write_text("a line of text\n" * 60)
+    (folder_of_runs / "t.txt").write_text("a line of text\n" * 60)
     assert main(flags(dataset, "t.txt", "--batch_size", "3", "--gradient_accumulation", "2")) == 0
-    assert checkpoint.read(folder / "run" / "checkpoints" / "final.pt")["counters"]["tokens"] == 2 * 3 * 2 * 24
+    assert checkpoint.read(folder_of_runs / "run" / "checkpoints" / "final.pt")["counters"]["tokens"] == 2 * 3 * 2 * 24
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------
@@ -426,16 +407,16 @@ print(json.dumps(answers))
 """
 
 
-def hub_runs(url: str, folder: Path, *runs: list[str], **environment: str) -> list[tuple[int, list[str]]]:
+def hub_runs(url: str, folder_of_runs: Path, *runs: list[str], **environment: str) -> list[tuple[int, list[str]]]:
     """Exit code and stderr of each run, in one process for which ``url`` is the hub."""
-    done = run_with_hub(url, RUNS, json.dumps(runs), tmp_path=folder, **environment)
+    done = run_with_hub(url, RUNS, json.dumps(runs), tmp_path=folder_of_runs, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return [(code, lines) for code, lines in json.loads(done.stdout)]
 
 
 @pytest.mark.fault(25, 28, 29)
-def test_what_is_wrong_with_a_hub_data_set_is_one_line(folder: Path) -> None:
+def test_what_is_wrong_with_a_hub_data_set_is_one_line(folder_of_runs: Path) -> None:
     """Missing, gated, without a column of text, of several configurations."""
     texts = jsonl_file({"text": f"row {i} " + "of words " * 9} for i in range(20))
     two = {"README.md": readme({"en": "en.jsonl", "de": "de.jsonl"}), "en.jsonl": texts, "de.jsonl": texts}
@@ -449,7 +430,7 @@ def test_what_is_wrong_with_a_hub_data_set_is_one_line(folder: Path) -> None:
     ) as hub:
         names = ("gone", "gated", "numbers", "two")
         runs = [flags("hfstreaming", "unused", "--hf_repo_name", f"org/{name}") for name in names]
-        refusals = hub_runs(hub.url, folder, *runs)
+        refusals = hub_runs(hub.url, folder_of_runs, *runs)
     remedies = ["hf auth login", "accept its terms on the hub and run `hf auth login`", "--text_column", "--hf_config"]
     for (failed, lines), remedy in zip(refusals, remedies, strict=True):
         assert failed == 2
@@ -460,9 +441,9 @@ def test_what_is_wrong_with_a_hub_data_set_is_one_line(folder: Path) -> None:
 
 
 @pytest.mark.fault(27)
-def test_without_a_network_the_alternatives_are_named(folder: Path) -> None:
+def test_without_a_network_the_alternatives_are_named(folder_of_runs: Path) -> None:
     runs = [flags(dataset, "unused", "--hf_repo_name", "org/good") for dataset in ("hfstreaming", "fineweb")]
-    for code, lines in hub_runs("http://127.0.0.1:9", folder, *runs, HF_HUB_OFFLINE="1"):
+    for code, lines in hub_runs("http://127.0.0.1:9", folder_of_runs, *runs, HF_HUB_OFFLINE="1"):
         assert code == 2
         assert len(lines) == 1
         assert "work offline with --dataset local, localstreaming or tokenbin" in lines[0]

@@ -202,7 +202,7 @@ def from_ranks(source: Corpus, before: int, after: int, stop: int, rest: int) ->
 def test_on_another_number_of_ranks_nothing_is_lost_or_repeated(
     source: Corpus, monkeypatch: pytest.MonkeyPatch, before: int, after: int, stop: int
 ) -> None:
-    """Each source goes on behind what all ranks have had of it."""
+    """Each source goes on after what all ranks have had of it."""
     monkeypatch.setattr(stream, "LANES", 1)  # then a stream has one order as well, of which ranks take turns
     for letter, found in from_ranks(source, before, after, stop, 60).items():
         alone = corpus(mix=f"{KINDS[letter]}=1")

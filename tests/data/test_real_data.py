@@ -33,16 +33,10 @@ from nanokimi.errors import UserError
 from nanokimi.files import atomic_write
 from nanokimi.insight.text import choose_text
 
+pytestmark = pytest.mark.usefixtures("folder_of_runs")
+
 GREEK = "Η γλώσσα είναι ένα σύστημα επικοινωνίας, και αλλάζει με τον χρόνο. " * 40
 ENGLISH = "The language is a system of words and it changes with time. " * 40
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("nanokimi.training.plots.plot_training", lambda *args, **options: None)
-    return tmp_path
 
 
 def train(*more: str, steps: int = 2) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import getpass
 import os
@@ -30,13 +29,6 @@ from nanokimi.training.metrics import MetricsLog
 COMMAND = [sys.executable, "-c", "from nanokimi.cli import entry; entry()"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    return path
-
-
 def arguments(text: Path, output: Path, *more: str) -> list[str]:
     quick = [
         "--preset",
@@ -62,10 +54,12 @@ def step_of(output: Path, name: str = "latest.pt") -> int:
 
 
 @pytest.mark.fault("A5")
-def test_a_backend_that_is_not_installed_is_no_matter(text: Path, tmp_path: Path) -> None:
+def test_a_backend_that_is_not_installed_is_no_matter(library_text: Path, tmp_path: Path) -> None:
     """As in every process that a notebook starts."""
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run([*COMMAND, *arguments(text, tmp_path)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*COMMAND, *arguments(library_text, tmp_path)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     assert (tmp_path / "logs" / "training_metrics.png").read_bytes().startswith(b"\x89PNG")
@@ -82,7 +76,7 @@ def test_a_backend_that_is_not_installed_is_no_matter(text: Path, tmp_path: Path
     ],
 )
 def test_what_only_shows_costs_a_warning_and_not_the_run(
-    text: Path,
+    library_text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -93,7 +87,7 @@ def test_what_only_shows_costs_a_warning_and_not_the_run(
         raise ValueError("no such font")
 
     monkeypatch.setattr(name, fail)
-    assert main(arguments(text, tmp_path, "--samples", "3")) == 0
+    assert main(arguments(library_text, tmp_path, "--samples", "3")) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "no such font" in line]
     assert told == [f"warning: {what} failed (no such font); nothing else is affected"]
     assert step_of(tmp_path, "final.pt") == 4
@@ -101,13 +95,22 @@ def test_what_only_shows_costs_a_warning_and_not_the_run(
 
 @pytest.mark.fault("A5")
 def test_data_are_inspected_without_a_picture_too(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    library_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: Any) -> None:
         raise ValueError("no such font")
 
     monkeypatch.setattr("nanokimi.insight.inspect_data.plot_lengths", fail)
-    flags = ["--preset", "debug", "--data_path", str(text), "--sequences", "9", "--output", str(tmp_path / "x.png")]
+    flags = [
+        "--preset",
+        "debug",
+        "--data_path",
+        str(library_text),
+        "--sequences",
+        "9",
+        "--output",
+        str(tmp_path / "x.png"),
+    ]
     assert main(["inspect", "data", *flags]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "No picture: matplotlib failed: no such font"
 
@@ -133,17 +136,17 @@ def test_a_log_on_a_full_disk_is_made_up_for_when_there_is_room(tmp_path: Path) 
 
 
 @pytest.mark.fault("A8")
-def test_a_run_needs_no_standard_streams(text: Path, tmp_path: Path) -> None:
+def test_a_run_needs_no_standard_streams(library_text: Path, tmp_path: Path) -> None:
     """With nothing at 0, 1 and 2 the files that it opens would get these numbers, and its messages."""
     close = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
-    assert subprocess.run([*close, *COMMAND, *arguments(text, tmp_path)]).returncode == 0
+    assert subprocess.run([*close, *COMMAND, *arguments(library_text, tmp_path)]).returncode == 0
     assert step_of(tmp_path, "final.pt") == 4
     assert (tmp_path / "logs" / "training_metrics.jsonl").read_text().count("\n") == 4
 
 
 @pytest.mark.fault("A8")
 @pytest.mark.parametrize(("hang_up", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)], ids=["plain", "nohup"])
-def test_a_terminal_that_is_closed_costs_no_step(text: Path, tmp_path: Path, hang_up: Any, code: int) -> None:
+def test_a_terminal_that_is_closed_costs_no_step(library_text: Path, tmp_path: Path, hang_up: Any, code: int) -> None:
     controller, terminal = pty.openpty()
 
     def adopt() -> None:
@@ -151,7 +154,7 @@ def test_a_terminal_that_is_closed_costs_no_step(text: Path, tmp_path: Path, han
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, hang_up)
 
-    command = [*COMMAND, *arguments(text, tmp_path, "--max_steps", "40", "--save_interval", "0")]
+    command = [*COMMAND, *arguments(library_text, tmp_path, "--max_steps", "40", "--save_interval", "0")]
     streams: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
     run = subprocess.Popen(command, preexec_fn=adopt, **streams)
     os.close(terminal)
@@ -184,7 +187,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("full", [False, True], ids=["closed pipe", "full disk"])
 def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(
-    text: Path,
+    library_text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -194,7 +197,7 @@ def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(
     reading, writing = os.pipe()
     os.close(reading)
     redirect_stdout(monkeypatch, os.open("/dev/full", os.O_WRONLY) if full else writing)
-    places = {"TEXT": str(text), "FOLDER": str(tmp_path)}
+    places = {"TEXT": str(library_text), "FOLDER": str(tmp_path)}
     words = [places.get(word, word.replace("FOLDER", str(tmp_path))) for word in COMMANDS[command]]
     assert main([*command.split(), *words]) == full
     sys.stdout.flush()
@@ -204,10 +207,10 @@ def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(
 
 
 @pytest.mark.fault("A8")
-def test_not_even_python_complains_of_a_closed_pipe_when_it_ends(text: Path, tmp_path: Path) -> None:
+def test_not_even_python_complains_of_a_closed_pipe_when_it_ends(library_text: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    train = ["tokenizer", "train", str(text), "--vocab_size", "300", "--output", str(tmp_path / "t.json")]
+    train = ["tokenizer", "train", str(library_text), "--vocab_size", "300", "--output", str(tmp_path / "t.json")]
     done = subprocess.run([*COMMAND, *train], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.returncode == 0
@@ -246,8 +249,8 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.fault("A9")
-def test_a_user_without_a_home_trains(text: Path, tmp_path: Path, nobody: Path) -> None:
-    assert main(arguments(text, tmp_path / "run")) == 0
+def test_a_user_without_a_home_trains(library_text: Path, tmp_path: Path, nobody: Path) -> None:
+    assert main(arguments(library_text, tmp_path / "run")) == 0
     assert step_of(tmp_path / "run", "final.pt") == 4
     assert Path.home() == Path(os.path.expanduser("~")) == nobody
     assert files.cache_home() == nobody / ".cache" / "nanokimi"
@@ -266,12 +269,14 @@ def test_a_home_that_others_can_write_is_not_used(tmp_path: Path, nobody: Path) 
 
 @pytest.mark.fault("A15")
 @pytest.mark.parametrize("flags", [["--output_dir", "~/x"], ["--set", "output_dir=~/x"], ["--config", "~/run.toml"]])
-def test_a_tilde_is_the_home(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+def test_a_tilde_is_the_home(
+    library_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "run.toml").write_text('output_dir = "~/x"\n')
-    command = arguments(text, tmp_path)
+    command = arguments(library_text, tmp_path)
     at = command.index("--output_dir")
     assert main([*command[:at], *command[at + 2 :], "--max_steps", "1", *flags]) == 0
     assert step_of(tmp_path / "home" / "x") == 1
@@ -298,12 +303,12 @@ def test_a_warm_up_that_is_longer_than_the_run_is_told_with_its_figures() -> Non
 
 @pytest.mark.fault("A15")
 def test_more_workers_than_cores_are_one_line_of_ours(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    library_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
     with warnings.catch_warnings(record=True) as raw:
         warnings.simplefilter("always")
-        assert main(arguments(text, tmp_path, "--num_workers", "2", "--max_steps", "2")) == 0
+        assert main(arguments(library_text, tmp_path, "--num_workers", "2", "--max_steps", "2")) == 0
     assert not [str(warning.message) for warning in raw if "worker" in str(warning.message)]
     told = [line for line in capsys.readouterr().err.splitlines() if "_workers" in line]
     assert told == ["warning: --num_workers 2: there is work for 1, as many as this process has cores"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,13 +19,6 @@ from nanokimi.training.verify_resume import differences
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.fault("B2")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "train.txt"
-    path.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    return path
 
 
 def arguments(text: Path, output: Path, *more: str) -> list[str]:
@@ -49,10 +41,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_a_command_that_resumes_to_the_bit_is_said_to_and_leaves_nothing(
-    text: Path, tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+    library_text: Path, tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "mine"
-    assert main(arguments(text, output, "--verify_resume", "2")) == 0
+    assert main(arguments(library_text, output, "--verify_resume", "2")) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "4 steps at once, and 2 + 2 in two processes:"
     parts = ("model", "optimizer", "data", "random", "tokenizer", "counters", "exact_logits", "history")
@@ -63,7 +55,7 @@ def test_a_command_that_resumes_to_the_bit_is_said_to_and_leaves_nothing(
 
 
 def test_what_a_resume_changes_is_listed(
-    text: Path,
+    library_text: Path,
     tmp_path: Path,
     in_this_process: list[list[str]],
     capsys: pytest.CaptureFixture[str],
@@ -80,7 +72,7 @@ def test_what_a_resume_changes_is_listed(
         return found
 
     monkeypatch.setattr(verify_resume, "contents", spoilt)
-    assert main(arguments(text, tmp_path, "--verify_resume", "2")) == 1
+    assert main(arguments(library_text, tmp_path, "--verify_resume", "2")) == 1
     said = capsys.readouterr().out
     assert "  optimizer: 1 difference\n    optimizer.state.0.exp_avg: 1 of " in said
     assert "  random: 1 difference\n    random.cpu: " in said
@@ -88,16 +80,16 @@ def test_what_a_resume_changes_is_listed(
 
 
 def test_a_mistake_ends_it_with_the_code_of_the_run_that_made_it(
-    text: Path, tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+    library_text: Path, tmp_path: Path, in_this_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(text, tmp_path, "--verify_resume", "2", "--batch_size", "5000")) == 2
+    assert main(arguments(library_text, tmp_path, "--verify_resume", "2", "--batch_size", "5000")) == 2
     assert len(in_this_process) == 1
     for flags, message in ((["--resume"], "leave out --resume"), (["--stop_after", "1"], "leave out --resume")):
-        assert main(arguments(text, tmp_path, "--verify_resume", "2", *flags)) == 2
+        assert main(arguments(library_text, tmp_path, "--verify_resume", "2", *flags)) == 2
         assert message in capsys.readouterr().err
-    assert main(arguments(text, tmp_path, "--verify_resume", "0")) == 2
+    assert main(arguments(library_text, tmp_path, "--verify_resume", "0")) == 2
     assert "--verify_resume 0: name a number of steps" in capsys.readouterr().err
-    assert main(arguments(text, tmp_path, "--stop_after", "-1")) == 2
+    assert main(arguments(library_text, tmp_path, "--stop_after", "-1")) == 2
 
 
 def test_a_bit_is_enough_and_not_a_number_equals_itself() -> None:
@@ -113,10 +105,10 @@ def test_a_bit_is_enough_and_not_a_number_equals_itself() -> None:
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_two_ranks_with_a_mixture_resume_to_the_bit_in_fresh_processes(text: Path, tmp_path: Path) -> None:
+def test_two_ranks_with_a_mixture_resume_to_the_bit_in_fresh_processes(library_text: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    mixture = ["--mix", f"{text}=0.6,localstreaming:{text}=0.4", "--parallel", "fsdp", "--spike_guard"]
-    command = [*torchrun, str(ROOT / "train.py"), *arguments(text, tmp_path / "mine", *mixture)[1:]]
+    mixture = ["--mix", f"{library_text}=0.6,localstreaming:{library_text}=0.4", "--parallel", "fsdp", "--spike_guard"]
+    command = [*torchrun, str(ROOT / "train.py"), *arguments(library_text, tmp_path / "mine", *mixture)[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--verify_resume", "2"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
