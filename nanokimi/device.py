@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,11 @@ def has_fast_bf16(device: torch.device) -> bool:
 def compiles_well(device: torch.device) -> bool:
     """Whether torch.compile can be used: its code generator needs a CUDA device of capability 7.0 or more."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def own_cores() -> int:
+    """Cores on which this process may run, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nanokimi.console import show
+from nanokimi.device import own_cores
 from nanokimi.errors import RunError
 from nanokimi.memory import free_memory, left_in_groups
 from nanokimi.native.build import cache_folder, library
@@ -90,8 +91,7 @@ def versions() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("processor", f"{torch.backends.cpu.get_cpu_capability()}, {cores} cores")
+    yield Finding("processor", f"{torch.backends.cpu.get_cpu_capability()}, {own_cores()} cores")
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
         yield Finding(f"cuda:{number}", f"{about.name}, {about.total_memory / 2**30:.1f} GiB")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from nanokimi.config import TrainConfig
+from nanokimi.device import own_cores
 from nanokimi.optim.schedule import lr_factor
 
 LOW_PEAK = 0.75  # a cosine that falls from a warm-up of a quarter of the run stays above
@@ -23,6 +23,5 @@ def doubts(config: TrainConfig) -> Iterator[str]:
             f"--warmup_steps {warmup} is long for a run of {steps:,} steps: its learning rate gets no further than "
             f"{peak:.1%} of --learning_rate {config.learning_rate:g}: lower it, or raise --max_steps"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if config.num_workers > cores:
+    if config.num_workers > (cores := own_cores()):
         yield f"--num_workers {config.num_workers}: there is work for {cores}, as many as this process has cores"
